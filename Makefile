@@ -1,0 +1,75 @@
+# What people do here. Every target sets itself up: `make demo` and `make test` work on a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+export PYTHONWARNINGS ?= ignore::DeprecationWarning:alpaca,ignore::DeprecationWarning:websockets
+
+.PHONY: help install demo test lint types sync-check coverage fmt notebook export bench constraints clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(INSTALLED) ## create .venv and install trader_lib with everything it needs
+
+$(INSTALLED): settings.ini setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "trader_lib needs Python 3.11 or newer; run make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 3; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+		{ echo "Python's venv module is missing; on Debian: apt-get install python3-venv"; exit 3; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	@touch $@
+
+demo: install ## the main job: backtest, simulated paper session, comparison
+	@$(BIN)/python -m trader_lib.app.demo
+
+test: install lint types coverage ## everything that must hold before a change lands
+
+lint: install ## ruff over notebooks, tests and tools
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install ## mypy --strict over the exported library
+	$(BIN)/mypy
+
+coverage: install ## notebooks and tests under one coverage figure, compiled functions run as Python
+	rm -f .coverage .coverage.*
+	COVERAGE_FILE=.coverage.compiled $(BIN)/python -m pytest -q --cov --cov-report= tests nbs
+	COVERAGE_FILE=.coverage.plain NUMBA_DISABLE_JIT=1 $(BIN)/python -m pytest -q --cov --cov-report= -m 'not slow' $(PLAIN)
+	$(BIN)/coverage combine -q .coverage.compiled .coverage.plain
+	$(BIN)/coverage report --fail-under=90
+	$(BIN)/coverage report --include='trader_lib/risk/*,trader_lib/agents/execution.py' --skip-empty --fail-under=100
+
+# Where compiled functions live; the second run counts their lines.
+PLAIN := nbs/trading nbs/exchange nbs/risk nbs/strategy nbs/research \
+	tests/test_trading_folding.py tests/test_exchange_rules.py tests/test_risk_rules.py tests/test_strategy_sizing.py
+
+fmt: install ## format notebooks and tests, clean notebooks, export the library
+	$(BIN)/ruff check --fix -q . || true
+	$(BIN)/ruff format -q .
+	$(MAKE) export
+
+export: install ## clean the notebooks and export the library and the run templates from them
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_export
+	$(BIN)/python -m tests.tools.sync_templates
+
+notebook: install ## open the notebooks in JupyterLab
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt jupyterlab
+	$(BIN)/jupyter lab nbs
+
+bench: install ## measured figures: import time, engines, order path
+	$(BIN)/python -m tests.bench
+
+constraints: ## resolve everything anew and pin it
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,dev]'
+	{ echo "# The full resolved set, so that two machines install the same. Renew with: make constraints"; \
+		$(BIN)/python -m pip freeze --exclude-editable; } > constraints.txt
+	touch $(INSTALLED)
+
+clean: ## remove what the targets made, runs excepted
+	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis
