@@ -6,9 +6,11 @@
 __all__ = ['PRICE_DECIMALS', 'QTY_DECIMALS', 'CASH_DECIMALS', 'AVERAGE_PRICE_DECIMALS', 'F', 'compiled', 'round_to', 'round_down',
            'tick_decimals', 'to_decimal', 'to_float']
 
-# %% ../../nbs/trading/00_numbers.ipynb #1b8e65d9
+# %% ../../nbs/trading/00_numbers.ipynb #508c89a0
 import math
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from decimal import Decimal
 from typing import TypeVar, cast
 
@@ -20,19 +22,19 @@ QTY_DECIMALS = 9
 CASH_DECIMALS = 2
 AVERAGE_PRICE_DECIMALS = 6
 
-# %% ../../nbs/trading/00_numbers.ipynb #299355ac
+# %% ../../nbs/trading/00_numbers.ipynb #e0000b51
 F = TypeVar("F", bound=Callable[..., object])
 
 
 def compiled(function: F) -> F:
-    """Compile a rule with numba, cached on disk where it came from a file.
+    """Compile a rule with numba, cached on disk where it belongs to the library.
 
     function: takes scalars, arrays and NamedTuples of them; no I/O, no clock, no random numbers.
     """
-    try:
-        return cast(F, njit(cache=True)(function))
-    except RuntimeError:  # no file to cache beside: a cell
-        return cast(F, njit(function))
+    if function.__module__.startswith("trader_lib."):
+        with suppress(RuntimeError):  # no place that can be written to
+            return cast(F, njit(cache=True)(function))
+    return cast(F, njit(function))
 
 # %% ../../nbs/trading/00_numbers.ipynb #1be505f6
 @compiled
