@@ -6,9 +6,8 @@
 __all__ = ['PRICE_DECIMALS', 'QTY_DECIMALS', 'CASH_DECIMALS', 'AVERAGE_PRICE_DECIMALS', 'F', 'compiled', 'round_to', 'round_down',
            'tick_decimals', 'to_decimal', 'to_float']
 
-# %% ../../nbs/trading/00_numbers.ipynb #508c89a0
+# %% ../../nbs/trading/00_numbers.ipynb #be225c35
 import math
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from decimal import Decimal
