@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Number', 'Utc', 'SIDE_SIGN', 'ORDER_TYPE_CODE', 'SYMBOL', 'DIGITS_MAX', 'Purpose', 'TERMINAL', 'decimal_text',
-           'decimals_of', 'amount_refusal', 'price_refusal', 'OrderRequest', 'Order', 'client_order_id']
+           'decimals_of', 'amount_refusal', 'price_refusal', 'OrderRequest', 'Order', 'client_order_id', 'OrderClass',
+           'OrderSide', 'OrderStatus', 'OrderType', 'TimeInForce', 'TradeEvent']
 
-# %% ../../nbs/trading/02_orders.ipynb #eba0dd07
+# %% ../../nbs/trading/02_orders.ipynb #882b019d
 import hashlib
 import re
 from datetime import UTC, datetime
@@ -18,6 +19,8 @@ from alpaca.trading.models import Order as AlpacaOrder
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, PlainSerializer, model_validator
 
 from .numbers import tick_decimals
+
+_all_ = ["OrderClass", "OrderSide", "OrderStatus", "OrderType", "TimeInForce", "TradeEvent"]
 
 # %% ../../nbs/trading/02_orders.ipynb #0faa7735
 def decimal_text(value: Decimal) -> str:
