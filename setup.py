@@ -29,7 +29,7 @@ setup(
     python_requires=f">={settings['min_python']}",
     packages=find_packages(include=["trader_lib", "trader_lib.*"]),
     include_package_data=True,
-    package_data={"trader_lib": ["py.typed", "**/*.parquet", "**/*.ipynb", "**/*.json", "**/*.md"]},
+    package_data={"trader_lib": ["py.typed", "**/*.parquet", "**/*.ipynb", "**/*.json", "**/*.md", "**/*.toml"]},
     install_requires=settings["requirements"].split(),
     extras_require=extras,
     entry_points={
