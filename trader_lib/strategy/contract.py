@@ -99,7 +99,7 @@ def _as_array(strategy: Strategy, targets: object, bars: Bars) -> NDArray[np.flo
             strategy=strategy.name,
         ) from error
 
-# %% ../../nbs/strategy/00_contract.ipynb #2929cf9b
+# %% ../../nbs/strategy/00_contract.ipynb #a5ca890f
 def build_strategy(strategy: "str | type[Strategy]", params: Mapping[str, object] | None = None) -> Strategy:
     """Build a strategy from its class or name and its parameters.
 
@@ -109,22 +109,24 @@ def build_strategy(strategy: "str | type[Strategy]", params: Mapping[str, object
     if isinstance(strategy, str):
         from trader_lib.strategy.registry import load_strategy
 
-        strategy = load_strategy(strategy)
+        cls = load_strategy(strategy)
+    else:
+        cls = strategy
     values = dict(params or {})
-    known = strategy.model_fields
+    known = cls.model_fields
     for name in values:
         if name not in known:
             offered = f"it takes {', '.join(known)}" if known else "it takes none"
             raise Misused(
-                f"Strategy {strategy.name!r} has no parameter {name!r}; {offered}.{did_you_mean(name, known)}",
-                strategy=strategy.name,
+                f"Strategy {cls.name!r} has no parameter {name!r}; {offered}.{did_you_mean(name, known)}",
+                strategy=cls.name,
                 parameter=name,
             )
     try:
-        return strategy(**values)
+        return cls(**values)
     except ValidationError as error:
         faults = "; ".join(_fault(details) for details in error.errors())
-        raise Misused(f"Strategy {strategy.name!r} cannot be built: {faults}.", strategy=strategy.name) from error
+        raise Misused(f"Strategy {cls.name!r} cannot be built: {faults}.", strategy=cls.name) from error
 
 
 def _fault(details: Any) -> str:
