@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INITIAL_MARGIN', 'MAINTENANCE_MARGIN', 'MARGIN_EQUITY_MIN', 'SHORT_COLLAR', 'effective_multiplier', 'may_short',
-           'buying_power', 'order_cost', 'reserved_cost']
+           'buying_power', 'opening_qty', 'order_cost', 'reserved_cost']
 
 # %% ../../nbs/exchange/01_account.ipynb #d4c75601
 from ..trading.numbers import CASH_DECIMALS, compiled, round_to
@@ -45,7 +45,14 @@ def buying_power(
         power = max(equity - MAINTENANCE_MARGIN * (long_value + short_value), 0.0) * 4.0
     return round_to(max(power - reserved, 0.0), CASH_DECIMALS)
 
-# %% ../../nbs/exchange/01_account.ipynb #5760a750
+# %% ../../nbs/exchange/01_account.ipynb #7f21c326
+@compiled
+def opening_qty(side_sign: int, qty: float, position: float) -> float:
+    """The part of an order, in shares, that opens or enlarges a position; the rest closes one. position: signed."""
+    held = -side_sign * position  # shares that the order can close
+    return qty - min(max(held, 0.0), qty)
+
+
 @compiled
 def order_cost(side_sign: int, qty: float, position: float, reference: float, limit_price: float) -> float:
     """Buying power that an order takes, in USD, whole cents.
@@ -53,8 +60,7 @@ def order_cost(side_sign: int, qty: float, position: float, reference: float, li
     side_sign: +1 buy, -1 sell. qty: shares, unsigned. position: shares, signed, before the order. reference: the last
     close, USD. limit_price: USD, NaN for none.
     """
-    held = -side_sign * position  # shares that the order can close
-    opening = qty - min(max(held, 0.0), qty)
+    opening = opening_qty(side_sign, qty, position)
     if opening <= 0.0:
         return 0.0
     price = reference if side_sign > 0 else reference * SHORT_COLLAR

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ACTIVE', 'REDUCING', 'HALTED', 'CHECK_COUNT', 'OrderFacts', 'RiskFacts', 'Check', 'pending_same_side', 'is_reducing',
-           'sells_short', 'beyond_reference', 'check_order', 'in_window', 'recent_count']
+           'sells_short', 'pending_exposure', 'beyond_reference', 'check_order', 'in_window', 'recent_count']
 
-# %% ../../nbs/risk/01_rules.ipynb #8cf65609
+# %% ../../nbs/risk/01_rules.ipynb #97efcd17
 import math
 from enum import IntEnum
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .limits import LimitValues
-from ..trading.numbers import compiled
+from ..trading.numbers import CASH_DECIMALS, compiled, round_to
 
 # %% ../../nbs/risk/01_rules.ipynb #5876c6c4
 ACTIVE, REDUCING, HALTED = 0, 1, 2
@@ -88,6 +88,16 @@ def is_reducing(side_sign: int, qty: float, position_qty: float, pending_qty: fl
 def sells_short(side_sign: int, qty: float, position_qty: float, pending_qty: float) -> bool:
     """Whether a sell, after those on their way, would leave less than nothing."""
     return side_sign < 0 and position_qty - pending_same_side(side_sign, pending_qty) - qty < 0.0
+
+# %% ../../nbs/risk/01_rules.ipynb #8a9e7ff6
+@compiled
+def pending_exposure(gross: float, side_sign: int, remaining: float, position_qty: float, price: float) -> float:
+    """Gross exposure in USD after adding one working target order's opening part, whole cents.
+
+    gross: USD so far. remaining: shares not filled, unsigned. position_qty: shares, signed. price: last close, USD.
+    """
+    opening = remaining - min(max(-side_sign * position_qty, 0.0), remaining)
+    return round_to(gross + opening * price, CASH_DECIMALS) if opening > 0.0 else gross
 
 # %% ../../nbs/risk/01_rules.ipynb #100d8281
 @compiled
