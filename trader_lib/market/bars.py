@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SLACK', 'Provenance', 'Bars', 'window', 'BarLike', 'BarValues', 'Timeframe']
 
-# %% ../../nbs/market/03_bars.ipynb #02ce9643
+# %% ../../nbs/market/03_bars.ipynb #8a9076e4
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,9 +16,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from ..clock.sessions import NEW_YORK
 from ..errors.taxonomy import BadData, Misused, did_you_mean
 from .frames import Gaps, block_of
-from .stamps import NEW_YORK, Timeframe, from_ns, midnight_ns, to_date, to_ns
+from .stamps import Timeframe, from_ns, midnight_ns, to_date, to_ns
 from .validity import FIELDS, BarLike, BarValues, check_lives, check_times, check_values, refuse
 
 _all_ = ["BarLike", "BarValues", "Timeframe"]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Gaps', 'stamps_of', 'block_of']
 
-# %% ../../nbs/market/02_frames.ipynb #140c111a
+# %% ../../nbs/market/02_frames.ipynb #364f624c
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from .stamps import NEW_YORK, Timeframe
+from ..clock.sessions import NEW_YORK
+from .stamps import Timeframe
 from .validity import FIELDS, carry_gaps, check_times, refuse
 
 # %% ../../nbs/market/02_frames.ipynb #acc4c689

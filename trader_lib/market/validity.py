@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['FIELDS', 'BarLike', 'BarValues', 'refuse', 'check_times', 'check_values', 'check_lives', 'carry_gaps']
 
-# %% ../../nbs/market/01_validity.ipynb #44b2d083
+# %% ../../nbs/market/01_validity.ipynb #75422c06
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from ..clock.sessions import NEW_YORK
 from ..errors.taxonomy import BadData
-from .stamps import NEW_YORK, Timeframe, from_ns
+from .stamps import Timeframe, from_ns
 
 # %% ../../nbs/market/01_validity.ipynb #afadda77
 class BarLike(Protocol):
