@@ -5,22 +5,21 @@
 # %% auto #0
 __all__ = ['Handler', 'OnError', 'Overloaded', 'Subscription', 'Bus', 'InProcessBus']
 
-# %% ../../nbs/bus/00_bus.ipynb #f1e37284
+# %% ../../nbs/bus/00_bus.ipynb #ae49aaa8
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection
 from datetime import datetime
 from typing import Protocol
 
-from loguru import logger
-
 from ..clock.clock import Clock
 from ..clock.ids import Ids
 from ..errors.taxonomy import Misused, TraderError
 from ..journal.journal import Journal
+from ..telemetry.log import bind_correlation, get_logger
 from ..trading.events import Event, Payload
 
-# %% ../../nbs/bus/00_bus.ipynb #2f7894e1
+# %% ../../nbs/bus/00_bus.ipynb #53639d2f
 Handler = Callable[[Event], Awaitable[None]]
 OnError = Callable[[str, Event, BaseException], None]
 
@@ -84,7 +83,9 @@ class Subscription:
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # it was our turn: pass it on
+            if turn in self.waiting:
+                self.waiting.remove(turn)
+            else:  # it was our turn: pass it on
                 self.wake()
             raise
 
@@ -120,7 +121,7 @@ class Bus(Protocol):
         """Stop delivering."""
         ...
 
-# %% ../../nbs/bus/00_bus.ipynb #662f8b2d
+# %% ../../nbs/bus/00_bus.ipynb #d11a4dd3
 class InProcessBus:
     """Events between the agents of one process.
 
@@ -168,19 +169,23 @@ class InProcessBus:
         return subscription
 
     async def unsubscribe(self, subscription: Subscription) -> None:
-        """Stop delivering to a subscriber and drop what its inbox holds; does nothing a second time."""
+        """Stop delivering to a subscriber, cancel its handler and drop what its inbox holds.
+
+        Does nothing a second time; raises Misused inside that subscriber's handler.
+        """
+        if self._tasks.get(subscription) is asyncio.current_task():
+            raise Misused(f"The handler of {subscription.name!r} cannot unsubscribe itself: let the session do it.")
         task = self._tasks.pop(subscription, None)
         if task is None:
             return
         self._routes.clear()
         task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await asyncio.wait({task}, timeout=self._put_timeout_s)
         dropped = subscription.depth + subscription.busy
         subscription.inbox.clear()
         subscription.busy = False
-        for turn in subscription.waiting:
-            if not turn.done():
-                turn.set_result(None)
+        while subscription.waiting:
+            subscription.wake()
         self._settle(dropped)
 
     async def publish(
@@ -258,11 +263,13 @@ class InProcessBus:
     async def _await_room(self, payload: type[Payload]) -> None:
         self._outstanding += 1
         self._quiet.clear()
-        asked = False
+        asked: Subscription | None = None
         try:
             async with asyncio.timeout(self._put_timeout_s):
                 while full := self._full(payload, asked):
-                    asked = True
+                    if asked and asked is not full:  # the room it had its turn for is for the next one
+                        asked.wake()
+                    asked = full
                     await full.room()
         except TimeoutError:
             names = ", ".join(route.name for route in self._route(payload) if route.depth >= self._queue_max)
@@ -275,22 +282,24 @@ class InProcessBus:
             self._settle(1)
         self._refuse_closed()
 
-    def _full(self, payload: type[Payload], asked: bool) -> Subscription | None:
+    def _full(self, payload: type[Payload], asked: Subscription | None) -> Subscription | None:
         for route in self._route(payload):
-            if route.depth >= self._queue_max or (route.waiting and not asked):
+            if route.depth >= self._queue_max or (route.waiting and asked is None):
                 return route
         return None
 
     async def _consume(self, subscription: Subscription) -> None:
-        while True:
+        task = asyncio.current_task()
+        while subscription in self._tasks:  # a handler may swallow its cancellation
             event = await subscription.take()
             try:
-                await subscription.handler(event)
+                with bind_correlation(event.correlation_id):
+                    await subscription.handler(event)
                 subscription.handled += 1
             except asyncio.CancelledError as error:
-                if self._closed or subscription not in self._tasks:
+                if task is None or task.cancelling():
                     raise
-                self._report(subscription, event, error)  # the handler's own, not ours
+                self._report(subscription, event, error)  # of something that the handler waited for
             except Exception as error:
                 self._report(subscription, event, error)
             subscription.busy = False
@@ -314,4 +323,5 @@ class InProcessBus:
 
 
 def _log(name: str, event: Event, error: BaseException) -> None:
-    logger.bind(agent=name).error("{} failed on event {} ({}): {!r}", name, event.seq, event.type, error)
+    with bind_correlation(event.correlation_id):
+        get_logger(name).opt(exception=error).error("{} failed on event {} ({})", name, event.seq, event.type)

@@ -127,7 +127,7 @@ def _translated(method: "Callable[Concatenate[SqliteJournal, P], R]") -> "Callab
 
     return translated
 
-# %% ../../nbs/journal/00_journal.ipynb #aed12015
+# %% ../../nbs/journal/00_journal.ipynb #c48f53ad
 class SqliteJournal:
     """A journal in one SQLite file.
 
@@ -148,7 +148,9 @@ class SqliteJournal:
             self._prepare(durability)
         except (sqlite3.Error, BadData) as error:
             self._connection.close()
-            raise (_refusal(self.path, error) if isinstance(error, sqlite3.Error) else error) from error
+            if isinstance(error, BadData):
+                raise
+            raise _refusal(self.path, error) from error
 
     def _connect(self) -> sqlite3.Connection:
         if self.read_only and not self.path.is_file():
