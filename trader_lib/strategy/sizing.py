@@ -55,7 +55,7 @@ def desired_order(
         return 0.0
     return qty
 
-# %% ../../nbs/strategy/02_sizing.ipynb #b98cfc17
+# %% ../../nbs/strategy/02_sizing.ipynb #e657ab5a
 @compiled
 def fit_to_budget(
     positions: NDArray[np.float64],
@@ -81,7 +81,7 @@ def fit_to_budget(
             cost += qty * close[s]
         elif qty > 0.0 or (qty < 0.0 and positions[s] > 0.0 and rules.margin):
             budget -= qty * close[s]
-    if cost <= budget:
+    if cost <= max(budget, 0.0):
         return
     share = max(budget, 0.0) / cost
     decimals = QTY_DECIMALS if rules.fractional else 0
