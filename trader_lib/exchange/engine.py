@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['OrderListener', 'BarListener', 'MULTIPLIERS', 'Exchange']
 
-# %% ../../nbs/exchange/05_engine.ipynb #9c937c08
+# %% ../../nbs/exchange/05_engine.ipynb #6b87cdd7
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
 
 import numpy as np
+from pydantic import ValidationError
 
 from ..clock.ids import Ids, SeededIds
 from ..clock.sessions import TradingCalendar
-from ..errors.taxonomy import Misused
+from ..errors.taxonomy import Misused, Rejected
 from . import refusals
 from .account import may_short, order_cost
 from .book import AccountState, BookOrder, Counts, Ledger, OrderEvent, Step
@@ -42,7 +43,7 @@ from trader_lib.trading.orders import (
 )
 from ..trading.portfolio import Position
 
-# %% ../../nbs/exchange/05_engine.ipynb #cfa88881
+# %% ../../nbs/exchange/05_engine.ipynb #3e9ea163
 OrderListener = Callable[[OrderEvent], None]
 BarListener = Callable[[datetime, dict[str, BarValues]], None]
 MULTIPLIERS = (1, 2, 4)
@@ -95,6 +96,7 @@ class Exchange:
         self._bar_count = 0
         self.index = start_index - 1
         self.now = from_ns(int(self._opens[0])) if start_index == 0 else from_ns(int(self._closes[start_index - 1]))
+        self.opened_at = self.now
         for row in range(start_index):
             self._ledger.mark_to(bars.close[row])
 
@@ -201,6 +203,41 @@ class Exchange:
             raise refusals.order_is_closed(order.status.value)
         self._end(order.parent or order, OrderStatus.CANCELED)
         return order.report()
+
+    def replace(self, order_id: str, changes: Mapping[str, object]) -> Order:
+        """Put a new order, with a new id, in the place of an open one.
+
+        changes: fields of OrderRequest. Raises NotFound, and Rejected for an order that has ended, still waits for the
+        session or is half of a pair, and for a new one that would be refused.
+        """
+        order = self._find(order_id)
+        if not order.is_open:
+            raise refusals.order_is_closed(order.status.value)
+        if order.status is OrderStatus.ACCEPTED or OrderClass.OCO is order.request.order_class:
+            raise refusals.unprocessable(f'cannot replace an order in "{order.status.value}" state or of a pair')
+        fields = order.request.model_dump() | {"client_order_id": self._ids.new()} | changes
+        try:
+            request = OrderRequest.model_validate(fields)
+        except ValidationError as error:
+            raise refusals.refusal_of(error) from None
+        if request.qty is None or request.qty <= to_decimal(order.filled_qty, QTY_DECIMALS):
+            raise refusals.unprocessable("qty must be greater than the quantity filled")
+        place = self._working.index(order)
+        self._working.remove(order)
+        try:
+            column, cost = self._admit(request)
+        except Rejected:
+            self._working.insert(place, order)
+            raise
+        new = self._book(request, column, cost)
+        new.replaces, order.replaced_by = order.id, new.id
+        new.filled_qty, new.filled_avg_price = order.filled_qty, order.filled_avg_price
+        new.triggered = order.triggered
+        self._working.append(new)
+        order.end(OrderStatus.REPLACED, self.now)
+        self._tell("replaced", order)
+        self._open(new)
+        return new.report()
 
     def order(self, order_id: str) -> Order:
         """The order of that id; raises NotFound."""
@@ -446,6 +483,12 @@ class Exchange:
         if column is None or math.isnan(self._ledger.mark[column]):
             raise refusals.asset_not_found(symbol)
         return to_decimal(float(self._ledger.mark[column]), PRICE_DECIMALS)
+
+    def lastday_close(self, symbol: str) -> Decimal:
+        """The last close of the session before this one, USD; the present mark where there was none."""
+        ends = np.flatnonzero(self._session_ends[: max(self.index, 0)])
+        close = float(self.bars.close[ends[-1], self._columns[symbol]]) if len(ends) else math.nan
+        return self.mark(symbol) if math.isnan(close) else to_decimal(close, PRICE_DECIMALS)
 
     def history(
         self,
