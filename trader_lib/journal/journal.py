@@ -98,7 +98,7 @@ def chain_hash(prev_hash: str, envelope: dict[str, Any], payload: bytes) -> str:
     """The hash of a row: of the hash before it and of the row's canonical JSON."""
     return hashlib.sha256(prev_hash.encode() + canonical_row(envelope, payload)).hexdigest()
 
-# %% ../../nbs/journal/00_journal.ipynb #7d325ae3
+# %% ../../nbs/journal/00_journal.ipynb #79dc971b
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -107,6 +107,12 @@ def _refusal(path: Path, error: sqlite3.Error) -> Exception:
     said = str(error)
     if isinstance(error, sqlite3.ProgrammingError):
         return Misused(f"The journal {path} was closed, or belongs to another thread: {said}", path=path)
+    if "events.id" in said:
+        return Misused(
+            f"The journal {path} holds an event with this id already. A session that goes on after a restart needs "
+            "new ids: seed them with the journal's last_seq too.",
+            path=path,
+        )
     if isinstance(error, sqlite3.IntegrityError) or "locked" in said:
         return Misused(f"Another process writes to the journal {path} ({said}). Give each session its own.", path=path)
     if isinstance(error, sqlite3.OperationalError) and "no such table" not in said:
@@ -127,7 +133,7 @@ def _translated(method: "Callable[Concatenate[SqliteJournal, P], R]") -> "Callab
 
     return translated
 
-# %% ../../nbs/journal/00_journal.ipynb #c48f53ad
+# %% ../../nbs/journal/00_journal.ipynb #dc24f081
 class SqliteJournal:
     """A journal in one SQLite file.
 
@@ -139,7 +145,8 @@ class SqliteJournal:
     def __init__(self, path: Path | str, durability: Durability = "process", read_only: bool = False) -> None:
         self.path = Path(path)
         self.read_only = read_only
-        self._seq, self._hash, self._closed = 0, NO_HASH, False
+        self._seq, self._committed, self._hash = 0, 0, NO_HASH
+        self._lost, self._closed = "", False
         try:
             self._connection = self._connect()
         except sqlite3.Error as error:
@@ -179,6 +186,7 @@ class SqliteJournal:
                 f"The journal {self.path} lost its last rows. Restore it, or start a new run.", path=self.path
             )
         self._seq, self._hash = last
+        self._committed = self._seq
 
     def _read_head(self) -> tuple[int, str]:
         head: tuple[int, str] | None = self._connection.execute("SELECT seq, hash FROM head").fetchone()
@@ -206,17 +214,34 @@ class SqliteJournal:
             )
         envelope, payload = event.envelope(), event.payload.to_json()
         link = chain_hash(self._hash, envelope, payload)
-        if not self._connection.in_transaction:
-            self._connection.execute("BEGIN IMMEDIATE")
-        self._connection.execute(INSERT, (*envelope.values(), payload.decode(), self._hash, link))
+        self._write(INSERT, (*envelope.values(), payload.decode(), self._hash, link))
         self._seq, self._hash = event.seq, link
 
     @_translated
     def commit(self) -> None:
         """Make everything appended so far survive; does nothing where nothing was."""
-        if self._connection.in_transaction:
-            self._connection.execute(WRITE_HEAD, (self._seq, self._hash))
-            self._connection.execute("COMMIT")
+        if self._seq != self._committed:
+            self._write(WRITE_HEAD, (self._seq, self._hash))
+            self._write("COMMIT")
+            self._committed = self._seq
+
+    def _write(self, statement: str, values: tuple[Any, ...] = ()) -> None:
+        if self._lost:
+            raise Misconfigured(
+                f"The journal {self.path} lost events {self._committed + 1} to {self._seq}: {self._lost}. "
+                "Stop the session, put the disk right, and start it again.",
+                path=self.path,
+            )
+        try:
+            if not self._connection.in_transaction:
+                self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.execute(statement, values)
+        except sqlite3.Error as error:
+            if self._seq == self._committed:
+                self._connection.rollback()  # nothing is pending: let others write
+            elif not self._connection.in_transaction:
+                self._lost = str(error)
+            raise
 
     def read(self, from_seq: int = 0, types: Collection[type[Payload]] = ()) -> Iterator[Event]:
         """Events in order, from a number on, of some payload types or of all; raises BadData for an unreadable one."""
@@ -235,7 +260,8 @@ class SqliteJournal:
 
         last_hash: the last link as it was kept elsewhere, where it was.
         """
-        self.commit()
+        if not self._lost:
+            self.commit()
         rows, expected = 0, NO_HASH
         try:
             self._connection.execute("BEGIN")  # one view, whatever another process writes meanwhile
@@ -261,11 +287,14 @@ class SqliteJournal:
         """Commit, leave everything in the one file, and let go; a second time does nothing."""
         if self._closed:
             return
-        self.commit()
-        if not self.read_only:
-            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        self._connection.close()
         self._closed = True
+        try:
+            if not self._lost:
+                self.commit()
+            if not self.read_only:
+                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        finally:
+            self._connection.close()
 
     def __enter__(self) -> Self:
         return self
