@@ -24,7 +24,7 @@ def quiet_again():
     yield
     configure_logging(LoggingSettings(terminal="off"), None, [])
     root = logging.getLogger()
-    root.handlers = [handler for handler in root.handlers if type(handler).__name__ != "_FromLogging"]
+    root.handlers = [handler for handler in root.handlers if handler.name != "trader_lib"]
 
 
 class Nested(BaseModel):

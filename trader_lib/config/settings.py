@@ -35,7 +35,7 @@ from trader_lib.config.sections import (
 )
 from ..errors.taxonomy import Misconfigured, did_you_mean
 
-# %% ../../nbs/config/01_settings.ipynb #9a0cf861
+# %% ../../nbs/config/01_settings.ipynb #839f754f
 Profile = Literal["research", "paper", "live"]
 
 PREFIX = "TRADER_"
@@ -59,6 +59,7 @@ class Settings(BaseSettings):
     )
 
     profile: Profile = Field("research", description="research, paper or live: the file of preset values")
+    debug: bool = Field(False, description="true: an error on the command line comes with its traceback")
     broker: BrokerSettings = Field(default_factory=BrokerSettings)
     exchange: ExchangeSettings = Field(default_factory=ExchangeSettings)
     risk: RiskSettings = Field(default_factory=RiskSettings)

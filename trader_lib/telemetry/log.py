@@ -124,7 +124,7 @@ def _said(value: object) -> str:
     except Exception as error:  # a broken __str__ must not break the log
         return f"({type(value).__name__} whose text failed: {type(error).__name__})"
 
-# %% ../../nbs/telemetry/00_log.ipynb #25b850bb
+# %% ../../nbs/telemetry/00_log.ipynb #4b97223b
 class _Sink:
     def __init__(self, secrets: tuple[str, ...], file: TextIO | None, form: str) -> None:
         self._secrets = secrets
@@ -185,9 +185,10 @@ class _FromLogging(logging.Handler):
         logger.bind(agent=record.name).opt(exception=record.exc_info).log(level, "{}", message)
 
 
+_HANDLER = "trader_lib"
 _LEVELS = {"TRACE", "DEBUG", "INFO", "SUCCESS", "WARNING", "ERROR", "CRITICAL"}
 
-# %% ../../nbs/telemetry/00_log.ipynb #9f3b5161
+# %% ../../nbs/telemetry/00_log.ipynb #31ac2bba
 def configure_logging(
     settings: LoggingSettings,
     log_file: Path | None,  # JSON lines are appended to it; None: no file
@@ -214,5 +215,7 @@ def configure_logging(
     for sink in sinks:
         logger.add(sink, level=0, format="{message}", filter=loud_enough, backtrace=False, diagnose=False, catch=False)
     root = logging.getLogger()
-    root.handlers = [handler for handler in root.handlers if not isinstance(handler, _FromLogging)]
-    root.addHandler(_FromLogging(logging.WARNING))
+    root.handlers = [handler for handler in root.handlers if handler.name != _HANDLER]
+    joined = _FromLogging(logging.WARNING)
+    joined.set_name(_HANDLER)
+    root.addHandler(joined)
