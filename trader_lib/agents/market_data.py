@@ -19,7 +19,7 @@ from ..market.bars import Bars
 from ..trading.events import BarRow, BarsClosed, Event, HistoryLoaded, Payload
 from ..trading.orders import Utc
 
-# %% ../../nbs/agents/01_market_data.ipynb #c275756c
+# %% ../../nbs/agents/01_market_data.ipynb #f6796246
 class MarketDataAgent(Agent):
     """Assembles closed bars into one event a stamp.
 
@@ -78,10 +78,10 @@ class MarketDataAgent(Agent):
         self._waiting.setdefault(at, {})[symbol] = row
         return True
 
-    def ready(self, now: datetime) -> list[datetime]:
-        """The stamps that can be let out, oldest first."""
+    def ready(self, now: datetime, *, all_arrived: bool = False) -> list[datetime]:
+        """The stamps that can be let out, oldest first; all_arrived: whoever knows that nothing more will come."""
         stamps = sorted(self._waiting)
-        return [at for at in stamps if self._is_complete(at, stamps[-1], now)]
+        return [at for at in stamps if all_arrived or self._is_complete(at, stamps[-1], now)]
 
     def _is_complete(self, at: datetime, newest: datetime, now: datetime) -> bool:
         everything = len(self._waiting[at]) == len(self._symbols)

@@ -22,7 +22,7 @@ def no_commission(fill: Fill) -> Decimal:
     """Alpaca's price for trading stocks: nothing."""
     return Decimal(0)
 
-# %% ../../nbs/agents/06_portfolio.ipynb #49c696d7
+# %% ../../nbs/agents/06_portfolio.ipynb #af2a0af3
 class PortfolioAgent(Agent):
     """Keeps the portfolio and tells it at every closed bar.
 
@@ -36,7 +36,7 @@ class PortfolioAgent(Agent):
         super().__init__(bus, clock)
         self._commission = commission
         self._reported: AccountReported | None = None
-        self._folded: Portfolio | None = None
+        self._folded = Portfolio(cash=Decimal(0))
         self._marks: dict[str, float] = {}
 
     def handlers(self) -> Mapping[type[Payload], Handler]:
@@ -45,29 +45,25 @@ class PortfolioAgent(Agent):
 
     @property
     def portfolio(self) -> Portfolio:
-        """Positions and cash, folded from fills; empty before the first report of the account."""
-        return self._folded or Portfolio(cash=Decimal(0))
+        """Positions, and the cash of the first report moved by every fill since."""
+        return self._folded
 
     @property
     def cash_drift(self) -> Decimal:
         """The broker's cash less ours, USD: negative for fees that we did not foresee."""
-        return Decimal(0) if self._reported is None else self._reported.cash - self.portfolio.cash
-
-    def adopt(self, portfolio: Portfolio) -> None:
-        """Start from what the account held before the session."""
-        self._folded = portfolio
+        return Decimal(0) if self._reported is None else self._reported.cash - self._folded.cash
 
     async def _on_account(self, event: Event) -> None:
         report = event.payload
         assert isinstance(report, AccountReported)
+        if self._reported is None:  # fills before this are what the account held already
+            self._folded = self._folded.with_cash(report.cash)
         self._reported = report
-        if self._folded is None:
-            self._folded = Portfolio(cash=report.cash)
 
     async def _on_fill(self, event: Event) -> None:
         recorded = event.payload
         assert isinstance(recorded, FillRecorded)
-        self._folded = self.portfolio.apply(recorded.fill, self._commission(recorded.fill))
+        self._folded = self._folded.apply(recorded.fill, self._commission(recorded.fill))
 
     async def _on_bars(self, event: Event) -> None:
         closed = event.payload
@@ -75,7 +71,7 @@ class PortfolioAgent(Agent):
         self._marks.update((symbol, row.close) for symbol, row in closed.bars.items())
         if self._reported is None:
             return
-        truth = self.portfolio.with_cash(self._reported.cash)
+        truth = self._folded.with_cash(self._reported.cash)
         await self.publish(
             PortfolioChanged(cash=truth.cash, equity=truth.equity(self._marks), positions=truth.held), event
         )
