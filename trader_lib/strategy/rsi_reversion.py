@@ -29,7 +29,7 @@ def rsi(close: pd.DataFrame, period: int) -> pd.DataFrame:
     total = up + down
     return (100.0 * up / total).mask(total == 0.0, 50.0)
 
-# %% ../../nbs/strategy/11_rsi_reversion.ipynb #14cbfefc
+# %% ../../nbs/strategy/11_rsi_reversion.ipynb #d456e352
 class RsiReversion(Strategy):
     """Long from the bar whose RSI is at or below `entry` until the one whose RSI is at or above `exit`.
 
@@ -66,6 +66,5 @@ class RsiReversion(Strategy):
     def targets(self, bars: Bars) -> pd.DataFrame:
         """1/N of the equity in each of the N symbols that is cheap, or was and has not recovered yet."""
         index = rsi(bars.frame("close"), self.period)
-        opinion = pd.DataFrame(np.nan, index=index.index, columns=index.columns)
-        opinion = opinion.mask(index <= self.entry, 1.0).mask(index >= self.exit, 0.0)
-        return opinion.ffill().fillna(0.0) / len(bars.symbols)
+        opinion = np.select([index <= self.entry, index >= self.exit], [1.0, 0.0], np.nan)
+        return pd.DataFrame(opinion, index.index, index.columns).ffill().fillna(0.0) / len(bars.symbols)
