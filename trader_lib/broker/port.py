@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['OrderFilter', 'MarketClock', 'Asset', 'Broker', 'MarketData', 'SimulationControl']
 
-# %% ../../nbs/broker/00_port.ipynb #4d3fb1cf
+# %% ../../nbs/broker/00_port.ipynb #bc814637
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from typing import Literal, Protocol, runtime_checkable
 
 from .inbox import Inbox
@@ -91,7 +91,7 @@ class Broker(Protocol):
         """What may be traded, by symbol; raises NotFound for a symbol that the broker does not know."""
         ...
 
-# %% ../../nbs/broker/00_port.ipynb #b932b883
+# %% ../../nbs/broker/00_port.ipynb #737a9af9
 @runtime_checkable
 class MarketData(Protocol):
     """A place to read bars that have closed."""
@@ -100,13 +100,13 @@ class MarketData(Protocol):
         self,
         symbols: Sequence[str],
         timeframe: str,  # Alpaca's word, such as 1Day
-        start: datetime | None = None,
-        end: datetime | None = None,
+        start: date,  # in New York
+        end: date,  # in New York, included
         *,
-        adjustment: str | None = None,  # raw, split, dividend or all; None for the default of the source
-        feed: str | None = None,  # iex or sip; None for the default of the source
+        adjustment: str = "all",  # raw, split, dividend or all
+        feed: str | None = None,  # iex or sip; None for the broker's own
     ) -> Bars:
-        """Bars stamped from start to end, both included; raises BadData or Misused where there are none such."""
+        """Bars from one date to another that have closed by now; raises BadData or Rejected where there are none such."""
         ...
 
 

@@ -135,7 +135,7 @@ class BookOrder:
             legs=(self.leg.report(),) if self.leg is not None else (),
         )
 
-# %% ../../nbs/exchange/04_book.ipynb #90584d26
+# %% ../../nbs/exchange/04_book.ipynb #05b4b2d7
 @dataclass(frozen=True, slots=True)
 class AccountState:
     """The account at one moment, USD; long and short market values are both positive."""
@@ -189,17 +189,21 @@ class Ledger:
         """The account as it is reported. reserved: held back by open orders, USD."""
         long_value, short_value, _ = exposure(self.qty, self.mark)
         held = long_value + short_value
-        amounts = (
-            self.cash,
-            self.equity,
-            self.last_equity,
-            self.buying_power(reserved),
-            long_value,
-            short_value,
-            round_to(INITIAL_MARGIN * held, CASH_DECIMALS),
-            round_to(MAINTENANCE_MARGIN * held, CASH_DECIMALS),
+
+        def usd(amount: float) -> Decimal:
+            return to_decimal(amount, CASH_DECIMALS)
+
+        return AccountState(
+            cash=usd(self.cash),
+            equity=usd(self.equity),
+            last_equity=usd(self.last_equity),
+            buying_power=usd(self.buying_power(reserved)),
+            long_market_value=usd(long_value),
+            short_market_value=usd(short_value),
+            initial_margin=usd(round_to(INITIAL_MARGIN * held, CASH_DECIMALS)),
+            maintenance_margin=usd(round_to(MAINTENANCE_MARGIN * held, CASH_DECIMALS)),
+            multiplier=self.multiplier,
         )
-        return AccountState(*(to_decimal(amount, CASH_DECIMALS) for amount in amounts), self.multiplier)
 
 # %% ../../nbs/exchange/04_book.ipynb #36543a2a
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OrderListener', 'BarListener', 'MULTIPLIERS', 'Exchange']
 
-# %% ../../nbs/exchange/05_engine.ipynb #6b87cdd7
+# %% ../../nbs/exchange/05_engine.ipynb #b7f43baa
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
@@ -22,7 +22,8 @@ from .account import may_short, order_cost
 from .book import AccountState, BookOrder, Counts, Ledger, OrderEvent, Step
 from .costs import Costs
 from .matching import commission, fill_price, fill_qty, match_oco, match_price
-from ..market.bars import Bars, BarValues, from_ns, to_ns
+from ..market.bars import Bars, BarValues
+from ..market.stamps import from_ns, to_ns
 from trader_lib.trading.numbers import (
     AVERAGE_PRICE_DECIMALS,
     CASH_DECIMALS,
@@ -43,7 +44,7 @@ from trader_lib.trading.orders import (
 )
 from ..trading.portfolio import Position
 
-# %% ../../nbs/exchange/05_engine.ipynb #3e9ea163
+# %% ../../nbs/exchange/05_engine.ipynb #9e1ec262
 OrderListener = Callable[[OrderEvent], None]
 BarListener = Callable[[datetime, dict[str, BarValues]], None]
 MULTIPLIERS = (1, 2, 4)
@@ -215,7 +216,7 @@ class Exchange:
             raise refusals.order_is_closed(order.status.value)
         if order.status is OrderStatus.ACCEPTED or OrderClass.OCO is order.request.order_class:
             raise refusals.unprocessable(f'cannot replace an order in "{order.status.value}" state or of a pair')
-        fields = order.request.model_dump() | {"client_order_id": self._ids.new()} | changes
+        fields = {**order.request.model_dump(), "client_order_id": self._ids.new(), **changes}
         try:
             request = OrderRequest.model_validate(fields)
         except ValidationError as error:
@@ -455,7 +456,7 @@ class Exchange:
 
     def positions(self) -> tuple[Position, ...]:
         """Positions that are not flat, in the order of the symbols."""
-        return tuple(self._position(column) for column in np.flatnonzero(self._ledger.qty))
+        return tuple(self._position(int(column)) for column in np.flatnonzero(self._ledger.qty))
 
     def position(self, symbol: str) -> Position:
         """The position in a symbol; raises NotFound where there is none."""

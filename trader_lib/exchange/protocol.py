@@ -8,7 +8,7 @@ __all__ = ['NEW_YORK', 'Json', 'ORDER_FIELDS', 'REPLACEABLE', 'PAGE_DEFAULT', 'P
            'calendar_json', 'parse_order', 'parse_number', 'parse_replacement', 'bar_json', 'bars_page', 'parse_moment',
            'parse_day', 'parse_limit']
 
-# %% ../../nbs/exchange/06_protocol.ipynb #14ee6bd0
+# %% ../../nbs/exchange/06_protocol.ipynb #2e568737
 import base64
 import binascii
 from collections.abc import Iterable, Mapping
@@ -26,7 +26,8 @@ from ..errors.taxonomy import Rejected
 from . import refusals
 from .book import AccountState, OrderEvent
 from .engine import Exchange
-from ..market.bars import Bars, BarValues, from_ns, to_ns
+from ..market.bars import Bars, BarValues
+from ..market.stamps import from_ns, to_ns
 from ..trading.orders import Order, OrderClass, OrderRequest, decimal_text
 from ..trading.portfolio import Position
 
