@@ -43,7 +43,7 @@ Json = Annotated[bool, Parameter(negative=(), help="Print JSON.")]
 Profile = Annotated[Literal["research", "paper", "live"] | None, Parameter(help="Settings profile. [research]")]
 Folder = Annotated[str | None, Parameter(name="--runs", help="Folder of the run folders. [./runs]")]
 
-# %% ../../nbs/app/04_cli.ipynb #8f9c84e5
+# %% ../../nbs/app/04_cli.ipynb #222a50f8
 def _run(kind: "Kind", given: dict[str, object], how: HowOptions | None, extra: dict[str, object]) -> int:
     """Check, run, and print what came of it."""
     from trader_lib.app.console import progress_bar, say
@@ -58,13 +58,14 @@ def _run(kind: "Kind", given: dict[str, object], how: HowOptions | None, extra: 
     settings = load_settings(chosen.profile, overrides=overrides)
     asked = checked(RunParameters, resolved(given, settings))
     assert isinstance(asked, RunParameters)
+    real_time = kind == "paper" and settings.broker.kind == "alpaca"
     try:
         with progress_bar(kind) as report:
             run = run_notebook(
                 kind,
                 asked.values() | extra_parameters(kind, settings.broker.kind, settings.broker.transport),
                 store=RunStore(settings.runs.path),
-                check=lambda _: asked.check(settings),
+                check=lambda _: asked.check(settings, real_time=real_time),
                 timeout_s=settings.runs.timeout_s,
                 report=report,
                 said=say,

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-# %% ../../nbs/research/04_report.ipynb #6f93805d
-PERCENT = ("return", "drawdown", "volatility", "win_rate", "turnover", "time_in_market")
+# %% ../../nbs/research/04_report.ipynb #de61b77c
+PERCENT = ("return", "drawdown", "volatility", "win_rate", "time_in_market")
 MONEY = ("equity", "cash", "pnl", "profit", "fees", "commission", "notional", "expectancy")
 
 
