@@ -328,7 +328,7 @@ def build_app(exchange: Exchange, keys: Keys, ids: Ids) -> Starlette:
     routes = [*Endpoints(exchange, keys, ids).routes(), *sockets]
     return Starlette(routes=routes, exception_handlers={404: missing, 405: missing})
 
-# %% ../../nbs/exchange/08_server.ipynb #54b4a612
+# %% ../../nbs/exchange/08_server.ipynb #4ba05694
 class _Uvicorn(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, ready: threading.Event) -> None:
         super().__init__(config)
@@ -443,7 +443,8 @@ class ExchangeServer:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    # Named TCP, or asyncio leaves Nagle's algorithm on, and every answer waits 40 ms for an acknowledgement.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
