@@ -64,7 +64,7 @@ def asked_in_words(asked: RunParameters) -> str:
     days = f"{asked.start or 'the first bar'} to {asked.end or 'the last bar'}"
     return f"{strategy.name}({params}) on {', '.join(asked.symbols)}, {days}"
 
-# %% ../../nbs/runs/08_cells.ipynb #8ed402d3
+# %% ../../nbs/runs/08_cells.ipynb #9ce825e0
 HEADLINES = ("total_return", "annual_return", "sharpe_ratio", "max_drawdown", "win_rate")
 
 
@@ -75,7 +75,7 @@ def headline_piece(equity_end: Decimal | float, statistics: Mapping[str, Any], o
     return tiles({**shown, "orders": orders, "refused": refused})
 
 
-def orders_piece(orders: Sequence[OrderRecord], rows_max: int = 60) -> Piece:
+def orders_piece(orders: Sequence[OrderRecord], rows_max: int = 30) -> Piece:
     """The last orders as a table."""
     rows = [
         (

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLOTLY_MIME', 'SHOWN', 'MARKER_TAG', 'render_page', 'first_heading', 'result_of']
 
-# %% ../../nbs/runs/04_page.ipynb #71f06cf9
+# %% ../../nbs/runs/04_page.ipynb #9fb87eff
 import json
 from html import escape
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode
 
-from ..research.report import page
+from ..research.report import FIGURE_CONFIG, page
 from .kernel import heading
 from .result import PROGRESS_MIME, RESULT_MIME
 
@@ -85,7 +85,16 @@ def _figure(figure: dict[str, Any]) -> str:
     """A plotly figure as a division that its script fills."""
     from plotly.io import to_html
 
-    return str(to_html(figure, full_html=False, include_plotlyjs=False, include_mathjax=False, validate=False))
+    return str(
+        to_html(
+            figure,
+            config=FIGURE_CONFIG,
+            full_html=False,
+            include_plotlyjs=False,
+            include_mathjax=False,
+            validate=False,
+        )
+    )
 
 
 def _plotly(figures: int) -> str:
