@@ -138,7 +138,7 @@ class OrderTrack:
         price = (order.filled_avg_price * order.filled_qty - self.filled_value) / qty
         return qty, round(price, PRICE_DECIMALS)
 
-# %% ../../nbs/agents/04_tracking.ipynb #766afe3c
+# %% ../../nbs/agents/04_tracking.ipynb #2b7358dc
 class OrderBook:
     """Every order of a session, by client order id and by the broker's id."""
 
@@ -179,10 +179,13 @@ class OrderBook:
 
     def observe(self, track: OrderTrack, order: Order, now: datetime) -> None:
         """Take in a record about a tracked order and remember the ids that it brings."""
+        for leg in order.legs:
+            early = self._by_id.get(leg.id)
+            if early is not None and early not in track.legs:  # adopted before its order was known to be ours
+                early.purpose = track.purpose
+                track.legs.append(early)
         track.observe(order, now)
-        for member in track.family():
-            if member.order_id is not None:
-                self._by_id[member.order_id] = member
+        self._by_id.update((member.order_id, member) for member in track.family() if member.order_id is not None)
         if track.client_order_id in self._tracks:
             self._open[track.client_order_id] = track
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCE', 'Progress', 'STOPPED', 'Desk', 'Driver', 'LockstepDriver', 'RealTimeDriver']
 
-# %% ../../nbs/session/02_drivers.ipynb #a54c9c3e
+# %% ../../nbs/session/02_drivers.ipynb #91ff886b
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timedelta
@@ -17,7 +17,7 @@ from ..broker.port import Broker, MarketData, SimulationControl
 from ..bus.bus import Bus
 from ..clock.clock import Clock, VirtualClock
 from ..clock.ids import Ids
-from ..clock.sessions import TIMEFRAME_SECONDS, TradingCalendar
+from ..clock.sessions import NEW_YORK, TIMEFRAME_SECONDS, TradingCalendar
 from ..errors.taxonomy import Retryable, TraderError
 from ..market.stamps import from_ns
 from ..telemetry.log import get_logger
@@ -176,7 +176,7 @@ class LockstepDriver:
         if when > self._clock.now():
             self._clock.advance_to(when)
 
-# %% ../../nbs/session/02_drivers.ipynb #e2a5980e
+# %% ../../nbs/session/02_drivers.ipynb #399ccd72
 class RealTimeDriver:
     """Follows a real market until an end.
 
@@ -266,7 +266,9 @@ class RealTimeDriver:
         """Fetch the bars that have closed; what is not there yet is asked for again at the next tick."""
         now = self._clock.now()
         try:
-            bars = await self._data.history(self._symbols, self._timeframe, self._last_at, now)
+            today = now.astimezone(NEW_YORK).date()
+            since = today if self._last_at is None else self._last_at.astimezone(NEW_YORK).date()
+            bars = await self._data.history(self._symbols, self._timeframe, since, today)
         except TraderError as error:
             self._log.warning("The bars that closed could not be fetched: {}", error)
             self._ask_at = now + self._tick

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SOURCE', 'stop_on_signals', 'SessionResult', 'Session', 'run_session']
 
-# %% ../../nbs/session/03_session.ipynb #738c27fe
+# %% ../../nbs/session/03_session.ipynb #fe9fc640
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..broker.port import Broker, MarketData
 from ..bus.bus import InProcessBus
 from ..clock.clock import Clock, WallClock
 from ..clock.ids import Ids, UniqueIds
-from ..clock.sessions import TIMEFRAME_SECONDS
+from ..clock.sessions import NEW_YORK, TIMEFRAME_SECONDS
 from ..config.settings import Settings
 from ..errors.taxonomy import Halted, Misused
 from ..journal.journal import SqliteJournal
@@ -223,12 +223,16 @@ class Session:
             await agent.stop()
         return found, account
 
-# %% ../../nbs/session/03_session.ipynb #6553760c
-def _lookback(spec: SessionSpec, warmup: int, now: datetime) -> datetime:
+# %% ../../nbs/session/03_session.ipynb #ff3508ef
+def _today(clock: Clock) -> date:
+    return clock.now().astimezone(NEW_YORK).date()
+
+
+def _lookback(spec: SessionSpec, warmup: int, today: date) -> date:
     """Where the history of a real session has to begin: generously before the warm-up."""
     seconds = TIMEFRAME_SECONDS[spec.timeframe]
     sessions = warmup if spec.timeframe == "1Day" else warmup * seconds // 12_600 + 2  # half days all along
-    return now - timedelta(days=sessions * 7 // 5 + 10)
+    return today - timedelta(days=sessions * 7 // 5 + 10)
 
 
 def _cut(spec: SessionSpec, settings: Settings, strategy: Strategy, bars: Bars | None) -> tuple[Bars, int]:
@@ -255,13 +259,13 @@ async def _history(inputs: SessionInputs, data: MarketData, clock: Clock) -> Bar
     if inputs.bars is not None:
         if inputs.start_index == 0:
             return inputs.bars.head(0)
-        return await data.history(spec.symbols, spec.timeframe)
-    now = clock.now()
+        return await data.history(spec.symbols, spec.timeframe, inputs.bars.day(0), _today(clock))
+    today = _today(clock)
     return await data.history(
         spec.symbols,
         spec.timeframe,
-        _lookback(spec, inputs.strategy.warmup, now),
-        now,
+        _lookback(spec, inputs.strategy.warmup, today),
+        today,
         adjustment=spec.adjustment,
         feed=spec.feed or inputs.settings.data.feed,
     )

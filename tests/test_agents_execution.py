@@ -1,0 +1,510 @@
+"""The execution agent against a broker that fails in every way: at most one order, every fill once."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from trader_lib.agents.execution import DUPLICATE_CODE, ExecutionAgent, Patience
+from trader_lib.agents.tracking import LocalState
+from trader_lib.bus.bus import InProcessBus
+from trader_lib.clock.clock import VirtualClock
+from trader_lib.clock.ids import SeededIds
+from trader_lib.errors.taxonomy import OutcomeUnknown, RateLimited, Rejected, Retryable
+from trader_lib.trading.events import (
+    AgentFailed,
+    CancelIntended,
+    CancelProposed,
+    ClockTicked,
+    Event,
+    FillRecorded,
+    OperatorCommand,
+    OrderAcknowledged,
+    OrderFailed,
+    OrderIntended,
+    Payload,
+    RiskDecided,
+    TradeUpdated,
+    TradingState,
+    TradingStateChanged,
+)
+from trader_lib.trading.orders import Order, OrderRequest, OrderSide, OrderStatus
+
+BAR = datetime(2005, 1, 3, 5, tzinfo=UTC)
+NOW = datetime(2005, 1, 3, 21, tzinfo=UTC)
+PATIENCE = Patience(attempts=3, base_s=1.0, cap_s=2.0, grace_s=5.0)
+
+
+def request(order_id: str = "c-1", symbol: str = "IBM", **fields: Any) -> OrderRequest:
+    given = {"symbol": symbol, "side": OrderSide.BUY, "qty": Decimal(10), "client_order_id": order_id}
+    return OrderRequest(**(given | fields))
+
+
+def record(order_id: str = "c-1", status: str = "accepted", filled: float = 0, **fields: Any) -> Order:
+    given: dict[str, Any] = {
+        "id": f"at-broker-{order_id}",
+        "client_order_id": order_id,
+        "symbol": "IBM",
+        "side": "buy",
+        "qty": 10,
+        "filled_qty": filled,
+        "filled_avg_price": 100 if filled else None,
+        "status": status,
+        "submitted_at": NOW,
+    }
+    return Order.model_validate(given | fields)
+
+
+class ScriptedBroker:
+    """Answers what the test has laid out; raises what is an exception; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.submitted: list[OrderRequest] = []
+        self.canceled: list[str] = []
+        self.looked_up: list[str] = []
+        self.listed = 0
+        self.answers: list[Order | BaseException] = []
+        self.cancels: list[BaseException | None] = []
+        self.records: list[Order | BaseException | None] = []
+        self.open: list[Order] | BaseException = []
+        self.before_submit: Callable[[], None] = lambda: None
+
+    async def submit(self, order: OrderRequest) -> Order:
+        self.before_submit()
+        self.submitted.append(order)
+        answer = self.answers.pop(0) if self.answers else record(order.client_order_id)
+        return _said(answer)
+
+    async def cancel(self, order_id: str) -> None:
+        self.canceled.append(order_id)
+        answer = self.cancels.pop(0) if self.cancels else None
+        if answer is not None:
+            raise answer
+
+    async def order_by_client_id(self, client_order_id: str) -> Order | None:
+        self.looked_up.append(client_order_id)
+        answer = self.records.pop(0) if self.records else None
+        return None if answer is None else _said(answer)
+
+    async def orders(self, status: str = "open") -> tuple[Order, ...]:
+        self.listed += 1
+        if isinstance(self.open, BaseException):
+            raise self.open
+        return tuple(self.open)
+
+
+def _said(answer: Order | BaseException) -> Order:
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
+
+
+class Stage:
+    """An execution agent between a scripted broker and a bus whose events are written down."""
+
+    def __init__(self) -> None:
+        self.clock = VirtualClock(NOW)
+        self.bus = InProcessBus(self.clock, SeededIds("stage"), None, "stage")
+        self.broker = ScriptedBroker()
+        self.commits: list[int] = []  # the last event's number at every commit
+        self.events: list[Event] = []
+        self.agent = ExecutionAgent(
+            self.bus,
+            self.clock,
+            self.broker,  # type: ignore[arg-type]
+            lambda: self.commits.append(self.bus.last_seq),
+            PATIENCE,
+        )
+
+    async def hear(self, event: Event) -> None:
+        self.events.append(event)
+
+    async def say(self, *payloads: Payload) -> None:
+        for payload in payloads:
+            await self.bus.publish(payload, source="test", correlation_id="the bar's")
+        idle = asyncio.ensure_future(self.bus.idle())
+        for _ in range(10_000):
+            await asyncio.sleep(0)
+            if idle.done():
+                break
+            if self.clock.next_wake is not None:
+                self.clock.advance_to(self.clock.next_wake)
+        await idle
+
+    async def approve(self, order: OrderRequest | None = None) -> None:
+        await self.say(RiskDecided(request=order or request(), decided_at=BAR, approved=True))
+
+    async def fill(self, execution: str | None, qty: int, total: int, order_id: str = "c-1", **fields: Any) -> None:
+        status = "filled" if total == 10 else "partially_filled"
+        order = record(order_id, status, total, **fields)
+        update = TradeUpdated(
+            event="fill", order=order, execution_id=execution, qty=Decimal(qty), price=Decimal(100), timestamp=NOW
+        )
+        await self.say(update)
+
+    async def report(self, status: str, event: str = "new", order_id: str = "c-1", **fields: Any) -> None:
+        await self.say(TradeUpdated(event=event, order=record(order_id, status, **fields), timestamp=NOW))
+
+    def heard(self, kind: type[Payload]) -> list[Any]:
+        return [event.payload for event in self.events if isinstance(event.payload, kind)]
+
+    @property
+    def outcomes(self) -> list[str]:
+        return [failure.outcome for failure in self.heard(OrderFailed)]
+
+    @property
+    def filled(self) -> Decimal:
+        return sum((fill.fill.qty for fill in self.heard(FillRecorded)), Decimal(0))
+
+
+@pytest.fixture
+async def stage() -> AsyncIterator[Stage]:
+    made = Stage()
+    made.bus.subscribe("test", [], made.hear)
+    await made.agent.start()
+    yield made
+    await made.bus.close()
+
+
+# ---- placing
+
+
+async def test_intent_is_committed_before_the_wire(stage: Stage) -> None:
+    at_the_wire: list[int] = []
+    stage.broker.before_submit = lambda: at_the_wire.append(stage.commits[-1])
+    await stage.approve()
+    intent = next(event for event in stage.events if isinstance(event.payload, OrderIntended))
+    assert at_the_wire[0] >= intent.seq
+    assert intent.correlation_id == "the bar's"
+    assert [ack.order.id for ack in stage.heard(OrderAcknowledged)] == ["at-broker-c-1"]
+
+
+async def test_a_refused_decision_sends_nothing(stage: Stage) -> None:
+    await stage.say(RiskDecided(request=request(), decided_at=BAR, approved=False))
+    assert not stage.broker.submitted
+
+
+async def test_the_same_decision_twice_sends_one_order(stage: Stage) -> None:
+    await stage.approve()
+    await stage.approve()
+    assert len(stage.broker.submitted) == 1
+
+
+async def test_journal_that_cannot_commit_keeps_the_order_off_the_wire(stage: Stage) -> None:
+    def fail() -> None:
+        raise OSError("disk full")
+
+    stage.agent._commit = fail
+    await stage.approve()
+    assert not stage.broker.submitted
+    track = stage.agent.book.get("c-1")
+    assert track is not None and track.state is LocalState.NOT_SENT
+    assert "disk full" in stage.heard(AgentFailed)[0].error
+
+
+async def test_rejection_is_final_and_carries_the_code(stage: Stage) -> None:
+    stage.broker.answers = [Rejected("no", code=40310000, reason="insufficient buying power")]
+    await stage.approve()
+    failure = stage.heard(OrderFailed)[0]
+    assert (failure.outcome, failure.code, failure.reason) == ("rejected", 40310000, "insufficient buying power")
+    assert len(stage.broker.submitted) == 1 and not stage.agent.book.working()
+
+
+async def test_rate_limit_waits_as_long_as_asked_then_sends(stage: Stage) -> None:
+    stage.broker.answers = [RateLimited("slow down", retry_after=7.0)]
+    await stage.approve()
+    assert len(stage.broker.submitted) == 2 and stage.clock.monotonic() == 7.0
+    assert not stage.outcomes
+
+
+async def test_rate_limit_without_end_is_given_up_as_not_sent(stage: Stage) -> None:
+    stage.broker.answers = [RateLimited("slow down")] * 3
+    await stage.approve()
+    assert len(stage.broker.submitted) == 3 and stage.outcomes == ["not_sent"]
+    assert not stage.agent.book.working()
+
+
+async def test_timeout_after_acceptance_sends_no_second_order(stage: Stage) -> None:
+    stage.broker.answers = [OutcomeUnknown("timed out")]
+    stage.broker.records = [Retryable("busy"), record()]
+    await stage.approve()
+    assert len(stage.broker.submitted) == 1 and stage.broker.looked_up == ["c-1", "c-1"]
+    assert stage.outcomes == ["unknown"] and len(stage.heard(OrderAcknowledged)) == 1
+    assert stage.clock.monotonic() == 3.0  # 1 s, then 2 s
+
+
+async def test_order_that_no_look_up_finds_was_not_sent(stage: Stage) -> None:
+    stage.broker.answers = [OutcomeUnknown("timed out")]
+    await stage.approve()
+    assert len(stage.broker.submitted) == 1 and stage.outcomes == ["unknown", "not_sent"]
+    assert stage.broker.looked_up == ["c-1"] * 3
+
+
+async def test_order_stays_unknown_while_the_broker_does_not_answer_and_is_found_at_a_tick(stage: Stage) -> None:
+    stage.broker.answers = [OutcomeUnknown("timed out")]
+    stage.broker.records = [Retryable("down")] * 3
+    await stage.approve()
+    track = stage.agent.book.get("c-1")
+    assert track is not None and track.state is LocalState.UNKNOWN and track.is_unresolved
+    assert stage.outcomes == ["unknown"]
+    stage.broker.records = [record(status="new")]
+    await stage.say(ClockTicked(at=NOW))
+    assert track.state is OrderStatus.NEW and len(stage.broker.submitted) == 1
+
+
+async def test_unexpected_error_of_the_adapter_counts_as_unknown_and_fails_the_agent(stage: Stage) -> None:
+    stage.broker.answers = [TypeError("cannot read the answer")]
+    stage.broker.records = [record()]
+    await stage.approve()
+    assert stage.outcomes == ["unknown"] and len(stage.heard(OrderAcknowledged)) == 1
+    assert "cannot read the answer" in stage.heard(AgentFailed)[0].error
+    assert len(stage.broker.submitted) == 1
+
+
+async def test_refusal_of_a_known_client_order_id_is_a_look_up(stage: Stage) -> None:
+    stage.broker.answers = [Rejected("no", code=DUPLICATE_CODE, reason="client_order_id must be unique")]
+    stage.broker.records = [record(status="new")]
+    await stage.approve()
+    track = stage.agent.book.get("c-1")
+    assert track is not None and track.state is OrderStatus.NEW and stage.outcomes == ["unknown"]
+
+
+async def test_order_believed_not_sent_that_shows_up_is_canceled(stage: Stage) -> None:
+    stage.broker.answers = [OutcomeUnknown("timed out")]
+    await stage.approve()
+    stage.broker.records = [record(status="canceled")]
+    await stage.report("new")
+    assert stage.broker.canceled == ["at-broker-c-1"] and len(stage.broker.submitted) == 1
+
+
+async def test_halted_sends_nothing_and_resumes(stage: Stage) -> None:
+    await stage.say(TradingStateChanged(state=TradingState.HALTED, reason="test"))
+    await stage.approve()
+    assert not stage.broker.submitted and stage.outcomes == ["not_sent"]
+    await stage.say(TradingStateChanged(state=TradingState.REDUCING, reason="test"))
+    await stage.approve(request("c-2"))
+    assert len(stage.broker.submitted) == 1
+
+
+# ---- fills
+
+
+async def test_doubled_and_reordered_fills_are_counted_once(stage: Stage) -> None:
+    await stage.approve()
+    await stage.fill("x-2", 6, 10)
+    await stage.fill("x-1", 4, 4)
+    await stage.fill("x-2", 6, 10)
+    await stage.fill("x-1", 4, 4)
+    assert [fill.fill.execution_id for fill in stage.heard(FillRecorded)] == ["x-2", "x-1"]
+    assert stage.filled == 10 and not stage.agent.book.working()
+
+
+async def test_fill_without_execution_id_is_named_by_its_cumulative_quantity(stage: Stage) -> None:
+    await stage.approve()
+    await stage.fill(None, 4, 4)
+    await stage.fill(None, 4, 4)
+    assert [fill.fill.execution_id for fill in stage.heard(FillRecorded)] == ["at-broker-c-1:4"]
+
+
+async def test_terminal_state_absorbs(stage: Stage) -> None:
+    await stage.approve()
+    await stage.fill("x-1", 10, 10)
+    await stage.report("new")
+    track = stage.agent.book.get("c-1")
+    assert track is not None and track.state is OrderStatus.FILLED
+
+
+async def test_order_of_somebody_else_is_counted_and_left_alone(stage: Stage) -> None:
+    await stage.fill("x-9", 3, 3, order_id="theirs")
+    assert stage.filled == 3 and not stage.broker.canceled and not stage.agent.book.working()
+    await stage.say(OperatorCommand(action="cancel_all", reason="test", by="test"))
+    assert not stage.broker.canceled
+
+
+async def test_fill_of_a_leg_belongs_to_the_leg(stage: Stage) -> None:
+    leg = record("theirs", "held", type="stop", stop_price=90)
+    stage.broker.answers = [record(legs=(leg,), type="limit", limit_price=110)]
+    await stage.approve(request(purpose="exit"))
+    await stage.fill("x-1", 10, 10, order_id="theirs")
+    fill = stage.heard(FillRecorded)[0].fill
+    assert (fill.client_order_id, fill.purpose) == ("theirs", "exit")
+
+
+# ---- cancels
+
+
+def cancel(order_id: str = "c-1") -> CancelProposed:
+    return CancelProposed(client_order_id=order_id, reason="test", decided_at=BAR)
+
+
+async def test_cancel_is_confirmed_before_the_next_order_goes_out(stage: Stage) -> None:
+    await stage.approve()
+    stage.broker.records = [record(status="pending_cancel"), record(status="canceled")]
+    order = request("c-2", side=OrderSide.SELL)
+    await stage.say(cancel(), RiskDecided(request=order, decided_at=BAR, approved=True))
+    assert stage.broker.canceled == ["at-broker-c-1"] and stage.broker.looked_up == ["c-1", "c-1"]
+    assert [sent.client_order_id for sent in stage.broker.submitted] == ["c-1", "c-2"]
+    intents = [event.type for event in stage.events if isinstance(event.payload, CancelIntended | OrderIntended)]
+    assert intents == ["order_intended", "cancel_intended", "order_intended"]
+
+
+async def test_order_decided_in_ignorance_of_a_fill_is_dropped(stage: Stage) -> None:
+    await stage.approve(request(purpose="exit"))
+    stage.broker.cancels = [Rejected("closed", code=42210000, reason='order is already in "filled" state')]
+    stage.broker.records = [record(status="filled", filled=10)]
+    order = request("c-2", side=OrderSide.SELL)
+    await stage.say(cancel(), RiskDecided(request=order, decided_at=BAR, approved=True))
+    assert len(stage.broker.submitted) == 1 and stage.outcomes == ["not_sent"]
+    other = request("c-3", symbol="AAPL")
+    later = RiskDecided(request=request("c-4"), decided_at=BAR + timedelta(days=1), approved=True)
+    await stage.say(RiskDecided(request=other, decided_at=BAR, approved=True), later)
+    assert [sent.client_order_id for sent in stage.broker.submitted] == ["c-1", "c-3", "c-4"]
+
+
+async def test_order_is_dropped_when_the_one_before_had_filled_already(stage: Stage) -> None:
+    await stage.approve(request(purpose="exit"))
+    await stage.fill("x-1", 10, 10)
+    await stage.say(cancel(), RiskDecided(request=request("c-2"), decided_at=BAR, approved=True))
+    assert not stage.broker.canceled and len(stage.broker.submitted) == 1
+
+
+async def test_order_is_dropped_when_the_cancel_is_not_confirmed_in_time(stage: Stage) -> None:
+    await stage.approve()
+    stage.broker.records = [record(status="pending_cancel"), Retryable("busy"), None]
+    await stage.say(cancel(), RiskDecided(request=request("c-2"), decided_at=BAR, approved=True))
+    assert len(stage.broker.submitted) == 1
+    assert "could not be canceled yet" in stage.heard(OrderFailed)[0].reason
+
+
+async def test_cancel_is_repeated_when_it_may_not_have_arrived(stage: Stage) -> None:
+    await stage.approve()
+    stage.broker.cancels = [Retryable("busy"), OutcomeUnknown("timed out"), None]
+    stage.broker.records = [record(status="canceled")]
+    await stage.say(cancel())
+    assert len(stage.broker.canceled) == 3 and len(stage.heard(CancelIntended)) == 1
+
+
+async def test_cancel_that_never_gets_through_is_tried_again_at_a_tick(stage: Stage) -> None:
+    await stage.approve()
+    stage.broker.cancels = [Retryable("down")] * 3
+    await stage.say(cancel())
+    stage.broker.open = [record()]
+    stage.broker.records = [record(status="new"), record(status="canceled")]
+    await stage.say(ClockTicked(at=NOW))
+    assert len(stage.broker.canceled) == 4 and not stage.agent.book.working()
+
+
+async def test_cancel_of_an_unknown_order_waits_until_it_is_found(stage: Stage) -> None:
+    stage.broker.answers = [OutcomeUnknown("timed out")]
+    stage.broker.records = [Retryable("down")] * 3
+    await stage.approve()
+    await stage.say(cancel())
+    assert not stage.broker.canceled
+    stage.broker.records = [record(status="canceled")]
+    await stage.report("new")
+    assert stage.broker.canceled == ["at-broker-c-1"]
+
+
+async def test_order_found_after_its_cancel_was_wanted_is_canceled(stage: Stage) -> None:
+    stage.broker.answers = [OutcomeUnknown("timed out")]
+    track = None
+
+    async def look_up(client_order_id: str) -> Order | None:
+        found = stage.agent.book.get(client_order_id)
+        assert found is not None
+        found.cancel_wanted = True
+        return record(status="canceled" if stage.broker.canceled else "new")
+
+    stage.broker.order_by_client_id = look_up  # type: ignore[method-assign]
+    await stage.approve()
+    track = stage.agent.book.get("c-1")
+    assert track is not None and track.state is OrderStatus.CANCELED and stage.broker.canceled
+
+
+async def test_cancel_of_nothing_does_nothing(stage: Stage) -> None:
+    await stage.say(cancel("never heard of"))
+    assert not stage.broker.canceled
+
+
+@pytest.mark.parametrize("action", ["cancel_all", "halt"])
+async def test_operator_cancels_everything_that_is_open(stage: Stage, action: Any) -> None:
+    await stage.approve()
+    await stage.approve(request("c-2"))
+    await stage.fill("x-1", 10, 10, order_id="c-2")
+    await stage.approve(request("c-3"))
+    filled_not_recorded = record("c-3", "filled", 10)
+    await stage.say(TradeUpdated(event="fill", order=filled_not_recorded, timestamp=NOW))
+    stage.broker.records = [record(status="canceled")]
+    await stage.say(OperatorCommand(action=action, reason="test", by="test"))
+    assert stage.broker.canceled == ["at-broker-c-1"]
+
+
+async def test_operator_who_reduces_cancels_nothing(stage: Stage) -> None:
+    await stage.approve()
+    await stage.say(OperatorCommand(action="reduce", reason="test", by="test"))
+    assert not stage.broker.canceled
+
+
+# ---- what the stream did not say
+
+
+async def test_tick_without_open_orders_asks_nobody(stage: Stage) -> None:
+    await stage.say(ClockTicked(at=NOW))
+    assert stage.broker.listed == 0
+
+
+async def test_tick_leaves_alone_what_is_as_it_should_be(stage: Stage) -> None:
+    await stage.approve()
+    stage.broker.open = [record()]
+    await stage.say(ClockTicked(at=NOW))
+    assert stage.broker.listed == 1 and not stage.broker.looked_up
+
+
+async def test_tick_survives_a_broker_that_does_not_answer(stage: Stage) -> None:
+    await stage.approve()
+    stage.broker.open = Retryable("down")
+    await stage.say(ClockTicked(at=NOW))
+    assert not stage.heard(AgentFailed)
+
+
+async def test_fill_that_the_stream_lost_is_repaired_from_the_record_after_a_grace(stage: Stage) -> None:
+    await stage.approve()
+    await stage.fill("x-1", 4, 4)
+    whole = record(status="filled", filled=10, filled_avg_price=103, filled_at=NOW)
+    stage.broker.records = [whole]
+    await stage.say(ClockTicked(at=NOW))  # sees that the order is no longer open
+    assert stage.filled == 4
+    stage.clock.advance_to(stage.clock.now() + PATIENCE.grace)
+    stage.broker.records = [Retryable("busy")]
+    await stage.say(ClockTicked(at=NOW))
+    assert stage.filled == 4
+    stage.broker.records = [whole]
+    await stage.say(ClockTicked(at=NOW))
+    repaired = stage.heard(FillRecorded)[-1].fill
+    assert (repaired.qty, repaired.price) == (6, Decimal(105)) and repaired.execution_id.startswith("repair:")
+    await stage.fill("x-2", 6, 10)  # the original, late
+    assert stage.filled == 10 and not stage.agent.book.working()
+
+
+async def test_repair_finds_nothing_to_repair(stage: Stage) -> None:
+    await stage.approve()
+    await stage.report("partially_filled", "restated", filled=4)
+    stage.clock.advance_to(stage.clock.now() + PATIENCE.grace)
+    stage.broker.open = [record(status="partially_filled", filled=4)]
+    stage.broker.records = [None]
+    await stage.say(ClockTicked(at=NOW))
+    assert stage.filled == 0
+    stage.broker.records = [record(status="partially_filled", filled=0)]
+    await stage.say(ClockTicked(at=NOW))
+    assert stage.filled == 0
+    stage.broker.records = [record(status="partially_filled", filled=4)]
+    await stage.say(ClockTicked(at=NOW))
+    assert stage.filled == 4
+
+
+async def test_patience_doubles_up_to_its_cap_and_obeys_the_broker() -> None:
+    assert [PATIENCE.pause(attempt) for attempt in range(3)] == [1.0, 2.0, 2.0]
+    assert PATIENCE.pause(0, 9.0) == 9.0
