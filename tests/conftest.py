@@ -1,0 +1,47 @@
+"""Real parts for tests: bars that were traded, the embedded exchange, and its server on a free port."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from trader_lib.broker.connection import AlpacaAccess
+from trader_lib.exchange.engine import Exchange
+from trader_lib.exchange.server import ExchangeServer
+from trader_lib.market.bars import Bars
+from trader_lib.market.sample import sample_bars
+
+KEY_ID, SECRET_KEY = "test-key", "test-secret"
+
+
+@pytest.fixture(scope="session")
+def daily_bars() -> Bars:
+    """Three symbols' days of January and February 2012."""
+    return sample_bars(["AAPL", "IBM", "MSFT"], start="2012-01-03", end="2012-02-29")
+
+
+@pytest.fixture
+def exchange(daily_bars: Bars) -> Exchange:
+    """An exchange that knows five days and has not played one."""
+    return Exchange(daily_bars, start_index=5)
+
+
+@pytest.fixture
+def exchange_server(exchange: Exchange) -> Iterator[ExchangeServer]:
+    """The exchange behind Alpaca's protocol on loopback; look inside through `exchange_server.call`."""
+    with ExchangeServer(exchange, key_id=KEY_ID, secret_key=SECRET_KEY) as server:
+        yield server
+
+
+@pytest.fixture
+def alpaca_access(exchange_server: ExchangeServer) -> AlpacaAccess:
+    """Addresses and keys of the server, as the alpaca-py adapter takes them."""
+    return AlpacaAccess(
+        key_id=KEY_ID,
+        secret_key=SECRET_KEY,
+        trading_url=exchange_server.url,
+        data_url=exchange_server.url,
+        trading_stream_url=exchange_server.trading_stream_url,
+        data_stream_url=exchange_server.data_stream_url,
+        timeout_s=5.0,
+        read_attempts=2,
+    )

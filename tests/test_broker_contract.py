@@ -1,0 +1,301 @@
+"""What every broker does the same, shown over each adapter with the embedded exchange behind it."""
+
+import itertools
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import date
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trader_lib.broker.alpaca import AlpacaBroker
+from trader_lib.broker.connection import AlpacaAccess
+from trader_lib.broker.in_process import InProcessBroker
+from trader_lib.broker.inbox import BarArrived, InboxItem
+from trader_lib.broker.port import Broker, MarketData, SimulationControl
+from trader_lib.broker.simulation import HttpSimulation, InProcessSimulation
+from trader_lib.clock.clock import WallClock
+from trader_lib.errors.taxonomy import Misused, NotFound, OutcomeUnknown, Rejected, TraderError
+from trader_lib.exchange.book import Step
+from trader_lib.exchange.engine import Exchange
+from trader_lib.exchange.server import ExchangeServer
+from trader_lib.market.bars import Bars
+from trader_lib.trading.events import TradeUpdated
+from trader_lib.trading.orders import Order, OrderRequest, OrderSide, OrderStatus
+
+BUY, SELL = OrderSide.BUY, OrderSide.SELL
+
+
+@dataclass
+class Venue:
+    broker: Broker
+    control: SimulationControl
+
+    async def advance(self) -> tuple[Step, list[InboxItem]]:
+        step = await self.control.advance()
+        return step, await self.pump()
+
+    async def pump(self) -> list[InboxItem]:
+        counts = await self.control.state()
+        return await self.broker.inbox.pump(trade_updates=counts.trade_updates, bars=counts.bars, timeout_s=5)
+
+
+@pytest.fixture(params=["in_process", "http"])
+async def venue(request: pytest.FixtureRequest) -> AsyncIterator[Venue]:
+    if request.param == "in_process":
+        exchange: Exchange = request.getfixturevalue("exchange")
+        venue = Venue(InProcessBroker(exchange), InProcessSimulation(exchange))
+    else:
+        server: ExchangeServer = request.getfixturevalue("exchange_server")
+        access: AlpacaAccess = request.getfixturevalue("alpaca_access")
+        broker = AlpacaBroker(access, symbols=server.exchange.symbols, timeframe="1Day", clock=WallClock())
+        venue = Venue(broker, HttpSimulation(server.url, access.key_id, access.secret_key))
+    await venue.broker.start()
+    yield venue
+    await venue.broker.stop()
+
+
+def order(name: str, symbol: str = "IBM", side: OrderSide = BUY, qty: Any = 10, **fields: Any) -> OrderRequest:
+    return OrderRequest.model_validate(
+        {"symbol": symbol, "side": side, "qty": str(qty), "client_order_id": name} | fields
+    )
+
+
+def updates(items: list[InboxItem]) -> list[tuple[str, str]]:
+    return [(item.event, item.order.client_order_id) for item in items if isinstance(item, TradeUpdated)]
+
+
+async def refusal(venue: Venue, request: OrderRequest) -> TraderError:
+    with pytest.raises(TraderError) as caught:
+        await venue.broker.submit(request)
+    return caught.value
+
+
+async def test_adapters_fulfil_the_contracts(venue: Venue) -> None:
+    assert isinstance(venue.broker, Broker) and isinstance(venue.broker, MarketData)
+    assert isinstance(venue.control, SimulationControl)
+
+
+async def test_an_order_fills_at_the_next_open_and_both_streams_say_so(venue: Venue, daily_bars: Bars) -> None:
+    accepted = await venue.broker.submit(order("a"))
+    assert (accepted.status, accepted.client_order_id, accepted.qty) == (OrderStatus.ACCEPTED, "a", 10)
+    step, items = await venue.advance()
+    assert (step.index, step.trade_updates, step.bars) == (5, 2, 3)
+    assert updates(items) == [("new", "a"), ("fill", "a")]
+    bars = {item.symbol: item for item in items if isinstance(item, BarArrived)}
+    assert set(bars) == set(daily_bars.symbols)
+    assert bars["IBM"].at == daily_bars.at(5) and bars["IBM"].row.close == daily_bars.close[5, 1]
+
+    fill = next(item for item in items if isinstance(item, TradeUpdated) and item.event == "fill")
+    assert fill.price == Decimal(str(daily_bars.open[5, 1])) and fill.qty == fill.position_qty == 10
+    assert fill.execution_id and fill.order.status is OrderStatus.FILLED
+    assert fill.timestamp == fill.order.filled_at
+    found = await venue.broker.order_by_client_id("a")
+    assert found is not None
+    assert found == fill.order
+    (position,) = await venue.broker.positions()
+    assert (position.symbol, position.qty, position.avg_entry_price) == ("IBM", 10, fill.price)
+
+
+async def test_account_reports_what_the_fill_changed(venue: Venue, daily_bars: Bars) -> None:
+    before = await venue.broker.account()
+    assert (before.cash, before.equity, before.buying_power, before.multiplier) == (100_000, 100_000, 200_000, 2)
+    await venue.broker.submit(order("a", qty=100))
+    reserved = await venue.broker.account()
+    assert reserved.buying_power == 200_000 - 100 * Decimal(str(daily_bars.close[4, 1]))
+    await venue.advance()
+    after = await venue.broker.account()
+    spent, worth = (100 * Decimal(str(price[5, 1])) for price in (daily_bars.open, daily_bars.close))
+    assert after.cash == 100_000 - spent.quantize(Decimal("0.01"))
+    assert after.equity == after.cash + worth.quantize(Decimal("0.01"))
+    assert after.long_market_value == worth.quantize(Decimal("0.01")) and after.short_market_value == 0
+    assert after.last_equity == 100_000 and not after.trading_blocked and after.status == "ACTIVE"
+
+
+async def test_limit_waits_and_a_day_order_expires(venue: Venue) -> None:
+    await venue.broker.submit(order("day", type="limit", limit_price="1"))
+    await venue.broker.submit(order("gtc", type="limit", limit_price="1", time_in_force="gtc"))
+    _, items = await venue.advance()
+    assert updates(items) == [("new", "day"), ("new", "gtc"), ("expired", "day")]
+    assert [waiting.client_order_id for waiting in await venue.broker.orders()] == ["gtc"]
+    assert [ended.client_order_id for ended in await venue.broker.orders("closed")] == ["day"]
+    assert [any_.client_order_id for any_ in await venue.broker.orders("all")] == ["gtc", "day"]
+
+
+async def test_cancel_is_confirmed_by_the_stream(venue: Venue) -> None:
+    accepted = await venue.broker.submit(order("a", type="limit", limit_price="1"))
+    await venue.broker.cancel(accepted.id)
+    assert updates(await venue.pump()) == [("canceled", "a")]
+    assert await venue.broker.orders() == ()
+    with pytest.raises(Rejected) as caught:
+        await venue.broker.cancel(accepted.id)
+    assert caught.value.reason == 'order is already in "canceled" state'
+    with pytest.raises(NotFound):
+        await venue.broker.cancel("00000000-0000-8000-a000-000000000000")
+
+
+async def test_one_cancels_other(venue: Venue, daily_bars: Bars) -> None:
+    await venue.broker.submit(order("entry"))
+    await venue.advance()
+    low, high = float(daily_bars.low[6, 1]), float(daily_bars.high[6, 1])
+    stop = f"{(low + high) / 2:.2f}"
+    exit_fields = {"type": "limit", "order_class": "oco", "limit_price": "9999", "stop_loss_price": stop}
+    pair = await venue.broker.submit(order("exit", side=SELL, time_in_force="gtc", purpose="exit", **exit_fields))
+    assert pair.limit_price == 9999 and [leg.stop_price for leg in pair.legs] == [Decimal(stop)]
+    (listed,) = await venue.broker.orders()
+    assert listed == pair
+    _, items = await venue.advance()
+    events = [item for item in items if isinstance(item, TradeUpdated)]
+    assert [event.event for event in events] == ["new", "fill", "canceled"]
+    assert events[1].order.id == pair.legs[0].id and events[2].order.id == pair.id
+    assert events[1].position_qty == 0 and await venue.broker.positions() == ()
+
+
+@pytest.mark.parametrize("kind", ["stop", "stop_limit"])
+async def test_stops(venue: Venue, kind: str) -> None:
+    limit = {"limit_price": "9999"} if kind == "stop_limit" else {}
+    accepted = await venue.broker.submit(order("a", type=kind, stop_price="1", **limit))
+    assert accepted.stop_price == 1 and accepted.type.value == kind
+    _, items = await venue.advance()
+    assert updates(items) == [("new", "a"), ("fill", "a")]
+
+
+async def test_short_sale_and_cover(venue: Venue) -> None:
+    await venue.broker.submit(order("short", side=SELL))
+    await venue.advance()
+    (position,) = await venue.broker.positions()
+    account = await venue.broker.account()
+    assert position.qty == -10 and account.short_market_value is not None and account.short_market_value < 0
+    await venue.broker.submit(order("cover"))
+    await venue.advance()
+    assert await venue.broker.positions() == ()
+
+
+async def test_fractions_of_a_share(venue: Venue) -> None:
+    await venue.broker.submit(order("a", qty="0.123456789"))
+    _, items = await venue.advance()
+    fill = items[1] if isinstance(items[1], TradeUpdated) else items[-1]
+    assert isinstance(fill, TradeUpdated) and fill.qty == Decimal("0.123456789")
+    (position,) = await venue.broker.positions()
+    assert position.qty == Decimal("0.123456789")
+
+
+async def test_refusals_have_alpacas_codes_and_words(venue: Venue) -> None:
+    await venue.broker.submit(order("entry"))
+    await venue.advance()
+    for request, code, words in [
+        (order("b", qty=100_000), 40310000, "insufficient buying power"),
+        (
+            order("b", side=SELL, qty=11),
+            40310000,
+            "insufficient qty available for order (requested: 11, available: 10)",
+        ),
+        (order("b", "NOPE"), 42210000, 'asset "NOPE" not found'),
+        (order("b", "MSFT", SELL, qty="1.5"), 42210000, "fractional orders cannot be sold short"),
+    ]:
+        error = await refusal(venue, request)
+        assert type(error) is Rejected
+        assert (error.code, error.reason) == (code, words)
+    await venue.broker.submit(order("resting", side=SELL, type="limit", limit_price="9999"))
+    wash = await refusal(venue, order("c"))
+    assert isinstance(wash, Rejected)
+    assert (wash.code, wash.reason) == (40310000, "potential wash trade detected. use complex orders")
+
+
+async def test_a_client_order_id_used_before_asks_for_a_look(venue: Venue) -> None:
+    first = await venue.broker.submit(order("same"))
+    assert isinstance(await refusal(venue, order("same", "MSFT")), OutcomeUnknown)
+    found = await venue.broker.order_by_client_id("same")
+    assert found == first
+    assert await venue.broker.order_by_client_id("other") is None
+
+
+async def test_refused_orders_leave_nothing_behind(venue: Venue) -> None:
+    before = await venue.broker.account()
+    await refusal(venue, order("b", qty=100_000))
+    assert await venue.broker.orders("all") == () and await venue.broker.account() == before
+
+
+async def test_history_ends_where_the_market_stands(venue: Venue, daily_bars: Bars) -> None:
+    data = venue.broker
+    assert isinstance(data, MarketData)
+    known = await data.history(["MSFT", "AAPL"], "1Day", date(2012, 1, 1), date(2012, 12, 31))
+    assert known.symbols == ("MSFT", "AAPL") and known.n == 5
+    assert np.array_equal(known.close, daily_bars.sel(["MSFT", "AAPL"]).head(5).close)
+    assert known.content_hash == daily_bars.sel(["MSFT", "AAPL"]).head(5).content_hash
+    await venue.advance()
+    two = await data.history(["IBM"], "1Day", daily_bars.day(4), daily_bars.day(5))
+    assert two.n == 2 and two.at(1) == daily_bars.at(5)
+    for wrong in ({"adjustment": "raw"}, {"timeframe": "1Min"}, {"symbols": ["NOPE"]}):
+        fields: dict[str, Any] = {"symbols": ["IBM"], "timeframe": "1Day", "adjustment": "all"} | wrong
+        with pytest.raises(Rejected, match="invalid"):
+            await data.history(
+                fields["symbols"],
+                fields["timeframe"],
+                date(2012, 1, 1),
+                date(2012, 2, 1),
+                adjustment=fields["adjustment"],
+            )
+
+
+async def test_clock_and_assets(venue: Venue, daily_bars: Bars) -> None:
+    clock = await venue.broker.market_clock()
+    assert not clock.is_open and clock.now < clock.next_open < clock.next_close
+    assert clock.now.date() == daily_bars.day(4) and clock.next_open.date() == daily_bars.day(5)
+    assets = await venue.broker.assets(["IBM", "MSFT"])
+    assert assets["IBM"].tradable and assets["MSFT"].fractionable
+    with pytest.raises(NotFound):
+        await venue.broker.assets(["NOPE"])
+
+
+async def test_close_out_cancels_and_the_end_is_said(venue: Venue, daily_bars: Bars) -> None:
+    await venue.broker.submit(order("a", type="limit", limit_price="1", time_in_force="gtc"))
+    for index in itertools.count(5):
+        step, _ = await venue.advance()
+        assert step.index == index
+        if step.last:
+            break
+    assert step.index == daily_bars.n - 1
+    counts = await venue.control.close_out()
+    assert counts.last and updates(await venue.pump()) == [("canceled", "a")]
+    with pytest.raises(Misused, match="last bar"):
+        await venue.control.advance()
+
+
+async def test_nothing_arrives_after_stop(venue: Venue) -> None:
+    await venue.broker.stop()
+    await venue.control.advance()
+    assert await venue.broker.inbox.pump() == []
+
+
+async def test_same_session_same_orders_over_every_adapter(
+    daily_bars: Bars, alpaca_access: AlpacaAccess, exchange_server: ExchangeServer
+) -> None:
+    """A month of trading leaves the same orders, fills, ids and cash, in process and over the wire."""
+
+    async def month(venue: Venue) -> tuple[list[Order], list[InboxItem], object]:
+        await venue.broker.start()
+        items: list[InboxItem] = []
+        for day in range(20):
+            side = BUY if day % 4 < 2 else SELL
+            symbol = daily_bars.symbols[day % 3]
+            if side is BUY or any(held.symbol == symbol for held in await venue.broker.positions()):
+                await venue.broker.submit(order(f"{day}", symbol, side, 7))
+            items += (await venue.advance())[1]
+        found = (list(await venue.broker.orders("all")), items, await venue.broker.account())
+        await venue.broker.stop()
+        return found
+
+    near = Exchange(daily_bars, start_index=5)
+    far = AlpacaBroker(alpaca_access, symbols=daily_bars.symbols, timeframe="1Day")
+    control = HttpSimulation(exchange_server.url, alpaca_access.key_id, alpaca_access.secret_key)
+    one = await month(Venue(InProcessBroker(near), InProcessSimulation(near)))
+    other = await month(Venue(far, control))
+    await control.stop()
+    assert one[0] == other[0] and one[2] == other[2]
+    for kind in (TradeUpdated, BarArrived):
+        assert [item for item in one[1] if isinstance(item, kind)] == [
+            item for item in other[1] if isinstance(item, kind)
+        ]
