@@ -111,7 +111,7 @@ def size_orders(
         out_qty[s] = desired_order(weights[s], positions[s], pending[s], close[s], equity, rules)
     fit_to_budget(positions, pending, close, cash, equity, rules, out_qty)
 
-# %% ../../nbs/strategy/02_sizing.ipynb #c778f4b0
+# %% ../../nbs/strategy/02_sizing.ipynb #38c12095
 @compiled
 def plan_orders(
     weights: NDArray[np.float64],
@@ -150,7 +150,7 @@ def plan_orders(
             elif not math.isnan(weight):
                 blocked_sign[s] = 0
         stop, limit = math.nan, math.nan
-        if positions[s] != 0.0 and working_qty[s] == 0.0:
+        if positions[s] != 0.0 and working_qty[s] == 0.0 and close[s] > 0.0:
             stop, limit = exit_prices(
                 positions[s], avg_entry[s], extreme[s], exits.stop_loss, exits.take_profit, exits.trailing_stop
             )
