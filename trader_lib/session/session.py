@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCE', 'stop_on_signals', 'SessionResult', 'Session', 'run_session']
 
-# %% ../../nbs/session/03_session.ipynb #fe9fc640
+# %% ../../nbs/session/03_session.ipynb #b9e7cf6c
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Iterator
@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import mkdtemp
 
+import numpy as np
 import pandas as pd
 from dishka import AsyncContainer
 
@@ -223,7 +224,7 @@ class Session:
             await agent.stop()
         return found, account
 
-# %% ../../nbs/session/03_session.ipynb #ff3508ef
+# %% ../../nbs/session/03_session.ipynb #ad087e51
 def _today(clock: Clock) -> date:
     return clock.now().astimezone(NEW_YORK).date()
 
@@ -257,9 +258,12 @@ async def _history(inputs: SessionInputs, data: MarketData, clock: Clock) -> Bar
     """The bars before the session's first, from the broker's own history."""
     spec = inputs.spec
     if inputs.bars is not None:
-        if inputs.start_index == 0:
-            return inputs.bars.head(0)
-        return await data.history(spec.symbols, spec.timeframe, inputs.bars.day(0), _today(clock))
+        known = inputs.bars.head(inputs.start_index)
+        if known.n == 0 or np.isnan(known.close).all(axis=0).any():
+            return known  # no history, or a symbol that is yet to be listed: nothing to ask for
+        return await data.history(
+            spec.symbols, spec.timeframe, known.day(0), known.day(-1), adjustment=known.provenance.adjustment
+        )
     today = _today(clock)
     return await data.history(
         spec.symbols,
