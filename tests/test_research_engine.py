@@ -1,0 +1,409 @@
+"""The compiled engine against a plain reading of its own timeline, on random markets."""
+
+import math
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trader_lib.exchange.account import buying_power, may_short, order_cost, reserved_cost
+from trader_lib.exchange.costs import Costs
+from trader_lib.exchange.matching import commission, fill_price, fill_qty, match_oco, match_price
+from trader_lib.research.engine import run
+from trader_lib.research.ledger import CANCELED, EXPIRED, FILLED, OPEN, Market, Rules
+from trader_lib.risk.checks import RecentOrders, decide
+from trader_lib.risk.limits import Limits
+from trader_lib.risk.rules import RiskFacts, pending_exposure
+from trader_lib.strategy.exits import NO_EXITS, ProtectiveExits, exit_due, exit_prices
+from trader_lib.strategy.planner import PlannedAction, Planner
+from trader_lib.strategy.sizing import SizingRules
+from trader_lib.trading.folding import cash_flow, equity, exposure, fold_fill
+from trader_lib.trading.numbers import round_to, to_decimal, to_float
+from trader_lib.trading.orders import OrderClass, OrderRequest, OrderSide, OrderType, TimeInForce
+
+SYMBOLS = ("AAA", "BBB", "CCC", "DDD")
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+STATUS = {OPEN: "open", FILLED: "filled", CANCELED: "canceled", EXPIRED: "expired"}
+
+
+@dataclass
+class Leg:
+    kind: int
+    limit: float
+    stop: float
+    status: str = "open"
+    filled: float = 0.0
+    average: float = 0.0
+    fills: list[tuple[int, float, float]] = field(default_factory=list)
+
+
+@dataclass
+class Order:
+    decided: int
+    s: int
+    side: int
+    qty: float
+    exit: bool
+    cost: float
+    legs: list[Leg]
+    remaining: float
+    triggered: bool = False
+
+    def end(self, status: str) -> None:
+        for leg in self.legs:
+            leg.status = status
+
+
+@dataclass
+class Reference:
+    """One order, one bar, one step at a time; objects and Decimals in place of arrays."""
+
+    market: Market
+    costs: Costs
+    limits: Limits
+    sizing: SizingRules
+    exits: ProtectiveExits | None
+    multiplier: float
+    cash: float
+
+    def __post_init__(self) -> None:
+        n = self.market.close.shape[1]
+        self.symbols = SYMBOLS[:n]
+        self.planner = Planner(self.symbols, self.sizing, self.exits)
+        self.recent = RecentOrders(self.limits)
+        self.mark, self.mark_s = np.full(n, math.nan), np.full(n, math.nan)
+        self.orders: list[Order] = []
+        self.working: list[Order] = []
+        self.refusals: list[tuple[int, int, tuple[str, ...]]] = []
+        self.state, self.day_start = 0, self.cash
+        self.curve: list[float] = []
+
+    def run(self, weights: np.ndarray, start: int) -> None:
+        for t in range(start, len(weights)):
+            self.match(t)
+            if self.market.ends_session[t]:
+                for order in self.working:
+                    if not order.exit:
+                        order.end("expired")
+                        self.planner.on_order_closed(self.symbols[order.s], "entry")
+                self.working = [order for order in self.working if order.exit]
+            close = self.market.close[t]
+            alive = ~np.isnan(close)
+            self.mark[alive], self.mark_s[alive] = close[alive], self.market.closed_s[t]
+            self.planner.on_close(close)
+            self.equity = equity(self.cash, self.planner.positions, self.mark)
+            self.curve.append(self.equity)
+            self.decide(t, weights[t])
+            if self.market.ends_session[t]:
+                self.day_start = self.equity
+        for order in self.working:
+            order.end("canceled")
+
+    def match(self, t: int) -> None:
+        used = dict.fromkeys(range(len(self.symbols)), 0.0)
+        rates = self.costs.rates()
+        for order in self.working:
+            bar = tuple(float(figures[t, order.s]) for figures in self.market[:3])
+            if math.isnan(bar[0]):
+                continue
+            leg, by_stop = order.legs[0], False
+            if len(order.legs) == 2:
+                stop = order.legs[1].stop
+                price, by_stop, order.triggered = match_oco(order.side, leg.limit, stop, order.triggered, *bar)
+            else:
+                price, order.triggered = match_price(leg.kind, order.side, leg.limit, leg.stop, order.triggered, *bar)
+            leg = order.legs[1] if by_stop else leg
+            if math.isnan(price):
+                continue
+            volume = float(self.market.volume[t, order.s])
+            qty = fill_qty(order.remaining, volume, rates.volume_share, used[order.s], self.sizing.fractional)
+            if qty <= 0:
+                continue
+            price = fill_price(leg.kind, order.side, price, rates.slippage_bps)
+            fee = commission(qty, price, rates.per_share, rates.bps, rates.minimum)
+            self.cash = round_to(self.cash + cash_flow(order.side * qty, price, fee), 2)
+            self.planner.on_fill(self.symbols[order.s], order.side * qty, price, "exit" if order.exit else "entry")
+            used[order.s] = round_to(used[order.s] + qty, 9)
+            leg.filled, leg.average, _ = fold_fill(leg.filled, leg.average, qty, price)
+            leg.fills.append((t, qty, price))
+            order.remaining = round_to(order.remaining - qty, 9)
+            if order.remaining == 0:
+                order.end("canceled")
+                leg.status = "filled"
+        self.working = [order for order in self.working if order.remaining > 0]
+
+    def decide(self, t: int, weights: np.ndarray) -> None:
+        actions = self.planner.plan(weights.copy(), self.market.close[t], self.cash, self.equity)
+        canceled, refused = set(), []
+        for action in actions:
+            s = self.symbols.index(action.symbol)
+            if action.kind.startswith("cancel"):
+                is_exit = action.kind == "cancel_exit"
+                (order,) = [order for order in self.working if order.s == s and order.exit == is_exit]
+                order.end("canceled")
+                self.working.remove(order)
+                self.planner.on_order_closed(action.symbol, "exit" if is_exit else "entry")
+                if is_exit:
+                    canceled.add(s)
+            elif not self.submit(t, s, action) and action.kind == "order":
+                refused.append(s)
+        for s in refused:
+            position = self.planner.positions[s]
+            if s not in canceled or position == 0 or self.exits is None:
+                continue
+            where = (position, self.planner.avg_entry[s], self.planner.extreme[s])
+            stop, limit = exit_prices(*where, *self.exits.rates())
+            if (math.isnan(stop) and math.isnan(limit)) or exit_due(position, self.market.close[t, s], stop, limit):
+                continue
+            kind = "limit" if math.isnan(stop) else "stop" if math.isnan(limit) else "oco"
+            side = -1 if position > 0 else 1
+            self.submit(t, s, PlannedAction("exit", self.symbols[s], side, abs(position), kind, limit, stop))
+
+    def submit(self, t: int, s: int, action: PlannedAction) -> bool:
+        now = EPOCH + timedelta(seconds=float(self.market.closed_s[t]))
+        oco, is_exit = action.order_type == "oco", action.kind == "exit"
+        limit = None if math.isnan(action.limit_price) else to_decimal(action.limit_price, 4)
+        stop = None if math.isnan(action.stop_price) else to_decimal(action.stop_price, 4)
+        request = OrderRequest(
+            symbol=action.symbol,
+            side=OrderSide.BUY if action.side_sign > 0 else OrderSide.SELL,
+            qty=to_decimal(action.qty, 9),
+            type=OrderType.LIMIT if oco else OrderType(action.order_type),
+            limit_price=limit,
+            stop_price=None if oco else stop,
+            stop_loss_price=stop if oco else None,
+            order_class=OrderClass.OCO if oco else OrderClass.SIMPLE,
+            time_in_force=TimeInForce.GTC if is_exit else TimeInForce.DAY,
+            purpose="exit" if is_exit else "entry",
+            client_order_id=f"{t}-{s}",
+        )
+        facts = self.facts(s, request, now)
+        decision = decide(request, facts, self.limits)
+        if not decision.approved:
+            self.refusals.append((t, s, decision.refused_by))
+            if decision.breached:
+                self.state = 1
+            return False
+        self.recent.record(request, now)
+        nan = math.nan
+        if oco:
+            legs = [Leg(1, action.limit_price, nan), Leg(2, nan, action.stop_price)]
+        else:
+            legs = [Leg({"market": 0, "limit": 1, "stop": 2}[action.order_type], action.limit_price, action.stop_price)]
+        order = Order(t, s, action.side_sign, action.qty, is_exit, facts.order_cost, legs, action.qty)
+        self.orders.append(order)
+        self.working.append(order)
+        self.planner.on_order_open(
+            action.symbol,
+            action.side_sign * action.qty,
+            request.purpose,
+            stop_price=action.stop_price,
+            limit_price=action.limit_price,
+        )
+        return True
+
+    def facts(self, s: int, request: OrderRequest, now: datetime) -> RiskFacts:
+        held = self.planner.positions
+        long, short, gross = exposure(held, self.mark)
+        reserved, pending = 0.0, 0.0
+        for order in self.working:
+            reserved = round_to(reserved + reserved_cost(order.cost, order.qty, order.remaining), 2)
+            if not order.exit:
+                gross = pending_exposure(gross, order.side, order.remaining, held[order.s], self.mark[order.s])
+                pending += order.side * order.remaining if order.s == s else 0.0
+        side = 1 if request.side is OrderSide.BUY else -1
+        return RiskFacts(
+            state=self.state,
+            restricted=request.symbol in self.limits.restricted,
+            allow_short=self.limits.allow_short and may_short(self.equity, self.multiplier),
+            duplicate_age_s=self.recent.duplicate_age_s(request, now),
+            orders_in_window=self.recent.count(now),
+            reference_price=float(self.mark[s]),
+            reference_age_s=now.timestamp() - float(self.mark_s[s]),
+            position_qty=float(held[s]),
+            pending_qty=pending,
+            gross_exposure=gross,
+            buying_power=buying_power(self.cash, self.equity, long, short, reserved, self.multiplier),
+            order_cost=order_cost(
+                side, to_float(request.qty), held[s], float(self.mark[s]), to_float(request.limit_price)
+            ),
+            equity=self.equity,
+            day_start_equity=self.day_start,
+        )
+
+
+def random_market(rng: np.random.Generator) -> Market:
+    rows, n = int(rng.integers(20, 90)), int(rng.integers(1, 5))
+    swing = float(rng.choice([0.004, 0.02, 0.05]))
+    close = np.round(rng.uniform(20, 200, n) * np.exp(np.cumsum(rng.normal(0, swing, (rows, n)), axis=0)), 2) + 5
+    gap = np.round(np.vstack([close[:1], close[:-1]]) * (1 + rng.normal(0, swing / 2, (rows, n))), 2)
+    high = np.round(np.maximum(gap, close) * (1 + rng.uniform(0, swing, (rows, n))), 2)
+    low = np.round(np.minimum(gap, close) * (1 - rng.uniform(0, swing, (rows, n))), 2)
+    volume = np.floor(rng.lognormal(9, 2, (rows, n))) * (rng.random((rows, n)) > 0.1)
+    arrays = [gap, np.maximum(high, np.maximum(gap, close)), np.minimum(low, np.minimum(gap, close)), close, volume]
+    for s in range(1, n):
+        first, last = (int(rng.integers(0, 8)), rows - int(rng.integers(0, 8))) if rng.random() < 0.5 else (0, rows)
+        for array in arrays:
+            array[:first, s] = array[last:, s] = math.nan
+    session = int(rng.choice([1, 5, 13]))
+    step = 86_400.0 if session == 1 else 60.0
+    closed_s = 1e9 + np.arange(rows) * step
+    return Market(*arrays, closed_s, (np.arange(rows) + 1) % session == 0)
+
+
+def random_weights(rng: np.random.Generator, market: Market) -> np.ndarray:
+    rows, n = market.close.shape
+    changes = rng.random((rows, n)) < rng.choice([0.05, 0.2, 0.6])
+    drawn = rng.choice([0.0, 0.0, 0.2, 0.5, 0.9, -0.3], (rows, n))
+    weights = np.zeros((rows, n))
+    for t in range(rows):
+        weights[t] = np.where(changes[t], drawn[t], weights[t - 1] if t else 0.0)
+    return np.where(np.isnan(market.close), 0.0, weights)
+
+
+def some(rng: np.random.Generator, *values: object) -> object:
+    return values[int(rng.integers(len(values)))]
+
+
+def random_rules(rng: np.random.Generator) -> tuple[Costs, Limits, SizingRules, ProtectiveExits | None, int]:
+    costs = Costs(
+        commission_per_share=some(rng, 0.0, 0.005),
+        commission_bps=some(rng, 0.0, 3.0),
+        commission_minimum=some(rng, 0.0, 1.0),
+        slippage_bps=some(rng, 0.0, 2.5),
+        volume_share=some(rng, 0.0, 0.05, 0.1),
+    )
+    limits = Limits(
+        max_order_qty=some(rng, None, None, 300),
+        max_order_notional=some(rng, None, None, 20_000),
+        max_position_qty=some(rng, None, None, 500),
+        max_position_notional=some(rng, None, 40_000),
+        max_gross_exposure=some(rng, None, 2.0, 0.8),
+        max_daily_loss=some(rng, None, None, 0.02),
+        max_orders=some(rng, 200, 2),
+        throttle_window_s=some(rng, 60.0, 200.0, 86_400.0),
+        duplicate_window_s=some(rng, None, 1.0, 86_400.0),
+        price_collar=some(rng, None, 0.10),
+        restricted=some(rng, frozenset(), frozenset({"BBB"})),
+        allow_short=some(rng, True, True, False),
+    )
+    stop, target, trail = some(rng, None, 0.03, 0.08), some(rng, None, 0.05, 0.15), some(rng, None, 0.04, 0.1)
+    exits = (
+        ProtectiveExits(stop_loss=stop, take_profit=target, trailing_stop=trail) if stop or target or trail else None
+    )
+    multiplier = int(some(rng, 1, 2, 4))
+    fractional = exits is None and bool(rng.random() < 0.3)
+    sizing = SizingRules(fractional, some(rng, 0.01, 0.0), some(rng, 1.0, 1.0, 1.5), multiplier > 1)
+    return costs, limits, sizing, exits, multiplier
+
+
+def told(text: str, *figures: float) -> tuple[object, ...]:
+    return (text, *("-" if math.isnan(figure) else float(figure) for figure in figures))
+
+
+def both(seed: int) -> tuple[Reference, object, Market]:
+    rng = np.random.default_rng(seed)
+    market = random_market(rng)
+    weights = random_weights(rng, market)
+    costs, limits, sizing, exits, multiplier = random_rules(rng)
+    start, cash = int(rng.integers(0, 5)), float(some(rng, 100_000.0, 30_000.0, 2_500.0))
+    reference = Reference(market, costs, limits, sizing, exits, float(multiplier), cash)
+    reference.run(weights, start)
+    rules = Rules(
+        costs.rates(),
+        limits.values(),
+        sizing,
+        exits.rates() if exits else NO_EXITS,
+        np.array([symbol in limits.restricted for symbol in reference.symbols]),
+        limits.allow_short,
+        float(multiplier),
+    )
+    return reference, run(market, weights, rules, start=start, starting_cash=cash), market
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(st.integers(0, 2**31))
+def test_engine_gives_the_orders_of_a_plain_reading_of_the_timeline(seed: int) -> None:
+    reference, simulation, _ = both(seed)
+    expected, expected_fills = [], []
+    for order in reference.orders:
+        for leg in order.legs:
+            expected_fills += [(t, len(expected), *told("", qty, price)[1:]) for t, qty, price in leg.fills]
+            expected.append(
+                (
+                    *(order.decided, order.s, order.side, order.exit, leg.kind),
+                    *told(leg.status, order.qty, leg.limit, leg.stop, leg.filled, leg.average),
+                )
+            )
+    table = simulation.orders
+    got = [
+        (
+            *(int(row["decided"]), int(row["symbol"]), int(row["side"]), bool(row["exit"]), int(row["type"])),
+            *told(STATUS[int(row["status"])], row["qty"], row["limit"], row["stop"], row["filled"], row["average"]),
+        )
+        for row in table
+    ]
+    assert got == expected
+    fills = [(int(f["bar"]), int(f["order"]), float(f["qty"]), float(f["price"])) for f in simulation.fills]
+    assert sorted(fills) == sorted(expected_fills)
+    assert simulation.equity[len(simulation.equity) - len(reference.curve) :].tolist() == reference.curve
+    assert simulation.refused == len(reference.refusals) and simulation.state == reference.state
+    assert [(int(r["decided"]), int(r["symbol"])) for r in simulation.refusals] == [r[:2] for r in reference.refusals]
+    assert float(simulation.cash[-1]) == reference.cash
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(0, 2**31))
+def test_books_balance_at_every_bar(seed: int) -> None:
+    _, simulation, market = both(seed)
+    marks = np.zeros_like(market.close)
+    last = np.zeros(market.close.shape[1])
+    for t, row in enumerate(market.close):
+        last = np.where(np.isnan(row), last, row)
+        marks[t] = last
+    worth = simulation.cash + (simulation.positions * marks).sum(axis=1)
+    assert np.abs(worth - simulation.equity).max() < 0.006
+    bought = np.zeros(market.close.shape[1])
+    for fill in simulation.fills:
+        assert market.volume[fill["bar"], fill["symbol"]] > 0 or fill["qty"] > 0
+        bought[fill["symbol"]] += fill["side"] * fill["qty"]
+    assert np.allclose(bought, simulation.positions[-1])
+    assert (simulation.orders["status"] != OPEN).all()
+    ordered = simulation.orders["qty"]
+    assert (simulation.orders["filled"] <= ordered + 1e-9).all()
+
+
+def test_random_markets_reach_every_corner() -> None:
+    seen: set[str] = set()
+    for seed in range(60):
+        reference, simulation, _ = both(seed)
+        seen |= {leg.status for order in reference.orders for leg in order.legs}
+        seen |= {"oco" for order in reference.orders if len(order.legs) == 2}
+        seen |= {"oco stop" for order in reference.orders if len(order.legs) == 2 and order.legs[1].filled}
+        seen |= {"oco limit" for order in reference.orders if len(order.legs) == 2 and order.legs[0].filled}
+        seen |= {"partial" for order in reference.orders for leg in order.legs if len(leg.fills) > 1}
+        seen |= {"short" for order in reference.orders if not order.exit and order.side < 0}
+        seen |= {name for *_, names in reference.refusals for name in names}
+        seen |= {"reducing"} if simulation.state == 1 else set()
+    assert seen >= {"filled", "canceled", "expired", "oco", "oco stop", "oco limit", "partial", "short", "reducing"}
+    assert seen >= {"RESTRICTED", "SHORT_SALE", "THROTTLE", "ORDER_QTY", "ORDER_NOTIONAL", "POSITION_QTY"}
+    assert seen >= {"POSITION_NOTIONAL", "GROSS_EXPOSURE", "BUYING_POWER", "DAILY_LOSS", "TRADING_STATE"}
+
+
+def test_plain_decimals_are_exact_over_the_border() -> None:
+    _, simulation, _ = both(7)
+    for price in simulation.fills["price"]:
+        assert float(to_decimal(price, 4)) == price
+    for cash in simulation.cash:
+        assert to_decimal(cash, 2) == Decimal(repr(float(cash)))
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_same_question_same_answer(seed: int) -> None:
+    first, second = both(seed)[1], both(seed)[1]
+    for one, other in zip(first, second, strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
