@@ -13,8 +13,19 @@ from hypothesis import strategies as st
 from trader_lib.exchange.account import buying_power, may_short, order_cost, reserved_cost
 from trader_lib.exchange.costs import Costs
 from trader_lib.exchange.matching import commission, fill_price, fill_qty, match_oco, match_price
-from trader_lib.research.engine import run
-from trader_lib.research.ledger import CANCELED, EXPIRED, FILLED, OPEN, Market, Rules
+from trader_lib.research.engine import run, simulate
+from trader_lib.research.ledger import (
+    CANCELED,
+    EXPIRED,
+    FILL_ROW,
+    FILLED,
+    OPEN,
+    ORDER_ROW,
+    REFUSAL_ROW,
+    REFUSALS_KEPT,
+    Market,
+    Rules,
+)
 from trader_lib.risk.checks import RecentOrders, decide
 from trader_lib.risk.limits import Limits
 from trader_lib.risk.rules import RiskFacts, pending_exposure
@@ -400,6 +411,34 @@ def test_plain_decimals_are_exact_over_the_border() -> None:
         assert float(to_decimal(price, 4)) == price
     for cash in simulation.cash:
         assert to_decimal(cash, 2) == Decimal(repr(float(cash)))
+
+
+@pytest.mark.parametrize("seed", [1, 9])
+def test_tables_grow_with_the_run(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    market = random_market(rng)
+    n = market.close.shape[1]
+    weights = random_weights(rng, market)
+    exits = ProtectiveExits(stop_loss=0.03, take_profit=0.05).rates()
+    never = np.zeros(n, np.bool_)
+    rules = Rules(Costs().rates(), Limits().values(), SizingRules(), exits, never, True, 2.0)
+    roomy = run(market, weights, rules)
+    tables = np.empty(1, ORDER_ROW), np.empty(1, FILL_ROW), np.empty(REFUSALS_KEPT, REFUSAL_ROW)
+    tight = simulate(market, weights, 0, 100_000.0, rules, *tables)
+    assert len(roomy.orders) > 4 and tight.orders.tobytes() == roomy.orders.tobytes()
+    assert tight.fills.tobytes() == roomy.fills.tobytes()
+
+
+def test_refusals_beyond_the_bound_are_counted_not_kept() -> None:
+    rows = REFUSALS_KEPT + 50
+    flat = np.full((rows, 1), 100.0)
+    closed_s = 1e9 + 60.0 * np.arange(rows)
+    market = Market(flat, flat, flat, flat, flat, closed_s, np.zeros(rows, np.bool_))
+    limits = Limits(max_order_qty=1).values()
+    rules = Rules(Costs().rates(), limits, SizingRules(), NO_EXITS, np.zeros(1, np.bool_), True, 2.0)
+    simulation = run(market, np.full((rows, 1), 0.5), rules)
+    assert simulation.refused == rows and len(simulation.refusals) == REFUSALS_KEPT
+    assert not len(simulation.orders)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

@@ -46,7 +46,7 @@ class RiskDecision(BaseModel):
         """Why the order was refused, in one line; empty when it was approved."""
         return " ".join(check.reason for check in self.checks if not check.passed)
 
-# %% ../../nbs/risk/02_checks.ipynb #11d51d0e
+# %% ../../nbs/risk/02_checks.ipynb #dd951a19
 def describe(check: Check, passed: bool, observed: float, bound: float, symbol: str, reference_price: float) -> str:
     """One sentence about one check with its figures.
 
@@ -90,7 +90,8 @@ def describe(check: Check, passed: bool, observed: float, bound: float, symbol: 
             return f"Gross exposure would be {observed:.4f} times equity{_limit(passed, bound, '.4f')}."
         case Check.BUYING_POWER:
             return f"The order needs {observed:,.2f} USD of buying power; {bound:,.2f} is there."
-        case Check.DAILY_LOSS:
+        case _:
+            assert check is Check.DAILY_LOSS
             return f"The day's loss is {observed:.2%} of its first equity{_limit(passed, bound, '.2%')}."
 
 
