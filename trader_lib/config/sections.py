@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Level', 'Fraction', 'Window', 'Positive', 'NotNegative', 'Symbols', 'AgentLevels', 'Url', 'Section', 'BrokerSettings',
-           'ExchangeSettings', 'RiskSettings', 'JournalSettings', 'BusSettings', 'DataSettings', 'LoggingSettings',
-           'RunSettings']
+           'ExchangeSettings', 'RiskSettings', 'ResilienceSettings', 'JournalSettings', 'BusSettings', 'DataSettings',
+           'LoggingSettings', 'RunSettings']
 
 # %% ../../nbs/config/00_sections.ipynb #6d961b9e
 from decimal import Decimal
@@ -144,6 +144,46 @@ class RiskSettings(Section):
     )
     restricted: Symbols = Field(frozenset(), description="symbols that may not be traded: GME,AMC")
     allow_short: bool = Field(True, description="whether positions may be short")
+
+# %% ../../nbs/config/00_sections.ipynb #0791aaae
+_Timeout = Annotated[float, Field(gt=0, le=600)]
+_Concurrent = Annotated[int, Field(ge=1, le=100)]
+_Attempts = Annotated[int, Field(ge=1, le=10)]
+_PerMinute = Annotated[int, Field(ge=1, le=100_000)]
+_Reserve = Annotated[int, Field(ge=0, le=100_000)]
+_Kept = Annotated[float, Field(ge=0, le=86_400)]
+
+
+class ResilienceSettings(Section):
+    """How calls to the broker wait, repeat and give up, and how long its answers are kept."""
+
+    trading_per_minute: _PerMinute | None = Field(180, description="most calls a minute for trading; none: unlimited")
+    data_per_minute: _PerMinute | None = Field(180, description="most calls a minute for market data; none: unlimited")
+    wait_s: _Timeout = Field(10.0, description="longest wait of a call for its turn, in seconds")
+    breaker_failures: int = Field(5, ge=1, le=1000, description="failures in a row after which no call is sent")
+    breaker_open_s: _Timeout = Field(10.0, description="time after which one call may try again, in seconds")
+    backoff_base_s: NotNegative = Field(0.2, description="longest wait before the second attempt, in seconds")
+    backoff_cap_s: NotNegative = Field(5.0, description="longest wait before any attempt, in seconds")
+    orders_timeout_s: _Timeout = Field(10.0, description="longest wait for the answer to an order, in seconds")
+    orders_concurrent: _Concurrent = Field(4, description="orders under way at once")
+    orders_reserve: _Reserve = Field(20, description="calls a minute that orders leave to exits and cancels")
+    cancels_timeout_s: _Timeout = Field(10.0, description="longest wait for the answer to a cancel, in seconds")
+    cancels_concurrent: _Concurrent = Field(2, description="cancels under way at once")
+    cancels_attempts: _Attempts = Field(3, description="attempts for one cancel; an order is never sent twice")
+    cancels_budget_s: _Timeout = Field(30.0, description="longest time for all attempts of one cancel, in seconds")
+    reads_timeout_s: _Timeout = Field(10.0, description="longest wait for the answer to a read, in seconds")
+    reads_concurrent: _Concurrent = Field(3, description="reads under way at once")
+    reads_reserve: _Reserve = Field(60, description="calls a minute that reads leave to orders and cancels")
+    reads_attempts: _Attempts = Field(4, description="attempts for one read")
+    reads_budget_s: _Timeout = Field(30.0, description="longest time for all attempts of one read, in seconds")
+    data_timeout_s: _Timeout = Field(60.0, description="longest wait for all pages of one history, in seconds")
+    data_concurrent: _Concurrent = Field(1, description="histories loaded at once")
+    data_attempts: _Attempts = Field(4, description="attempts for one history")
+    data_budget_s: _Timeout = Field(120.0, description="longest time for all attempts of one history, in seconds")
+    account_ttl_s: _Kept = Field(5.0, description="age at which the account is read anew, in seconds; 0: always")
+    positions_ttl_s: _Kept = Field(5.0, description="age at which positions are read anew, in seconds; 0: always")
+    assets_ttl_s: _Kept = Field(3600.0, description="age at which an asset is read anew, in seconds; 0: always")
+    clock_ttl_s: _Kept = Field(60.0, description="age at which the market's clock is read anew, in seconds; 0: always")
 
 # %% ../../nbs/config/00_sections.ipynb #31d8411a
 class JournalSettings(Section):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Profile', 'PREFIX', 'ALIASES', 'SETTING_NAMES', 'Settings', 'load_settings', 'SettingRow', 'explain']
 
-# %% ../../nbs/config/01_settings.ipynb #70c25346
+# %% ../../nbs/config/01_settings.ipynb #ed94661d
 import os
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
@@ -30,12 +30,13 @@ from trader_lib.config.sections import (
     ExchangeSettings,
     JournalSettings,
     LoggingSettings,
+    ResilienceSettings,
     RiskSettings,
     RunSettings,
 )
 from ..errors.taxonomy import Misconfigured, did_you_mean
 
-# %% ../../nbs/config/01_settings.ipynb #839f754f
+# %% ../../nbs/config/01_settings.ipynb #bb9a27dd
 Profile = Literal["research", "paper", "live"]
 
 PREFIX = "TRADER_"
@@ -63,6 +64,7 @@ class Settings(BaseSettings):
     broker: BrokerSettings = Field(default_factory=BrokerSettings)
     exchange: ExchangeSettings = Field(default_factory=ExchangeSettings)
     risk: RiskSettings = Field(default_factory=RiskSettings)
+    resilience: ResilienceSettings = Field(default_factory=ResilienceSettings)
     journal: JournalSettings = Field(default_factory=JournalSettings)
     bus: BusSettings = Field(default_factory=BusSettings)
     data: DataSettings = Field(default_factory=DataSettings)

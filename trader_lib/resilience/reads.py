@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['T', 'with_retries']
 
-# %% ../../nbs/resilience/00_reads.ipynb #9b24acf1
+# %% ../../nbs/resilience/00_reads.ipynb #630e316d
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import numpy as np
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
 
 from ..clock.clock import Clock
 from ..errors.taxonomy import Misused, Retryable
 
 T = TypeVar("T")
 
-# %% ../../nbs/resilience/00_reads.ipynb #8d038961
+# %% ../../nbs/resilience/00_reads.ipynb #1d3be429
 async def with_retries(
     call: Callable[[], Awaitable[T]],  # makes one attempt; must be safe to repeat
     *,
@@ -28,12 +28,18 @@ async def with_retries(
     clock: Clock,  # waits and measures
     rng: np.random.Generator,  # draws the waits
     retry_on: type[Exception] = Retryable,  # what is worth another attempt
+    unless: type[Exception] | tuple[type[Exception], ...] = (),  # of these, what is not
 ) -> T:
     """Return what the call returns; raise its last error when attempts or time are spent, any other error at once."""
     if attempts < 1 or min(base_s, cap_s, budget_s) < 0:
-        raise Misused("Retries need at least one attempt and times that are not negative. Check broker.read_attempts.")
+        raise Misused(
+            "Retries need at least one attempt and times that are not negative. Check resilience.reads_attempts."
+        )
     started = clock.monotonic()
     enough = stop_after_attempt(attempts)
+
+    def worth_it(error: BaseException) -> bool:
+        return isinstance(error, retry_on) and not isinstance(error, unless)
 
     def wait(state: RetryCallState) -> float:
         longest = min(cap_s, base_s * 2.0 ** min(state.attempt_number - 1, 60))
@@ -48,10 +54,12 @@ async def with_retries(
             )
         return spent
 
-    retrying = AsyncRetrying(
-        sleep=clock.sleep, wait=wait, stop=stop, retry=retry_if_exception_type(retry_on), reraise=True
-    )
-    return await retrying(call)
+    retrying = AsyncRetrying(sleep=clock.sleep, wait=wait, stop=stop, retry=retry_if_exception(worth_it), reraise=True)
+
+    async def once() -> T:  # tenacity would not wait for a plain function that returns an awaitable, such as a lambda
+        return await call()
+
+    return await retrying(once)
 
 
 def _error(state: RetryCallState) -> BaseException | None:
