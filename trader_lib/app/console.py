@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['print_json', 'print_table', 'print_facts', 'print_line', 'say', 'progress_bar']
 
-# %% ../../nbs/app/00_console.ipynb #39715086
+# %% ../../nbs/app/00_console.ipynb #5f589c89
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import orjson
 from rich.console import Console
@@ -31,8 +31,9 @@ def print_json(document: object) -> None:
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> None:
     """Write a table to standard output; a heading that ends in # is numeric and stands right."""
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
-    for column in columns:
-        table.add_column(column.rstrip("#"), justify="right" if column.endswith("#") else "left", overflow="fold")
+    for place, column in enumerate(columns):
+        side: Literal["left", "right"] = "right" if column.endswith("#") else "left"
+        table.add_column(column.rstrip("#"), justify=side, overflow="fold", no_wrap=place == 0)
     for row in rows:
         table.add_row(*(Text(plain(value)) for value in row))
     _stdout().print(table)

@@ -79,7 +79,7 @@ def order_row(order: OrderRecord) -> tuple[object, ...]:
         order.purpose,
     )
 
-# %% ../../nbs/app/03_views.ipynb #0722ed18
+# %% ../../nbs/app/03_views.ipynb #88fe4fe7
 def list_runs(runs: Iterable[RunFolder], *, as_json: bool = False) -> None:
     """Print one line a run, the latest first."""
     rows = [_listed(run) for run in runs]
@@ -112,13 +112,13 @@ def _listed(run: RunFolder) -> dict[str, object]:
         "strategy": result.parameters.get("strategy"),
         "symbols": result.parameters.get("symbols"),
         "orders": len(result.orders),
-        "equity_end": None if result.equity_end is None else str(result.equity_end),
+        "equity_end": None if result.equity_end is None else decimal_text(result.equity_end),
         "total_return": result.statistics.get("total_return"),
         "order_list_hash": result.order_list_hash,
     }
 
-# %% ../../nbs/app/03_views.ipynb #5d236e24
-def show_comparison(left: RunFolder, right: RunFolder, *, as_json: bool = False, rows_max: int = 20) -> RunComparison:
+# %% ../../nbs/app/03_views.ipynb #c221d133
+def show_comparison(left: RunFolder, right: RunFolder, *, as_json: bool = False, rows_max: int = 10) -> RunComparison:
     """Print what two runs have in common and what not; return the comparison."""
     ours, theirs = left.result(), right.result()
     comparison = compare_runs(ours, theirs)
@@ -132,8 +132,8 @@ def show_comparison(left: RunFolder, right: RunFolder, *, as_json: bool = False,
                 "summary": comparison.summary(),
                 "orders": comparison.orders.counts,
                 "order_list_hash": list(comparison.hashes),
-                "equity_end": [None if value is None else str(value) for value in comparison.equity],
-                "equity_difference": None if difference is None else str(difference),
+                "equity_end": [None if value is None else decimal_text(value) for value in comparison.equity],
+                "equity_difference": None if difference is None else decimal_text(difference),
                 "inputs": {name: list(pair) for name, pair in comparison.inputs.items()},
                 "differences": [row.sentence() for row in comparison.orders.differences],
             }
@@ -147,7 +147,7 @@ def show_comparison(left: RunFolder, right: RunFolder, *, as_json: bool = False,
         ("equity at the end", *(_money(value) for value in comparison.equity), _same(*comparison.equity)),
         ("order list hash", *(_short(value) for value in comparison.hashes), _same(*comparison.hashes)),
     ]
-    rows += [(name, str(a), str(b), "differs") for name, (a, b) in comparison.inputs.items()]
+    rows += [(f"asked: {name}", _short(a), _short(b), "differs") for name, (a, b) in comparison.inputs.items()]
     print_table(("", f"{left.kind}#", f"{right.kind}#", "Verdict"), rows, title=f"{left.name}  against  {right.name}")
     print_table(("Order by order", "Count#"), [(name.replace("_", " "), count) for name, count in counts.items()])
     differences = comparison.orders.differences
@@ -171,5 +171,6 @@ def _money(value: object) -> str:
     return "–" if value is None else f"{float(str(value)):,.2f}"
 
 
-def _short(value: str | None) -> str:
-    return "–" if value is None else f"{value[:17]}…"
+def _short(value: object) -> str:
+    text = figure_text("", value)
+    return f"{text[:17]}…" if text.startswith("sha256:") else text

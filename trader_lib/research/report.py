@@ -50,7 +50,7 @@ def plain(value: object) -> str:
         return ", ".join(map(str, value)) or "–"
     return str(value)
 
-# %% ../../nbs/research/04_report.ipynb #0c428ec5
+# %% ../../nbs/research/04_report.ipynb #3ada3f43
 STYLE = """
 .tl { font: 14px/1.5 Inter, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; color: #1f2937; }
 .tl table { border-collapse: collapse; width: 100%; margin: .4em 0 1em; font-variant-numeric: tabular-nums; }
@@ -58,7 +58,7 @@ STYLE = """
   border-bottom: 1px solid #d1d5db; background: none; }
 .tl td { padding: 5px 18px 5px 0; border-bottom: 1px solid #eef0f3; text-align: left; vertical-align: top; }
 .tl .n { text-align: right; } .tl tr:hover td { background: #f8fafc; }
-.tl .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 12px; margin: .6em 0 1.2em; }
+.tl .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(210px, 1fr)); gap: 12px; margin: .6em 0 1.2em; }
 .tl .tile { border: 1px solid #e5e7eb; border-radius: 10px; padding: 12px 14px; background: #fff; }
 .tl .tile b { display: block; font-size: 20px; font-weight: 650; letter-spacing: -.01em; white-space: nowrap; }
 .tl .tile span { color: #6b7280; font-size: 12px; }

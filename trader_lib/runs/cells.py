@@ -7,7 +7,7 @@ __all__ = ['HEADLINES', 'asked_piece', 'asked_in_words', 'headline_piece', 'orde
            'refusal_rows', 'refusals_piece', 'statistics_piece', 'reconciliation_piece', 'data_row', 'provenance_piece',
            'publish', 'tell']
 
-# %% ../../nbs/runs/08_cells.ipynb #8435d97f
+# %% ../../nbs/runs/08_cells.ipynb #c3474e25
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import pandas as pd
 
+from ..clock.clock import WallClock
 from ..market.bars import Bars
 from ..research.report import Piece, facts, figure_text, note, plain, table, tiles, words
 from .parameters import RunParameters
@@ -168,7 +169,7 @@ def reconciliation_piece(reconciliation: ReconciliationRow) -> Piece:
     listed = table(("Difference",), [(difference,) for difference in reconciliation.differences])
     return Piece(note("The broker's books and ours differ.", "bad").html + listed.html)
 
-# %% ../../nbs/runs/08_cells.ipynb #49161253
+# %% ../../nbs/runs/08_cells.ipynb #c5078016
 def data_row(bars: Bars) -> DataRow:
     """Which bars a run saw."""
     origin = bars.provenance
@@ -186,8 +187,11 @@ def data_row(bars: Bars) -> DataRow:
     )
 
 
-def provenance_piece(data: DataRow, order_list_hash: str, seed: int) -> Piece:
+def provenance_piece(data: DataRow | None, order_list_hash: str, seed: int) -> Piece:
     """Data, order list and versions: what it takes to get the same again."""
+    made_with = {name.replace("_", " ").replace(" lib", "_lib"): value for name, value in versions().items()}
+    if data is None:
+        return facts({"order_list_hash": order_list_hash, "data": "no bar closed", "seed": seed, **made_with})
     shown: dict[str, object] = {
         "order_list_hash": order_list_hash,
         "data_content_hash": data.content_hash,
@@ -196,17 +200,17 @@ def provenance_piece(data: DataRow, order_list_hash: str, seed: int) -> Piece:
         "first_bar": stamp_text(data.first) if data.first else None,
         "last_bar": stamp_text(data.last) if data.last else None,
         "seed": seed,
-        **{name.replace("_", " ").replace(" lib", "_lib"): value for name, value in versions().items()},
+        **made_with,
     }
     warning = note("These bars are synthetic: nothing was ever traded at these prices.", "bad").html
     return Piece((warning if data.synthetic else "") + facts(shown).html)
 
-# %% ../../nbs/runs/08_cells.ipynb #61a1451f
+# %% ../../nbs/runs/08_cells.ipynb #1caaff51
 def publish(
     *,
     kind: Kind,
     asked: RunParameters,
-    data: DataRow,
+    data: DataRow | None,  # None where no bar closed
     orders: Sequence[OrderRecord],
     order_list_hash: str,
     statistics: Mapping[str, Any],
@@ -214,18 +218,16 @@ def publish(
     refusals: Iterable[RefusalRow] = (),
     reconciliation: ReconciliationRow | None = None,
     status: Status = "completed",
-    started_at: datetime | None = None,
-    ended_at: datetime | None = None,
 ) -> None:
-    """Leave the result for the runner; it adds when the run was started and ended."""
+    """Leave the result for the runner, which says when the run was started and ended."""
     from IPython.display import display as show
 
-    moment = data.last or orders[-1].decided_at
+    moment = WallClock().now()
     result = RunResult(
         kind=kind,
         status=status,
-        started_at=started_at or moment,
-        ended_at=ended_at or moment,
+        started_at=moment,
+        ended_at=moment,
         parameters=asked.values(),
         seed=asked.seed,
         versions=dict(versions()),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['session_settings', 'bars_to_come', 'progress_teller', 'journal_bars', 'equity_by_bar', 'exposure_by_bar',
-           'session_statistics', 'health_piece']
+           'session_statistics', 'price_piece', 'worth_piece', 'health_piece']
 
-# %% ../../nbs/runs/09_session_cells.ipynb #a56979ba
+# %% ../../nbs/runs/09_session_cells.ipynb #794d141f
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +18,8 @@ from ..agents.contract import AgentHealth
 from ..config.settings import Settings, load_settings
 from ..journal.journal import SqliteJournal
 from ..market.bars import Bars, window
-from ..research.report import Piece, table
+from ..research.plots import equity_figure, price_figure
+from ..research.report import Piece, note, table
 from ..research.statistics import fills_of, portfolio_of, statistics
 from .cells import tell
 from .parameters import RunParameters
@@ -58,7 +59,7 @@ def progress_teller(total: int, tell_at_most: int = 200) -> Callable[[int, datet
 
     return closed
 
-# %% ../../nbs/runs/09_session_cells.ipynb #a6472912
+# %% ../../nbs/runs/09_session_cells.ipynb #d927f6d0
 def journal_bars(result: SessionResult) -> Bars | None:
     """The bars that closed during a session, from its journal; None if none did."""
     with SqliteJournal(result.journal_path, read_only=True) as journal:
@@ -99,16 +100,29 @@ def exposure_by_bar(result: SessionResult, bars: Bars) -> "pd.Series[float]":
     return exposure.rename("exposure")
 
 
-def session_statistics(result: SessionResult, bars: Bars) -> dict[str, Any]:
-    """The statistics that a backtest has, from a session's journal."""
+def session_statistics(result: SessionResult, bars: Bars | None) -> dict[str, Any]:
+    """The statistics that a backtest has, from a session's journal; counts alone where no bar closed."""
     equity = equity_by_bar(result)
-    if not len(equity):
+    if bars is None or not len(equity):
         return {"orders": len(result.orders), "refused": len(result.refusals)}
     fills = fills_of(result.orders, result.spec.costs)
     closes = bars.frame("close").reindex(equity.index)
     portfolio = portfolio_of(closes, fills, float(result.spec.cash))
     figures: Mapping[str, Any] = statistics(portfolio, equity, exposure_by_bar(result, bars), fills)
     return {**figures, "orders": len(result.orders), "refused": len(result.refusals)}
+
+
+def price_piece(result: SessionResult, bars: Bars | None) -> Any:
+    """Price with orders, or a note where no bar closed."""
+    return note("No bar closed in this session.") if bars is None else price_figure(bars, result.orders)
+
+
+def worth_piece(result: SessionResult, bars: Bars | None) -> Any:
+    """Equity, drawdown and exposure, or a note where no bar closed."""
+    equity = equity_by_bar(result)
+    if bars is None or not len(equity):
+        return note("No bar closed in this session.")
+    return equity_figure(equity, exposure_by_bar(result, bars))
 
 
 def health_piece(health: tuple[AgentHealth, ...]) -> Piece:
