@@ -2,17 +2,22 @@
 
 import math
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trader_lib.clock.sessions import TradingCalendar
+from trader_lib.config.settings import Settings
 from trader_lib.exchange.account import buying_power, may_short, order_cost, reserved_cost
 from trader_lib.exchange.costs import Costs
 from trader_lib.exchange.matching import commission, fill_price, fill_qty, match_oco, match_price
+from trader_lib.market.bars import Bars, Provenance, Timeframe
+from trader_lib.research.backtest import backtest
 from trader_lib.research.engine import run, simulate
 from trader_lib.research.ledger import (
     CANCELED,
@@ -29,11 +34,15 @@ from trader_lib.research.ledger import (
 from trader_lib.risk.checks import RecentOrders, decide
 from trader_lib.risk.limits import Limits
 from trader_lib.risk.rules import RiskFacts, pending_exposure
+from trader_lib.session.session import run_session
+from trader_lib.session.spec import SessionSpec
+from trader_lib.strategy.contract import Strategy
 from trader_lib.strategy.exits import NO_EXITS, ProtectiveExits, exit_due, exit_prices
 from trader_lib.strategy.planner import PlannedAction, Planner
 from trader_lib.strategy.sizing import SizingRules
 from trader_lib.trading.folding import cash_flow, equity, exposure, fold_fill
 from trader_lib.trading.numbers import round_to, to_decimal, to_float
+from trader_lib.trading.order_list import compare_order_lists
 from trader_lib.trading.orders import OrderClass, OrderRequest, OrderSide, OrderType, TimeInForce
 
 SYMBOLS = ("AAA", "BBB", "CCC", "DDD")
@@ -446,3 +455,53 @@ def test_same_question_same_answer(seed: int) -> None:
     first, second = both(seed)[1], both(seed)[1]
     for one, other in zip(first, second, strict=True):
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+class Given(Strategy):
+    """Weights and exits that are given, whatever the bars say."""
+
+    weights: tuple[tuple[float, ...], ...]
+    protection: ProtectiveExits | None = None
+
+    @property
+    def warmup(self) -> int:
+        return 1
+
+    @property
+    def exits(self) -> ProtectiveExits | None:
+        return self.protection
+
+    def targets(self, bars: Bars) -> np.ndarray:
+        return np.array(self.weights[: bars.n])
+
+
+@pytest.mark.parametrize("seed", [0, 5, 6, 13, 18])
+async def test_a_session_of_agents_places_the_same_orders(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    market = random_market(rng)
+    weights = random_weights(rng, market)
+    costs, limits, sizing, exits, multiplier = random_rules(rng)
+    timeframe = "1Day" if rng.random() < 0.4 else "15Min"
+    stamps = TradingCalendar().bar_stamps(date(2025, 11, 24), date(2026, 6, 1), timeframe)[: len(weights)]
+    origin = Provenance("example", "none", Timeframe(timeframe), "raw", synthetic=True)
+    symbols = SYMBOLS[: market.close.shape[1]]
+    bars = Bars(*market[:5], pd.DatetimeIndex(stamps, tz="UTC"), symbols, origin)
+    strategy = Given(weights=weights.tolist(), protection=exits)
+    shared = {"costs": costs, "limits": limits, "multiplier": multiplier}
+    result = backtest(strategy, bars, sizing=sizing, **shared)
+    spec = SessionSpec(
+        symbols=symbols,
+        timeframe=timeframe,
+        fractional=sizing.fractional,
+        min_trade=sizing.min_trade,
+        leverage=sizing.leverage,
+        **shared,
+    )
+    settings_ = Settings(broker={"kind": "simulated", "transport": "in_process"})
+    session = await run_session(spec, settings_, bars=bars, strategy=strategy)
+    comparison = compare_order_lists(result.orders, session.orders)
+    assert comparison.equal, comparison.summary()
+    assert session.order_list_hash == result.order_list_hash and session.equity_end == result.equity_end
+    ours = [(refusal.decided_at, refusal.symbol, refusal.checks, refusal.reasons) for refusal in result.refusals]
+    theirs = [(refusal.decided_at, refusal.symbol, refusal.checks, refusal.reasons) for refusal in session.refusals]
+    assert ours == theirs
