@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from trader_lib.broker.connection import AlpacaAccess
+from trader_lib.config.sections import ResilienceSettings
 from trader_lib.exchange.engine import Exchange
 from trader_lib.exchange.server import ExchangeServer
 from trader_lib.market.bars import Bars
@@ -42,6 +43,5 @@ def alpaca_access(exchange_server: ExchangeServer) -> AlpacaAccess:
         data_url=exchange_server.url,
         trading_stream_url=exchange_server.trading_stream_url,
         data_stream_url=exchange_server.data_stream_url,
-        timeout_s=5.0,
-        read_attempts=2,
+        resilience=ResilienceSettings(reads_timeout_s=5.0, orders_timeout_s=5.0, reads_attempts=2).for_simulation(),
     )

@@ -19,6 +19,7 @@ from trader_lib.broker.connection import AlpacaAccess
 from trader_lib.broker.inbox import BarArrived
 from trader_lib.broker.streams import StreamThread, WatchedDataStream, WatchedTradingStream
 from trader_lib.clock.clock import VirtualClock
+from trader_lib.config.sections import ResilienceSettings
 from trader_lib.errors.taxonomy import Misconfigured, OutcomeUnknown, Retryable, TraderError, Unauthorized
 from trader_lib.exchange.engine import Exchange
 from trader_lib.exchange.server import ExchangeServer
@@ -58,9 +59,11 @@ def http_answer(status: str, body: bytes) -> bytes:
     return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-def broker_at(url: str, **changes: Any) -> AlpacaBroker:
-    access = AlpacaAccess("key", "secret", trading_url=url, data_url=url, timeout_s=0.2, read_attempts=1)
-    return AlpacaBroker(replace(access, **changes), symbols=["IBM"], timeframe="1Day")
+def broker_at(url: str, *, timeout_s: float = 0.2, read_attempts: int = 1, **changes: Any) -> AlpacaBroker:
+    times = {f"{kind}_timeout_s": timeout_s for kind in ("orders", "cancels", "reads", "data")}
+    patience = ResilienceSettings(reads_attempts=read_attempts, **(times | changes))
+    access = AlpacaAccess("key", "secret", trading_url=url, data_url=url, resilience=patience)
+    return AlpacaBroker(access, symbols=["IBM"], timeframe="1Day")
 
 
 async def test_a_mute_server_is_not_waited_for_and_leaves_the_order_unknown() -> None:
@@ -114,7 +117,7 @@ async def test_a_server_that_is_not_there_got_nothing() -> None:
 async def test_start_gives_up_when_the_streams_do_not_connect(alpaca_access: AlpacaAccess) -> None:
     with http_server(None) as (url, _):
         mute = url.replace("http", "ws")
-        access = replace(alpaca_access, data_stream_url=mute, timeout_s=1.5)
+        access = replace(alpaca_access, data_stream_url=mute, resilience=ResilienceSettings(reads_timeout_s=1.5))
         broker = AlpacaBroker(access, symbols=["IBM"], timeframe="1Day")
         with pytest.raises(Retryable, match="streams did not connect"):
             await broker.start()

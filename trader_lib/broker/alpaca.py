@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['T', 'ORDERS_MAX', 'SETTLE_S', 'AlpacaBroker']
 
-# %% ../../nbs/broker/06_alpaca.ipynb #5d63d33c
+# %% ../../nbs/broker/06_alpaca.ipynb #3e1644d0
 import asyncio
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, TypeVar
 
+import requests
 from alpaca.common.types import RawData
 from alpaca.data.models import Bar
 from alpaca.trading.enums import QueryOrderStatus
@@ -39,13 +41,14 @@ from trader_lib.broker.translation import (
     trade_updated,
 )
 from ..clock.clock import Clock, WallClock
-from ..clock.ids import generator
 from ..clock.sessions import TradingCalendar
 from ..errors.alpaca import from_alpaca
 from ..errors.taxonomy import Misconfigured, NotFound, Retryable
 from ..market.bars import Bars, Timeframe
 from ..market.history import alpaca_history
-from ..resilience.reads import with_retries
+from ..resilience.cache import TtlCache
+from ..resilience.guard import Guards
+from ..resilience.rate_limit import RateLimiter
 from ..trading.events import AccountReported
 from ..trading.orders import Order, OrderRequest
 from ..trading.portfolio import Position
@@ -54,12 +57,12 @@ T = TypeVar("T")
 ORDERS_MAX = 500
 SETTLE_S = 60.0  # after a session's close, for its last daily bar to come by itself
 
-# %% ../../nbs/broker/06_alpaca.ipynb #e7b40c1a
+# %% ../../nbs/broker/06_alpaca.ipynb #cb06dfab
 class AlpacaBroker:
     """A broker and a source of history over alpaca-py.
 
-    access: addresses and keys. symbols, timeframe: the bars to stream. clock: says when a daily bar has closed, waits
-    between attempts. seed: of the waits. Raises Misconfigured for bars that Alpaca does not stream.
+    access: addresses, keys and patience. symbols, timeframe: the bars to stream. clock: says when a daily bar has
+    closed, and times the guards and the cache. seed: of the waits between attempts. Raises Misconfigured for bars that Alpaca does not stream.
     """
 
     def __init__(
@@ -79,12 +82,16 @@ class AlpacaBroker:
         self._symbols = tuple(symbols)
         self._clock = clock or WallClock()
         self._calendar = calendar or TradingCalendar()
-        self._rng = generator(seed, "broker/retries")
+        self.guards = Guards(access.resilience, self._clock, seed=seed)
+        self.cache = TtlCache(self._clock)
         self._gate = DailyGate(self._calendar)
         self._inbox = Inbox()
         self._client = access.trading_client()
         self._data = access.data_client()
-        self._pool = ThreadPoolExecutor(access.pool_size, thread_name_prefix="alpaca")
+        self._pool = ThreadPoolExecutor(self.guards.concurrent_max, thread_name_prefix="alpaca")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._listen_to_limits(self._client._session, self.guards.trading_limit)
+        self._listen_to_limits(self._data._session, self.guards.data_limit)
         self._streams: tuple[StreamThread, ...] = ()
         self._daily: asyncio.Task[None] | None = None
 
@@ -113,13 +120,13 @@ class AlpacaBroker:
         for stream in self._streams:
             stream.start()
         try:
-            async with asyncio.timeout(self._access.timeout_s):
+            async with asyncio.timeout(self._access.resilience.reads_timeout_s):
                 await asyncio.gather(*(asyncio.wrap_future(stream.connected) for stream in self._streams))
         except TimeoutError:
             await self.stop()
             raise Retryable(
-                f"Alpaca's streams did not connect within {self._access.timeout_s:g} s. Check the network and try again; "
-                "a connection that broke may hold its place for 90 s."
+                f"Alpaca's streams did not connect within {self._access.resilience.reads_timeout_s:g} s. Check the network and "
+                "try again; a connection that broke may hold its place for 90 s."
             ) from None
         except BaseException:
             await self.stop()
@@ -141,6 +148,7 @@ class AlpacaBroker:
         stream = WatchedTradingStream(self._access, watcher)
 
         async def receive(update: TradeUpdate) -> None:
+            self.cache.invalidate("account", "positions")
             self._inbox.put(trade_updated(update))
 
         stream.subscribe_trade_updates(receive)
@@ -156,10 +164,12 @@ class AlpacaBroker:
 
     async def _receive_bar(self, bar: Bar | RawData) -> None:
         assert isinstance(bar, Bar)
+        self.cache.invalidate("account", "positions")
         self._inbox.put(bar_arrived(bar))
 
     async def _receive_daily(self, bar: Bar | RawData) -> None:
         assert isinstance(bar, Bar)
+        self.cache.invalidate("account", "positions")
         closed = self._gate.offer(bar_arrived(bar), self._clock.now())
         if closed is not None:
             self._inbox.put(closed)
@@ -177,10 +187,16 @@ class AlpacaBroker:
 
     async def account(self) -> AccountReported:
         """Cash, equity and buying power now, USD."""
+        return await self._kept("account", self._account, self._access.resilience.account_ttl_s)
+
+    async def _account(self) -> AccountReported:
         return account_from_alpaca(await self._read(self._client.get_account))
 
     async def positions(self) -> tuple[Position, ...]:
         """Positions that are not flat."""
+        return await self._kept("positions", self._positions, self._access.resilience.positions_ttl_s)
+
+    async def _positions(self) -> tuple[Position, ...]:
         return tuple(position_from_alpaca(held) for held in await self._read(self._client.get_all_positions))
 
     async def orders(self, status: OrderFilter = "open") -> tuple[Order, ...]:
@@ -197,8 +213,14 @@ class AlpacaBroker:
 
     async def submit(self, request: OrderRequest) -> Order:
         """Send an order once; raises Rejected, RateLimited, Retryable where nothing left, or OutcomeUnknown."""
-        order: Order = await self._call(self._submit, order_to_alpaca(request), order_post=True)
-        return order
+        sent = order_to_alpaca(request)
+        try:
+            order: Order = await self.guards.orders.call(
+                lambda: self._call(self._submit, sent, order_post=True), urgent=request.purpose == "exit"
+            )
+            return order
+        finally:
+            self.cache.invalidate("account", "positions")
 
     def _submit(self, request: AlpacaOrderRequest) -> Order:
         order = self._client.submit_order(request)
@@ -207,20 +229,37 @@ class AlpacaBroker:
 
     async def cancel(self, order_id: str) -> None:
         """Ask for the end of an order; raises NotFound, or Rejected where it has ended."""
-        await self._call(self._client.cancel_order_by_id, order_id)
+        try:
+            await self.guards.cancels.call(lambda: self._call(self._client.cancel_order_by_id, order_id))
+        finally:
+            self.cache.invalidate("account", "positions")
 
     async def market_clock(self) -> MarketClock:
-        """Alpaca's own clock."""
+        """Alpaca's own clock, carried on by ours until it is read anew: after a while, or when the market opens or closes."""
+        ttl_s = self._access.resilience.clock_ttl_s
+        clock, read_at = await self._kept("clock", self._market_clock, ttl_s)
+        if ttl_s > 0:
+            clock = replace(clock, now=clock.now + timedelta(seconds=self._clock.monotonic() - read_at))
+            if clock.now >= min(clock.next_open, clock.next_close):
+                self.cache.invalidate("clock")
+                clock, _ = await self._kept("clock", self._market_clock, ttl_s)
+        return clock
+
+    async def _market_clock(self) -> tuple[MarketClock, float]:
         clock = await self._read(self._client.get_clock)
-        return MarketClock(_utc(clock.timestamp), bool(clock.is_open), _utc(clock.next_open), _utc(clock.next_close))
+        moments = (_utc(when) for when in (clock.next_open, clock.next_close))
+        return MarketClock(_utc(clock.timestamp), bool(clock.is_open), *moments), self._clock.monotonic()
 
     async def assets(self, symbols: Sequence[str]) -> dict[str, Asset]:
         """What may be traded, by symbol; raises NotFound for a symbol that Alpaca does not know."""
-        found = await asyncio.gather(*(self._read(self._client.get_asset, symbol) for symbol in symbols))
-        return {
-            asset.symbol: Asset(asset.symbol, asset.tradable, asset.shortable, asset.fractionable, asset.marginable)
-            for asset in found
-        }
+        ttl_s = self._access.resilience.assets_ttl_s
+        reads = {symbol: functools.partial(self._asset, symbol) for symbol in symbols}
+        found = await asyncio.gather(*(self._kept(f"asset {name}", read, ttl_s) for name, read in reads.items()))
+        return {asset.symbol: asset for asset in found}
+
+    async def _asset(self, symbol: str) -> Asset:
+        asset = await self._read(self._client.get_asset, symbol)
+        return Asset(asset.symbol, asset.tradable, asset.shortable, asset.fractionable, asset.marginable)
 
     async def history(
         self,
@@ -235,33 +274,34 @@ class AlpacaBroker:
         """Bars of New York dates from start to end that have closed by the market's clock."""
         now = (await self.market_clock()).now
         read = functools.partial(alpaca_history, as_of=now, calendar=self._calendar)
-        bars: Bars = await self._read(
-            read, self._data, tuple(symbols), timeframe, start, end, feed or self._access.feed, adjustment
-        )
+        asked = (tuple(symbols), timeframe, start, end, feed or self._access.feed, adjustment)
+        bars: Bars = await self.guards.data.call(lambda: self._call(read, self._data, *asked))
         return bars
+
+    async def _kept(self, name: str, read: Callable[[], Awaitable[T]], ttl_s: float) -> T:
+        """What the cache has from this connection, or what is read."""
+        return await self.cache.get(f"{name}, connection {self.reconnects}", read, ttl_s=ttl_s, tags=frozenset({name}))
 
     async def _read(self, function: Callable[..., Any], *arguments: object) -> Any:
         """A call that may be repeated."""
-
-        async def attempt() -> Any:
-            return await self._call(function, *arguments)
-
-        return await with_retries(
-            attempt,
-            attempts=self._access.read_attempts,
-            base_s=0.2,
-            cap_s=5.0,
-            budget_s=self._access.read_budget_s,
-            clock=self._clock,
-            rng=self._rng,
-        )
+        return await self.guards.reads.call(lambda: self._call(function, *arguments))
 
     async def _call(self, function: Callable[..., Any], *arguments: object, order_post: bool = False) -> Any:
         """One call on the pool of threads, its failure sorted."""
+        self._loop = asyncio.get_running_loop()
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+            return await self._loop.run_in_executor(self._pool, function, *arguments)
         except Exception as error:
             raise from_alpaca(error, order_post=order_post) from error
+
+    def _listen_to_limits(self, session: requests.Session, limiter: RateLimiter | None) -> None:
+        """Tell the limiter what the headers of each answer say; they come on the pool's threads."""
+
+        def learn(response: requests.Response, *_: object, **__: object) -> None:
+            if limiter is not None and self._loop is not None:
+                self._loop.call_soon_threadsafe(limiter.learn, response.headers)
+
+        session.hooks["response"].append(learn)
 
 
 def _utc(when: datetime) -> datetime:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['C', 'AlpacaAccess', 'PatientAdapter', 'harden']
 
-# %% ../../nbs/broker/03_connection.ipynb #f53e3419
+# %% ../../nbs/broker/03_connection.ipynb #3edbca38
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -16,12 +16,12 @@ from alpaca.data.historical import StockHistoricalDataClient
 from alpaca.trading.client import TradingClient
 from requests.adapters import HTTPAdapter
 
-from ..config.sections import BrokerSettings
+from ..config.sections import BrokerSettings, ResilienceSettings
 from ..errors.taxonomy import InvariantBroken, Misconfigured
 
 C = TypeVar("C", bound=RESTClient)
 
-# %% ../../nbs/broker/03_connection.ipynb #d8d063f3
+# %% ../../nbs/broker/03_connection.ipynb #f5a64e5b
 @dataclass(frozen=True, slots=True)
 class AlpacaAccess:
     """Addresses, keys and patience: all that a connection to Alpaca, or to something that speaks its protocol, needs."""
@@ -34,13 +34,12 @@ class AlpacaAccess:
     trading_stream_url: str | None = None
     data_stream_url: str | None = None
     feed: str = "iex"  # iex or sip
-    timeout_s: float = 10.0  # for one answer
-    pool_size: int = 10  # connections, and calls at the same time
-    read_attempts: int = 4
-    read_budget_s: float = 30.0  # for all attempts of one read
+    resilience: ResilienceSettings = field(default_factory=ResilienceSettings)
 
     @classmethod
-    def from_settings(cls, settings: BrokerSettings, *, feed: str = "iex") -> "AlpacaAccess":
+    def from_settings(
+        cls, settings: BrokerSettings, resilience: ResilienceSettings, *, feed: str = "iex"
+    ) -> "AlpacaAccess":
         """What the operator configured; raises Misconfigured without keys."""
         if settings.key_id is None or settings.secret_key is None:
             raise Misconfigured(
@@ -56,21 +55,22 @@ class AlpacaAccess:
             trading_stream_url=_text(settings.trading_stream_url),
             data_stream_url=_text(settings.data_stream_url),
             feed=feed,
-            timeout_s=settings.timeout_s,
-            pool_size=settings.pool_size,
-            read_attempts=settings.read_attempts,
-            read_budget_s=settings.read_budget_s,
+            resilience=resilience,
         )
 
     def trading_client(self) -> TradingClient:
         """A TradingClient that times out, pools and does not retry."""
         client = TradingClient(self.key_id, self.secret_key, paper=self.paper, url_override=self.trading_url)
-        return harden(client, timeout_s=self.timeout_s, pool_size=self.pool_size)
+        s = self.resilience
+        timeout_s = max(s.orders_timeout_s, s.cancels_timeout_s, s.reads_timeout_s)
+        pool_size = s.orders_concurrent + s.cancels_concurrent + s.reads_concurrent
+        return harden(client, timeout_s=timeout_s, pool_size=pool_size)
 
     def data_client(self) -> StockHistoricalDataClient:
         """A StockHistoricalDataClient that times out, pools and does not retry."""
         client = StockHistoricalDataClient(self.key_id, self.secret_key, url_override=self.data_url)
-        return harden(client, timeout_s=self.timeout_s, pool_size=self.pool_size)
+        s = self.resilience
+        return harden(client, timeout_s=s.data_timeout_s, pool_size=s.data_concurrent)
 
 
 def _text(url: object) -> str | None:

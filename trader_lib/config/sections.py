@@ -67,7 +67,7 @@ Symbols = Annotated[frozenset[str], NoDecode, BeforeValidator(_symbols)]
 AgentLevels = Annotated[dict[str, Level], NoDecode, BeforeValidator(_pairs)]
 Url = Annotated[str, AfterValidator(_url)]
 
-# %% ../../nbs/config/00_sections.ipynb #a01b111f
+# %% ../../nbs/config/00_sections.ipynb #28bfe9a6
 class BrokerSettings(Section):
     """Where orders go."""
 
@@ -86,12 +86,6 @@ class BrokerSettings(Section):
     data_url: Url | None = Field(None, description="another host for market data; empty: Alpaca's")
     trading_stream_url: Url | None = Field(None, description="another websocket for trade updates; empty: Alpaca's")
     data_stream_url: Url | None = Field(None, description="another websocket for market data; empty: Alpaca's")
-    timeout_s: float = Field(10.0, gt=0, le=120, description="longest wait for one answer, in seconds")
-    pool_size: int = Field(10, ge=1, le=100, description="connections held open to one host")
-    read_attempts: int = Field(4, ge=1, le=10, description="attempts for one read; an order is never sent twice")
-    read_budget_s: float = Field(
-        30.0, gt=0, le=600, description="longest time for all attempts of one read, in seconds"
-    )
 
     @field_validator("key_id", "secret_key")
     @classmethod
@@ -145,7 +139,7 @@ class RiskSettings(Section):
     restricted: Symbols = Field(frozenset(), description="symbols that may not be traded: GME,AMC")
     allow_short: bool = Field(True, description="whether positions may be short")
 
-# %% ../../nbs/config/00_sections.ipynb #0791aaae
+# %% ../../nbs/config/00_sections.ipynb #82aa5abd
 _Timeout = Annotated[float, Field(gt=0, le=600)]
 _Concurrent = Annotated[int, Field(ge=1, le=100)]
 _Attempts = Annotated[int, Field(ge=1, le=10)]
@@ -184,6 +178,10 @@ class ResilienceSettings(Section):
     positions_ttl_s: _Kept = Field(5.0, description="age at which positions are read anew, in seconds; 0: always")
     assets_ttl_s: _Kept = Field(3600.0, description="age at which an asset is read anew, in seconds; 0: always")
     clock_ttl_s: _Kept = Field(60.0, description="age at which the market's clock is read anew, in seconds; 0: always")
+
+    def for_simulation(self) -> "ResilienceSettings":
+        """The same for an exchange whose time is not ours: no calls a minute, and its clock is asked each time."""
+        return self.model_copy(update={"trading_per_minute": None, "data_per_minute": None, "clock_ttl_s": 0.0})
 
 # %% ../../nbs/config/00_sections.ipynb #31d8411a
 class JournalSettings(Section):

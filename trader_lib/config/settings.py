@@ -228,12 +228,12 @@ def _readable(error: ValidationError, chosen: Mapping[str, _Layer]) -> Iterator[
             layer = chosen[name]
             yield f"{layer.spelling.get(name, name)} ({layer.source}): {message}"
 
-# %% ../../nbs/config/01_settings.ipynb #00ff4fd5
+# %% ../../nbs/config/01_settings.ipynb #abd52a51
 class SettingRow(NamedTuple):
     """One effective setting."""
 
-    name: str  # broker.timeout_s
-    variable: str  # TRADER_BROKER__TIMEOUT_S
+    name: str  # runs.timeout_s
+    variable: str  # TRADER_RUNS__TIMEOUT_S
     value: str  # as text; a secret as ********; empty when not set
     source: str  # command line, environment, .env, profile NAME, default, or given (constructed by hand)
 

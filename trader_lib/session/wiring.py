@@ -194,7 +194,7 @@ class InProcessProvider(Provider):
         """The reins."""
         return InProcessSimulation(exchange)
 
-# %% ../../nbs/session/01_wiring.ipynb #4f3b9d4b
+# %% ../../nbs/session/01_wiring.ipynb #f9d34bb5
 SIMULATED_KEY = "simulated"
 
 
@@ -220,7 +220,6 @@ class HttpProvider(Provider):
     @provide
     def access(self, inputs: SessionInputs, server: ExchangeServer) -> AlpacaAccess:
         """Its addresses and keys."""
-        settings = inputs.settings.broker
         return AlpacaAccess(
             key_id=SIMULATED_KEY,
             secret_key=inputs.session_id,
@@ -228,16 +227,15 @@ class HttpProvider(Provider):
             data_url=server.url,
             trading_stream_url=server.trading_stream_url,
             data_stream_url=server.data_stream_url,
-            timeout_s=settings.timeout_s,
-            pool_size=settings.pool_size,
-            read_attempts=settings.read_attempts,
-            read_budget_s=settings.read_budget_s,
+            resilience=inputs.settings.resilience.for_simulation(),
         )
 
     @provide
     async def control(self, server: ExchangeServer, access: AlpacaAccess) -> AsyncIterator[SimulationControl]:
         """The reins, over HTTP."""
-        control = HttpSimulation(server.url, access.key_id, access.secret_key, timeout_s=access.timeout_s)
+        control = HttpSimulation(
+            server.url, access.key_id, access.secret_key, timeout_s=access.resilience.reads_timeout_s
+        )
         yield control
         await control.stop()
 
@@ -263,7 +261,7 @@ class AlpacaProvider(Provider):
         """As a source of history."""
         return broker
 
-# %% ../../nbs/session/01_wiring.ipynb #10a8bff2
+# %% ../../nbs/session/01_wiring.ipynb #23232a9d
 class RealMarketProvider(Provider):
     """Alpaca's own addresses, the wall clock, and the driver that follows the market."""
 
@@ -273,7 +271,7 @@ class RealMarketProvider(Provider):
     def access(self, inputs: SessionInputs) -> AlpacaAccess:
         """The operator's keys; raises Misconfigured without."""
         feed = inputs.spec.feed or inputs.settings.data.feed
-        return AlpacaAccess.from_settings(inputs.settings.broker, feed=feed)
+        return AlpacaAccess.from_settings(inputs.settings.broker, inputs.settings.resilience, feed=feed)
 
     @provide
     def clock(self) -> Clock:
