@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['Record', 'ALERTS_MAX', 'describe', 'MonitorAgent']
 
-# %% ../../nbs/agents/07_monitor.ipynb #b6e01960
+# %% ../../nbs/agents/07_monitor.ipynb #ab46a7af
 from collections import Counter
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 
 from .contract import Agent, Handler
 from ..bus.bus import Bus
 from ..clock.clock import Clock
-from ..telemetry.log import get_logger
+from ..telemetry.log import bind_correlation, get_logger
 from trader_lib.trading.events import (
     AgentFailed,
     BarsClosed,
@@ -28,10 +29,11 @@ from trader_lib.trading.events import (
     TradingState,
     TradingStateChanged,
 )
+from ..trading.orders import decimal_text
 
 Record = tuple[str, str]  # level and text
 
-# %% ../../nbs/agents/07_monitor.ipynb #e5a310d6
+# %% ../../nbs/agents/07_monitor.ipynb #a9137272
 def describe(payload: Payload) -> Record | None:
     """The level and text of the log record that a payload deserves; None for none."""
     match payload:
@@ -41,17 +43,18 @@ def describe(payload: Payload) -> Record | None:
             return "INFO", f"The session has ended: {reason}. Equity {equity} USD."
         case RiskDecided(approved=False, request=request, checks=checks):
             reasons = " ".join(check.reason for check in checks if not check.passed)
-            return "WARNING", f"Refused: {request.side.value} {request.qty} {request.symbol}. {reasons}"
+            return "WARNING", f"Refused: {request.side.value} {_told(request.qty)} {request.symbol}. {reasons}"
         case OrderFailed(outcome="unknown", client_order_id=order_id, reason=reason):
             return "ERROR", f"Nobody knows whether order {order_id} exists ({reason}); it is being looked up."
         case OrderFailed(outcome=outcome, client_order_id=order_id, reason=reason):
             return "WARNING", f"Order {order_id} was {outcome.replace('_', ' ')}: {reason}"
         case FillRecorded(fill=fill):
-            return "INFO", f"Filled: {fill.side.value} {fill.qty} {fill.symbol} at {fill.price}."
+            return "INFO", f"Filled: {fill.side.value} {_told(fill.qty)} {fill.symbol} at {_told(fill.price)}."
         case TradingStateChanged(state=state, reason=reason):
             return "INFO" if state is TradingState.ACTIVE else "ERROR", f"Trading is {state} now: {reason}"
         case OperatorCommand(action=action, by=by, reason=reason):
-            return "WARNING", f"{by} says {action}: {reason}"
+            level = "INFO" if by == "session" else "WARNING"
+            return level, f"{by} says {action.replace('_', ' ')}: {reason}"
         case Reconciled(ok=True):
             return "INFO", "Our books and the broker's agree."
         case Reconciled(differences=differences):
@@ -60,7 +63,11 @@ def describe(payload: Payload) -> Record | None:
             return "ERROR", f"The {agent} agent failed (restart {restarts}): {error}"
     return None
 
-# %% ../../nbs/agents/07_monitor.ipynb #141150c8
+
+def _told(value: Decimal | None) -> str:
+    return "an amount of" if value is None else decimal_text(value)
+
+# %% ../../nbs/agents/07_monitor.ipynb #a13e2ad9
 ALERTS_MAX = 1_000
 
 
@@ -99,7 +106,8 @@ class MonitorAgent(Agent):
         if record is None:
             return
         level, text = record
-        self._log.log(level, text)
+        with bind_correlation(event.correlation_id):
+            self._log.log(level, "{}", text)
         if level == "ERROR":
             self.alerts = [*self.alerts[1 - ALERTS_MAX :], text]
             if self._alert is not None:
