@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['STOP_TIMEOUT_S', 'STOP_ATTEMPTS', 'Watcher', 'WatchedTradingStream', 'WatchedDataStream', 'StreamThread', 'DailyGate']
 
-# %% ../../nbs/broker/05_streams.ipynb #7afe2a44
+# %% ../../nbs/broker/05_streams.ipynb #8ed94d87
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from datetime import datetime
 from typing import Any, Protocol

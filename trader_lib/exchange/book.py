@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BookOrder', 'AccountState', 'Ledger', 'OrderEvent', 'Step', 'Counts']
 
-# %% ../../nbs/exchange/04_book.ipynb #59a7b2fc
+# %% ../../nbs/exchange/04_book.ipynb #221c9cb6
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
@@ -18,12 +18,11 @@ from ..trading.folding import cash_flow, equity, exposure, fold_fill
 from trader_lib.trading.numbers import (
     AVERAGE_PRICE_DECIMALS,
     CASH_DECIMALS,
-    PRICE_DECIMALS,
     QTY_DECIMALS,
     round_to,
     to_decimal,
 )
-from ..trading.orders import SIDE_SIGN, TERMINAL, Order, OrderClass, OrderRequest, OrderStatus, OrderType
+from ..trading.orders import SIDE_SIGN, TERMINAL, Order, OrderRequest, OrderStatus, OrderType
 
 # %% ../../nbs/exchange/04_book.ipynb #a33912d9
 @dataclass(slots=True, eq=False)

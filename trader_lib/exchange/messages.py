@@ -6,11 +6,11 @@
 __all__ = ['Json', 'PAGE_DEFAULT', 'PAGE_MAX', 'asset_id', 'text_of', 'number_of', 'order_json', 'trade_update_json',
            'account_json', 'position_json', 'asset_json', 'clock_json', 'calendar_json', 'bar_json', 'bars_page']
 
-# %% ../../nbs/exchange/08_messages.ipynb #aec1827e
+# %% ../../nbs/exchange/08_messages.ipynb #1dc0aa55
 import base64
 import binascii
 from collections.abc import Iterable
-from datetime import date, datetime
+from datetime import datetime
 from decimal import Decimal
 from functools import cache
 from typing import Any
