@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from trader_lib.clock.sessions import TradingCalendar
 from trader_lib.config.settings import Settings
-from trader_lib.exchange.account import buying_power, may_short, order_cost, reserved_cost
+from trader_lib.trading.account import buying_power, may_short, order_cost, reserved_cost
 from trader_lib.exchange.costs import Costs
 from trader_lib.exchange.matching import commission, fill_price, fill_qty, match_oco, match_price
 from trader_lib.market.bars import Bars, Provenance, Timeframe

@@ -19,7 +19,7 @@ from ..bus.bus import Bus
 from ..clock.clock import Clock
 from ..clock.sessions import NEW_YORK
 from ..errors.taxonomy import InvariantBroken
-from ..exchange import account
+from ..trading import account
 from ..market.bars import Bars
 from ..risk.checks import RecentOrders, RiskDecision, decide
 from ..risk.limits import Limits

@@ -11,7 +11,7 @@ from collections.abc import Container, Mapping, Sequence
 from decimal import Decimal
 
 from . import refusals
-from .account import may_short, order_cost
+from ..trading.account import may_short, order_cost
 from .book import BookOrder, Ledger
 from ..trading.numbers import CASH_DECIMALS, QTY_DECIMALS, round_to, to_decimal, to_float
 from ..trading.orders import SIDE_SIGN, OrderClass, OrderRequest, OrderType, TimeInForce

@@ -13,7 +13,7 @@ from decimal import Decimal
 import numpy as np
 from numpy.typing import NDArray
 
-from .account import INITIAL_MARGIN, MAINTENANCE_MARGIN, buying_power, reserved_cost
+from ..trading.account import INITIAL_MARGIN, MAINTENANCE_MARGIN, buying_power, reserved_cost
 from ..trading.folding import cash_flow, equity, exposure, fold_fill
 from trader_lib.trading.numbers import (
     AVERAGE_PRICE_DECIMALS,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..exchange.account import buying_power, may_short, order_cost, reserved_cost
+from ..trading.account import buying_power, may_short, order_cost, reserved_cost
 from ..exchange.matching import LIMIT, MARKET, STOP, CostRates
 from ..risk.limits import LimitValues
 from trader_lib.risk.rules import (
