@@ -1,0 +1,262 @@
+"""The driver that follows a real market: on a virtual clock against doubles, and live against the exchange's server."""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from loguru import logger
+
+from trader_lib.agents.market_data import MarketDataAgent
+from trader_lib.broker.inbox import BarArrived, Inbox
+from trader_lib.bus.bus import InProcessBus
+from trader_lib.clock.clock import VirtualClock
+from trader_lib.clock.ids import SeededIds
+from trader_lib.clock.sessions import NEW_YORK, TradingCalendar
+from trader_lib.config.settings import load_settings
+from trader_lib.errors.taxonomy import Retryable, Unauthorized
+from trader_lib.exchange.engine import Exchange
+from trader_lib.exchange.server import ExchangeServer
+from trader_lib.market.bars import Bars
+from trader_lib.market.sample import sample_bars
+from trader_lib.market.synthetic import synthetic_bars
+from trader_lib.session.drivers import STOPPED, Desk, RealTimeDriver
+from trader_lib.session.session import run_session
+from trader_lib.session.spec import SessionSpec
+from trader_lib.trading.events import (
+    AccountReported,
+    BarRow,
+    BarsClosed,
+    CancelIntended,
+    ClockTicked,
+    Event,
+    OrderAcknowledged,
+    OrderIntended,
+    TradeUpdated,
+)
+from trader_lib.trading.orders import Order, OrderRequest, OrderSide
+
+CALENDAR = TradingCalendar()
+ROW = BarRow(open=10, high=11, low=9, close=10, volume=100)
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    logger.disable("trader_lib")
+    yield
+    logger.enable("trader_lib")
+
+
+class Market:
+    """A broker whose inbox the test fills and whose history the test has laid out; every wait moves the clock."""
+
+    def __init__(self, clock: VirtualClock, step_s: float) -> None:
+        self.inbox = PatientInbox(clock, step_s)
+        self.bars: list[Bars | Exception] = []
+        self.asked: list[tuple[date, date]] = []
+        self.reports = 0
+
+    async def account(self) -> AccountReported:
+        self.reports += 1
+        return AccountReported.model_validate({"cash": 1000, "equity": 1000, "buying_power": 1000})
+
+    async def history(self, symbols: Sequence[str], timeframe: str, start: date, end: date, **more: Any) -> Bars:
+        self.asked.append((start, end))
+        found = self.bars.pop(0) if len(self.bars) > 1 else self.bars[0]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+class PatientInbox(Inbox):
+    """An inbox in which waiting costs virtual time instead of real."""
+
+    def __init__(self, clock: VirtualClock, step_s: float) -> None:
+        super().__init__()
+        self.clock, self.step_s = clock, step_s
+
+    async def get(self, *, timeout_s: float | None = None) -> Any:
+        if not len(self):
+            self.clock.advance_to(self.clock.now() + timedelta(seconds=self.step_s))
+            if self._failure is None:
+                raise Retryable("nothing came")
+        return await super().get(timeout_s=timeout_s)
+
+
+class Stage:
+    def __init__(self, start: datetime, timeframe: str, *, step_s: float = 1.0, **more: Any) -> None:
+        self.clock = VirtualClock(start)
+        self.bus = InProcessBus(self.clock, SeededIds("stage"), None, "stage")
+        self.market = Market(self.clock, step_s)
+        self.events: list[Event] = []
+        self.commits = 0
+        self.bus.subscribe("test", [], self.hear)
+        self.agent = MarketDataAgent(self.bus, self.clock, CALENDAR, ("AAPL", "IBM"), timeframe)
+        self.desk = Desk(self.bus, self.market, SeededIds("desk"))  # type: ignore[arg-type]
+        self.driver = RealTimeDriver(
+            self.bus,
+            self.clock,
+            self.market,  # type: ignore[arg-type]
+            self.market,
+            CALENDAR,
+            self.agent,
+            self.desk,
+            SeededIds("driver"),
+            self.commit,
+            ("AAPL", "IBM"),
+            timeframe,
+            more.pop("last_at", None),
+            **more,
+        )
+
+    async def hear(self, event: Event) -> None:
+        self.events.append(event)
+
+    def commit(self) -> None:
+        self.commits += 1
+
+    def heard(self, kind: Any) -> list[Any]:
+        return [event.payload for event in self.events if isinstance(event.payload, kind)]
+
+
+OPEN = datetime(2005, 1, 4, 14, 30, tzinfo=UTC)
+
+
+async def test_minute_bars_come_from_the_stream_once_all_symbols_have_theirs() -> None:
+    stage = Stage(OPEN + timedelta(minutes=1), "1Min", bars_max=1)
+    stage.market.inbox.put(BarArrived("AAPL", OPEN, ROW))
+    stage.market.inbox.put(BarArrived("IBM", OPEN, ROW))
+    stage.market.inbox.put(BarArrived("FB", OPEN, ROW))
+    assert await stage.driver.run(asyncio.Event()) == "1 bars were traded"
+    closed = stage.heard(BarsClosed)
+    assert len(closed) == 1 and list(closed[0].bars) == ["AAPL", "IBM"] and stage.commits
+    assert stage.market.reports == 1 and not stage.market.asked
+
+
+async def test_symbol_that_did_not_trade_is_not_waited_for_longer_than_a_moment() -> None:
+    stage = Stage(OPEN + timedelta(minutes=1), "1Min", bars_max=1)
+    stage.market.inbox.put(BarArrived("AAPL", OPEN, ROW))
+    await stage.driver.run(asyncio.Event())
+    assert list(stage.heard(BarsClosed)[0].bars) == ["AAPL"]
+    assert 5 <= (stage.clock.now() - OPEN).total_seconds() - 60 <= 8
+
+
+async def test_daily_bars_are_fetched_after_the_close_and_asked_for_until_they_are_there() -> None:
+    bars = sample_bars(["AAPL", "IBM"], start="2005-01-03", end="2005-01-04")
+    stage = Stage(datetime(2005, 1, 4, 15, tzinfo=UTC), "1Day", bars_max=1, step_s=600, last_at=bars.at(0), tick_s=900)
+    stage.market.bars = [Retryable("down"), bars.head(1), bars]
+    await stage.driver.run(asyncio.Event())
+    closed = stage.heard(BarsClosed)
+    assert [bar.at for bar in closed] == [bars.at(1)] and stage.clock.now() > closed[0].closed_at
+    assert stage.market.asked == [(date(2005, 1, 3), date(2005, 1, 4))] * 3
+    assert len(stage.heard(ClockTicked)) > 5
+
+
+async def test_bars_that_are_not_closed_yet_are_left_for_later() -> None:
+    bars = sample_bars(["AAPL", "IBM"], start="2005-01-03", end="2005-01-05")
+    ends = datetime(2005, 1, 4, 22, tzinfo=UTC)
+    stage = Stage(datetime(2005, 1, 4, 15, tzinfo=UTC), "1Day", step_s=600, ends_at=ends)
+    stage.market.bars = [bars]
+    assert await stage.driver.run(asyncio.Event()) == "the end was reached"
+    assert [bar.at for bar in stage.heard(BarsClosed)] == [bars.at(0), bars.at(1)]
+
+
+@pytest.mark.parametrize(
+    ("now", "expected"),
+    [
+        (datetime(2005, 1, 4, 15, 10, tzinfo=UTC), datetime(2005, 1, 4, 15, 30, tzinfo=UTC)),  # in the first hour
+        (datetime(2005, 1, 4, 20, 45, tzinfo=UTC), datetime(2005, 1, 4, 21, 0, tzinfo=UTC)),  # the last is short
+        (datetime(2005, 1, 4, 12, 0, tzinfo=UTC), datetime(2005, 1, 4, 15, 30, tzinfo=UTC)),  # before the open
+    ],
+)
+async def test_next_close_of_an_hourly_bar(now: datetime, expected: datetime) -> None:
+    assert Stage(now, "1Hour").driver._next_close() == expected
+
+
+async def test_stop_ends_and_settle_takes_what_has_arrived() -> None:
+    stage, stop = Stage(OPEN, "1Min"), asyncio.Event()
+    stage.desk.start()
+    request = OrderRequest(symbol="IBM", side=OrderSide.BUY, qty=1, client_order_id="c-1")  # type: ignore[arg-type]
+    leg = order(id="leg", client_order_id="theirs", status="held")
+    for payload in (
+        OrderIntended(request=request, decided_at=OPEN),
+        OrderAcknowledged(client_order_id="c-1", order=order(legs=(leg,))),
+        CancelIntended(client_order_id="c-1"),
+    ):
+        await stage.bus.publish(payload, source="test", correlation_id="the bar's")
+    await stage.bus.idle()
+    for told in (order(), leg, order(id="x", client_order_id="somebody else's")):
+        stage.market.inbox.put(TradeUpdated(event="new", order=told, timestamp=OPEN))
+    await stage.driver.settle()
+    ours = [event.correlation_id for event in stage.events if isinstance(event.payload, TradeUpdated)]
+    assert ours[:2] == ["the bar's"] * 2 and ours[2] != "the bar's" and stage.desk.sent == 2
+    stop.set()
+    assert await stage.driver.run(stop) == STOPPED
+
+
+def order(**fields: Any) -> Order:
+    given = {"id": "o-1", "client_order_id": "c-1", "symbol": "IBM", "side": "buy", "qty": 1, "status": "new"}
+    return Order.model_validate(given | {"submitted_at": OPEN} | fields)
+
+
+async def test_account_is_asked_for_again_only_after_a_fill() -> None:
+    stage = Stage(OPEN, "1Min")
+    await stage.desk.report_account("a")
+    await stage.desk.report_account("b")
+    await stage.desk.publish(TradeUpdated(event="new", order=order(), timestamp=OPEN))
+    await stage.desk.report_account("c")
+    assert stage.market.reports == 1
+    fill = TradeUpdated(event="fill", order=order(status="filled", filled_qty=1), qty=1, price=10, timestamp=OPEN)  # type: ignore[arg-type]
+    await stage.desk.publish(fill)
+    await stage.desk.report_account("d")
+    assert stage.market.reports == 2
+
+
+async def test_stream_that_is_lost_for_good_ends_the_run() -> None:
+    stage = Stage(OPEN, "1Min")
+    stage.market.inbox.fail(Unauthorized("the keys were withdrawn"))
+    with pytest.raises(Unauthorized, match="withdrawn"):
+        await stage.driver.run(asyncio.Event())
+
+
+# ---- live, against the exchange's own server
+
+
+def recent_days(count: int) -> list[date]:
+    today = datetime.now(NEW_YORK).date()
+    return [day.date for day in CALENDAR.sessions(today - timedelta(days=20), today - timedelta(days=1))][-count:]
+
+
+async def test_session_at_alpaca_runs_in_real_time(tmp_path: Path) -> None:
+    days = recent_days(3)
+    bars = synthetic_bars(("AAPL", "IBM"), days[0], days[-1], timeframe="1Min", seed=3)
+    start_index = bars.n - 60
+    with ExchangeServer(Exchange(bars, start_index), key_id="key", secret_key="secret") as server:
+        broker = {
+            "kind": "alpaca",
+            "key_id": "key",
+            "secret_key": "secret",
+            "trading_url": server.url,
+            "data_url": server.url,
+            "trading_stream_url": server.trading_stream_url,
+            "data_stream_url": server.data_stream_url,
+        }
+        settings = load_settings(environ={}, env_file=None, overrides={"broker": broker})
+        spec = SessionSpec(params={"fast": 2, "slow": 4}, symbols=("AAPL", "IBM"), timeframe="1Min", bars_max=10)
+
+        async def market() -> None:
+            await asyncio.sleep(1.0)
+            while not server.call(lambda: server.exchange.is_over):
+                await asyncio.to_thread(server.call, server.exchange.advance)
+                await asyncio.sleep(0.05)
+
+        feed = asyncio.create_task(market())
+        try:
+            async with asyncio.timeout(60):
+                result = await run_session(spec, settings, journal_path=tmp_path / "journal.sqlite")
+        finally:
+            feed.cancel()
+    assert result.bars >= 10 and result.orders and result.reconciliation.ok, result.reconciliation.differences
+    assert all(agent.state == "ok" for agent in result.health), result.health
