@@ -204,4 +204,6 @@ def test_the_wheel_carries_data_templates_and_metadata(tmp_path: Path) -> None:
     metadata = next((tmp_path / "wheel").glob("*.dist-info/METADATA")).read_text()
     assert "Provides-Extra: research" in metadata
     assert "Provides-Extra: runs" in metadata
-    assert "nbdev" not in re.sub(r"(?m)^.*extra == .dev.*$", "", metadata.split("\n\n")[0])
+    needs = re.findall(r"^Requires-Dist: (.+)$", metadata, re.MULTILINE)
+    assert any(need.startswith("alpaca-py") for need in needs)
+    assert not [need for need in needs if need.startswith(("nbdev", "pytest")) and "extra ==" not in need]
