@@ -71,6 +71,10 @@ class ScriptedBroker:
         self.records: list[Order | BaseException | None] = []
         self.open: list[Order] | BaseException = []
         self.before_submit: Callable[[], None] = lambda: None
+        self.trouble: tuple[str, ...] = ()
+
+    def troubles(self) -> tuple[str, ...]:
+        return self.trouble
 
     async def submit(self, order: OrderRequest) -> Order:
         self.before_submit()
@@ -508,3 +512,12 @@ async def test_repair_finds_nothing_to_repair(stage: Stage) -> None:
 async def test_patience_doubles_up_to_its_cap_and_obeys_the_broker() -> None:
     assert [PATIENCE.pause(attempt) for attempt in range(3)] == [1.0, 2.0, 2.0]
     assert PATIENCE.pause(0, 9.0) == 9.0
+
+
+async def test_an_agent_that_does_not_reach_the_broker_is_degraded(stage: Stage) -> None:
+    assert stage.agent.health().state == "ok"
+    stage.broker.trouble = ("Calls for orders are down.", "Calls for reads are down.")
+    health = stage.agent.health()
+    assert (health.state, health.reason) == ("degraded", "Calls for orders are down. Calls for reads are down.")
+    stage.broker.trouble = ()
+    assert stage.agent.health().state == "ok"

@@ -114,6 +114,13 @@ async def test_account_reports_what_the_fill_changed(venue: Venue, daily_bars: B
     assert after.last_equity == 100_000 and not after.trading_blocked and after.status == "ACTIVE"
 
 
+async def test_after_a_refresh_the_broker_is_asked_and_a_broker_that_answers_has_no_troubles(venue: Venue) -> None:
+    before = await venue.broker.account()
+    venue.broker.refresh()
+    assert await venue.broker.account() == before
+    assert venue.broker.troubles() == ()
+
+
 async def test_limit_waits_and_a_day_order_expires(venue: Venue) -> None:
     await venue.broker.submit(order("day", type="limit", limit_price="1"))
     await venue.broker.submit(order("gtc", type="limit", limit_price="1", time_in_force="gtc"))

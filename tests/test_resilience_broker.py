@@ -102,6 +102,8 @@ async def test_when_orders_fail_no_more_are_sent_and_cancels_still_are() -> None
         assert [line.split()[0] for line in asked] == [b"POST"] * 3 + [b"DELETE"]
         orders, cancels, *_ = broker.guards.health()
         assert (orders.state, orders.broken, cancels.state, cancels.answered) == ("down", 1, "ok", 1)
+        (trouble,) = broker.troubles()
+        assert trouble.startswith("Calls for orders are down. CircuitOpen: ")
         await broker.stop()
 
 

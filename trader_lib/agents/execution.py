@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['DUPLICATE_CODE', 'FailureOutcome', 'Patience', 'ExecutionAgent']
 
-# %% ../../nbs/agents/05_execution.ipynb #58d4c416
+# %% ../../nbs/agents/05_execution.ipynb #5607766e
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Literal
 
-from .contract import Agent, Handler
+from .contract import Agent, AgentHealth, Handler
 from .tracking import LocalState, OrderBook, OrderTrack
 from ..broker.port import Broker
 from ..bus.bus import Bus
@@ -58,7 +58,7 @@ class Patience:
         """Seconds to wait after an attempt (0, 1, …); `asked` is the broker's own wish."""
         return max(min(self.base_s * 2.0**attempt, self.cap_s), asked or 0.0)
 
-# %% ../../nbs/agents/05_execution.ipynb #6e08b174
+# %% ../../nbs/agents/05_execution.ipynb #2b1eb995
 class ExecutionAgent(Agent):
     """Turns approved decisions into orders at the broker, and the broker's messages into fills.
 
@@ -78,6 +78,13 @@ class ExecutionAgent(Agent):
         self._patience = patience or Patience()
         self._halted = False
         self._outdated: dict[str, tuple[datetime, str]] = {}  # symbol: decision that no longer holds, and why
+
+    def health(self) -> AgentHealth:
+        """How the agent is, and whether it reaches the broker."""
+        health, troubles = super().health(), self._broker.troubles()
+        if health.state != "ok" or not troubles:
+            return health
+        return health.model_copy(update={"state": "degraded", "reason": " ".join(troubles)})
 
     def handlers(self) -> Mapping[type[Payload], Handler]:
         """What it consumes."""

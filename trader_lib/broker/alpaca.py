@@ -57,7 +57,7 @@ T = TypeVar("T")
 ORDERS_MAX = 500
 SETTLE_S = 60.0  # after a session's close, for its last daily bar to come by itself
 
-# %% ../../nbs/broker/06_alpaca.ipynb #cb06dfab
+# %% ../../nbs/broker/06_alpaca.ipynb #81594ea8
 class AlpacaBroker:
     """A broker and a source of history over alpaca-py.
 
@@ -277,6 +277,18 @@ class AlpacaBroker:
         asked = (tuple(symbols), timeframe, start, end, feed or self._access.feed, adjustment)
         bars: Bars = await self.guards.data.call(lambda: self._call(read, self._data, *asked))
         return bars
+
+    def refresh(self) -> None:
+        """Forget account, positions and clock: the next ones are Alpaca's own."""
+        self.cache.invalidate("account", "positions", "clock")
+
+    def troubles(self) -> tuple[str, ...]:
+        """The classes of calls that are not made or only tried, with the last error; empty when all is well."""
+        return tuple(
+            f"Calls for {guard.name} are {guard.state}. {guard.last_error}"
+            for guard in self.guards.health()
+            if guard.state != "ok"
+        )
 
     async def _kept(self, name: str, read: Callable[[], Awaitable[T]], ttl_s: float) -> T:
         """What the cache has from this connection, or what is read."""

@@ -39,7 +39,7 @@ def as_over_the_wire(error: Rejected, *, order_post: bool = False) -> TraderErro
     answer: APIError = APIError(body, requests.HTTPError(response=response))  # type: ignore[no-untyped-call]
     return from_alpaca(answer, order_post=order_post)
 
-# %% ../../nbs/broker/02_in_process.ipynb #f8c1bb77
+# %% ../../nbs/broker/02_in_process.ipynb #39014be5
 class InProcessBroker:
     """A broker and a source of history over an exchange in the same process; delivers after `start`."""
 
@@ -118,6 +118,13 @@ class InProcessBroker:
             if symbol not in self._exchange.symbols:
                 raise as_over_the_wire(asset_not_found(symbol))
         return {symbol: Asset(symbol, True, True, True, True) for symbol in symbols}
+
+    def refresh(self) -> None:
+        """Nothing is kept."""
+
+    def troubles(self) -> tuple[str, ...]:
+        """None: nothing lies between the session and the exchange."""
+        return ()
 
     async def history(
         self,

@@ -41,7 +41,7 @@ class Asset:
     fractionable: bool
     marginable: bool
 
-# %% ../../nbs/broker/00_port.ipynb #51896b1b
+# %% ../../nbs/broker/00_port.ipynb #41ac4f90
 @runtime_checkable
 class Broker(Protocol):
     """A place to trade."""
@@ -89,6 +89,14 @@ class Broker(Protocol):
 
     async def assets(self, symbols: Sequence[str]) -> dict[str, Asset]:
         """What may be traded, by symbol; raises NotFound for a symbol that the broker does not know."""
+        ...
+
+    def refresh(self) -> None:
+        """Forget every answer that is kept: the next ones are the broker's own, as a reconciliation needs them."""
+        ...
+
+    def troubles(self) -> tuple[str, ...]:
+        """What does not work at the moment, a sentence each; empty when all is well."""
         ...
 
 # %% ../../nbs/broker/00_port.ipynb #737a9af9

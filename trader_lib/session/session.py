@@ -141,7 +141,7 @@ class SessionResult:
         """Equity at every closed bar, USD."""
         return self.curve["equity"]
 
-# %% ../../nbs/session/03_session.ipynb #3d9c521a
+# %% ../../nbs/session/03_session.ipynb #023cb15d
 class Session:
     """One session over wired parts. Use `run_session`."""
 
@@ -196,6 +196,7 @@ class Session:
 
     async def reconcile(self, agents: Agents, *, with_cash: bool) -> Reconciled:
         """Lay the books beside the broker's and publish what was found."""
+        self._broker.refresh()
         found = reconcile(
             agents.portfolio.portfolio,
             await self._broker.positions(),
