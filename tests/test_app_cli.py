@@ -9,9 +9,11 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
+import requests
 
 from trader_lib.app.cli import main
 from trader_lib.clock.clock import WallClock
@@ -193,6 +195,27 @@ def test_doctor_reports_a_broken_configuration(trader: Trader, monkeypatch: pyte
     assert code == 1 and json.loads(out)[-1]["verdict"] == "problem"
 
 
+def test_doctor_names_what_is_missing_or_damaged(trader: Trader, monkeypatch: pytest.MonkeyPatch) -> None:
+    import trader_lib.app.doctor as doctor
+
+    def absent(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr(doctor, "importlib", SimpleNamespace(import_module=absent))
+    monkeypatch.setattr(doctor, "shipped_schema", dict)
+    found = {row["name"]: row for row in json.loads(trader("doctor", "--json")[1])}
+    assert "trader_lib[runs]" in found["kernel"]["told"]
+    assert "Install the package again" in found["templates"]["told"]
+    assert found["compiler"]["verdict"] == "problem" and "ImportError" in found["compiler"]["told"]
+
+
+def test_doctor_looks_at_the_broker_it_would_use(trader: Trader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APCA_API_KEY_ID", "PKSECRETKEY")
+    monkeypatch.setenv("APCA_API_SECRET_KEY", "very-secret-indeed")
+    found = {row["name"]: row for row in json.loads(trader("doctor", "--profile", "paper", "--json")[1])}
+    assert found["broker"]["told"].startswith("alpaca, paper") and "PKSECRET" not in str(found)
+
+
 def test_strategies_are_listed_with_their_parameters(trader: Trader) -> None:
     listed = {row["name"]: row for row in json.loads(trader("strategies", "--json")[1])}
     assert {"sma_cross", "rsi_reversion", "momentum", "vol_target"} <= listed.keys()
@@ -266,3 +289,36 @@ def test_ctrl_c_drains_a_session_and_leaves_its_report(tmp_path: Path) -> None:
 def trading(folder: Path) -> bool:
     """Whether the session's journal has grown beyond its opening."""
     return any(path.stat().st_size > 100_000 for path in folder.glob("runs/*/journal.sqlite*"))
+
+
+def test_the_exchange_says_where_it_listens(trader: Trader) -> None:
+    stop = threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGINT))
+    stop.start()
+    code, out, _ = trader("exchange", "--symbols", "IBM", "--start", "2012-01-03", "--port", "0")
+    assert code == 0 and "Serving IBM at http://127.0.0.1:" in out and "/simulation/advance" in out
+
+
+def test_the_exchange_is_served_alone_until_it_is_stopped(tmp_path: Path) -> None:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("TRADER_", "APCA_"))}
+    what = ("--symbols", "IBM", "--start", "2012-01-03", "--end", "2012-01-31")
+    process = subprocess.Popen(
+        command("exchange", *what, "--json"),
+        cwd=tmp_path,
+        env=clean,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    lines = []
+    while not lines or lines[-1] != "}\n":
+        lines.append(process.stdout.readline())
+        assert lines[-1], "the exchange ended before it served"
+    served = json.loads("".join(lines))
+    keys = {"APCA-API-KEY-ID": served["key_id"], "APCA-API-SECRET-KEY": served["secret_key"]}
+    step = requests.post(f"{served['url']}/simulation/advance", headers=keys, timeout=10).json()
+    account = requests.get(f"{served['url']}/v2/account", headers=keys, timeout=10).json()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (0, ""), out
+    assert step["bars"] == 1 and float(account["equity"]) == 100_000

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import nbformat
 import pytest
 
-from trader_lib.errors.taxonomy import RunFailed
+from trader_lib.errors.taxonomy import BadData, Interrupted, Misused, RunFailed
 from trader_lib.runs.kernel import Outcome, Progress, execute, stop_requests
 from trader_lib.runs.result import RESULT_MIME
 from trader_lib.runs.runner import kernel_environment, run_notebook
@@ -124,3 +125,87 @@ def test_params_record_what_was_asked(tmp_path: Path) -> None:
     document = json.loads(run.params.read_text(encoding="utf-8"))
     assert document["kind"] == "backtest" and document["parameters"] == {"n": 7}
     assert seen and seen[-1].cells == 3
+
+
+def interrupt_when(path: Path, times: int = 1) -> threading.Thread:
+    """Send SIGINT to this process once a file is there, and again whenever it was handled."""
+
+    def work() -> None:
+        pause = threading.Event()
+        while not path.exists():
+            pause.wait(0.02)
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+            pause.wait(1.0)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_one_interrupt_reaches_the_kernel_and_the_notebook_goes_on(tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    drains = f"""
+import time
+from pathlib import Path
+try:
+    Path({str(here)!r}).touch()
+    time.sleep(60)
+except KeyboardInterrupt:
+    print('drained')
+"""
+    template = write_template(tmp_path / "t.ipynb", "n = 1", drains, PUBLISH)
+    said: list[str] = []
+    thread = interrupt_when(here)
+    with pytest.raises(Interrupted, match="the session drained") as caught:
+        run_notebook("backtest", {}, store=RunStore(tmp_path / "runs"), template=template, said=said.append)
+    thread.join()
+    run = caught.value.context["run"]
+    assert isinstance(run, RunFolder)
+    assert run.result().status == "interrupted" and run.result().order_list_hash == "sha256:0"
+    assert "drained" in run.report.read_text(encoding="utf-8")
+    assert len(said) == 1 and "Ctrl-C again kills" in said[0]
+
+
+def test_a_second_interrupt_kills(tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    deaf = f"""
+import signal, time
+from pathlib import Path
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+Path({str(here)!r}).touch()
+time.sleep(60)
+"""
+    template = write_template(tmp_path / "t.ipynb", "n = 1", deaf)
+    said: list[str] = []
+    thread = interrupt_when(here, times=2)
+    with pytest.raises(Interrupted, match="before it had a result"):
+        run_notebook("backtest", {}, store=RunStore(tmp_path / "runs"), template=template, said=said.append)
+    thread.join()
+    assert said[-1] == "Killed."
+
+
+def test_an_interrupt_before_the_kernel_is_there_starts_no_cell(tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    template = write_template(tmp_path / "t.ipynb", "n = 1", f"open({str(here)!r}, 'w')")
+    started = tmp_path / "runs"
+    thread = interrupt_when(started)
+    with pytest.raises(Interrupted, match="Stopped as asked"):
+        run_notebook("backtest", {}, store=RunStore(started), template=template)
+    thread.join()
+    assert not here.exists()
+
+
+def test_a_notebook_that_is_none_fails_in_words(tmp_path: Path) -> None:
+    broken = tmp_path / "t.ipynb"
+    broken.write_text("{")
+    with pytest.raises(Misused, match="is not a notebook"):
+        run_notebook("backtest", {}, store=RunStore(tmp_path / "runs"), template=broken)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_schema_of_another_version_is_refused(tmp_path: Path) -> None:
+    run = RunStore(tmp_path / "runs").create("backtest")
+    run.result_file.write_text('{"schema_version": 2}')
+    with pytest.raises(BadData, match="not the result of a run: schema_version"):
+        run.result()

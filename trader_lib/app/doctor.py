@@ -6,10 +6,9 @@
 __all__ = ['Verdict', 'NEEDED', 'FOR_RUNS', 'Finding', 'check_python', 'check_packages', 'check_strategies', 'check_sample',
            'check_templates', 'check_kernel', 'check_compiler', 'check_runs', 'check_broker', 'diagnose']
 
-# %% ../../nbs/app/02_doctor.ipynb #76bffcda
+# %% ../../nbs/app/02_doctor.ipynb #25ebe700
 import importlib
 import platform
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -41,7 +40,7 @@ class Finding:
         """For JSON."""
         return asdict(self)
 
-# %% ../../nbs/app/02_doctor.ipynb #fee7563f
+# %% ../../nbs/app/02_doctor.ipynb #f80497ea
 def check_python() -> str:
     """Which interpreter runs; the package's metadata demands 3.11."""
     return f"{platform.python_version()} at {sys.executable}"
@@ -87,12 +86,12 @@ def check_templates() -> str:
 
 
 def check_kernel() -> str:
-    """A Python kernel for notebooks can be started."""
-    code = "import ipykernel.ipkernel, matplotlib_inline; print(ipykernel.__version__)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    if done.returncode:
-        raise Misconfigured("No Python kernel starts here. Install with `pip install 'trader_lib[runs]'`.")
-    return f"ipykernel {done.stdout.strip()}"
+    """What a Python kernel for notebooks is made of can be imported."""
+    try:
+        importlib.import_module("ipykernel.ipkernel")
+    except ImportError:
+        raise Misconfigured("No Python kernel can start. Install with `pip install 'trader_lib[runs]'`.") from None
+    return f"ipykernel {metadata.version('ipykernel')}"
 
 
 def check_compiler() -> str:
@@ -110,9 +109,13 @@ def check_compiler() -> str:
 
 
 def check_runs(settings: Settings) -> str:
-    """Run folders can be made."""
-    RunStore(settings.runs.path).check()
-    return str(settings.runs.path.absolute())
+    """Run folders can be made; nothing is left behind."""
+    path = settings.runs.path
+    was_there = path.exists()
+    RunStore(path).check()
+    if not was_there:
+        path.rmdir()
+    return str(path.absolute())
 
 
 def check_broker(settings: Settings) -> str:

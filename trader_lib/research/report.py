@@ -12,14 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-# %% ../../nbs/research/04_report.ipynb #de61b77c
+# %% ../../nbs/research/04_report.ipynb #f9f34c54
 PERCENT = ("return", "drawdown", "volatility", "win_rate", "time_in_market")
 MONEY = ("equity", "cash", "pnl", "profit", "fees", "commission", "notional", "expectancy")
 
 
 def words(name: str) -> str:
-    """A snake_case name as a person would write it: `max_drawdown` → "Max drawdown"."""
-    text = name.replace("_", " ").strip()
+    """A name from code as a person would write it: `max_drawdown` → "Max drawdown", `ORDER_QTY` → "Order qty"."""
+    text = (name.lower() if name.isupper() and "_" in name else name).replace("_", " ").strip()
     return text[:1].upper() + text[1:]
 
 
@@ -48,6 +48,8 @@ def plain(value: object) -> str:
         return "–"
     if isinstance(value, list | tuple | set | frozenset):
         return ", ".join(map(str, value)) or "–"
+    if isinstance(value, float):
+        return f"{value:,.10g}"
     return str(value)
 
 # %% ../../nbs/research/04_report.ipynb #3ada3f43

@@ -65,7 +65,7 @@ def asked_in_words(asked: RunParameters) -> str:
     days = f"{asked.start or 'the first bar'} to {asked.end or 'the last bar'}"
     return f"{strategy.name}({params}) on {', '.join(asked.symbols)}, {days}"
 
-# %% ../../nbs/runs/08_cells.ipynb #9ce825e0
+# %% ../../nbs/runs/08_cells.ipynb #82494fc9
 HEADLINES = ("total_return", "annual_return", "sharpe_ratio", "max_drawdown", "win_rate")
 
 
@@ -140,7 +140,7 @@ def refusal_rows(refusals: Iterable[Refused]) -> list[RefusalRow]:
 def refusals_piece(
     refusals: Sequence[RefusalRow],
     count: int | None = None,  # how many there were, where not all are kept
-    rows_max: int = 40,
+    rows_max: int = 20,
 ) -> Piece:
     """What risk refused: how often each check failed, then the last refusals with their reasons."""
     if not refusals:
@@ -205,7 +205,7 @@ def provenance_piece(data: DataRow | None, order_list_hash: str, seed: int) -> P
     warning = note("These bars are synthetic: nothing was ever traded at these prices.", "bad").html
     return Piece((warning if data.synthetic else "") + facts(shown).html)
 
-# %% ../../nbs/runs/08_cells.ipynb #1caaff51
+# %% ../../nbs/runs/08_cells.ipynb #edaeb02c
 def publish(
     *,
     kind: Kind,
@@ -228,7 +228,7 @@ def publish(
         status=status,
         started_at=moment,
         ended_at=moment,
-        parameters=asked.values(),
+        parameters=asked.values() | {"params": asked.build_strategy().model_dump(mode="json")},
         seed=asked.seed,
         versions=dict(versions()),
         data=data,

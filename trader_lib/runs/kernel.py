@@ -174,7 +174,7 @@ def stop_requests() -> Iterator[list[int]]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-# %% ../../nbs/runs/03_kernel.ipynb #f7d7e1d5
+# %% ../../nbs/runs/03_kernel.ipynb #6416bc75
 LOOK_S = 0.2  # how often the supervisor looks up
 NOTICE_S = 5.0  # how long papermill may take to notice a death
 
@@ -221,7 +221,7 @@ def execute(
                 said("Stopping: what is open is canceled, then the report is written. Ctrl-C again kills.")
                 passed_on = 1
                 watch.send(signal.SIGINT)
-            elif asked and not passed_on and watch.process is None:
+            elif asked and not watch.last[0]:  # no cell has begun
                 watch.stop = True
     outcome = ended[0] if ended else Outcome("died", error="DeadKernelError")
     outcome.cell, outcome.section = outcome.cell or watch.last[0] or None, outcome.section or watch.last[1]

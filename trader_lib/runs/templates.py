@@ -22,7 +22,7 @@ def template_path(kind: Kind) -> Path:
     """Where the template of a kind of run lies in the installed package."""
     return Path(str(resources.files("trader_lib.runs").joinpath("templates", TEMPLATES[kind])))
 
-# %% ../../nbs/runs/02_templates.ipynb #46016933
+# %% ../../nbs/runs/02_templates.ipynb #9f490515
 @dataclass(frozen=True)
 class Parameter:
     """One parameter of a template."""
@@ -35,13 +35,16 @@ class Parameter:
 def template_parameters(notebook: Path) -> dict[str, Parameter]:
     """The parameters of a notebook in their order.
 
-    Raises Misused if the notebook is not there.
+    Raises Misused if there is no such notebook.
     """
     import papermill
 
     if not notebook.is_file():
         raise Misused(f"There is no notebook {notebook}.", path=str(notebook))
-    found = papermill.inspect_notebook(str(notebook))
+    try:
+        found = papermill.inspect_notebook(str(notebook))
+    except (ValueError, AttributeError, KeyError) as error:
+        raise Misused(f"{notebook} is not a notebook ({type(error).__name__}).", path=str(notebook)) from None
     return {
         name: Parameter(name, str(entry["default"]), str(entry["help"] or "").strip()) for name, entry in found.items()
     }
