@@ -225,7 +225,7 @@ class Session:
             await agent.stop()
         return found, account
 
-# %% ../../nbs/session/03_session.ipynb #ad087e51
+# %% ../../nbs/session/03_session.ipynb #568b86ec
 def _today(clock: Clock) -> date:
     return clock.now().astimezone(NEW_YORK).date()
 
@@ -322,11 +322,16 @@ async def _run(inputs: SessionInputs) -> SessionResult:
                     desk = await parts.get(Desk)
                     await session.open(agents, desk, history)
                     reason, failure = await _drive(driver, stop)
-                    found, account = await session.close(agents, desk, driver, reason)
-                    positions = await broker.positions()
-                    health = tuple(agent.health() for agent in agents.all())
+                    try:
+                        found, account = await session.close(agents, desk, driver, reason)
+                        positions = await broker.positions()
+                    except Exception as worse:
+                        if failure is None:
+                            raise
+                        failure.add_note(f"Its end could not be put in order either: {worse}")
                     if failure is not None:
                         raise failure
+                    health = tuple(agent.health() for agent in agents.all())
             finally:
                 await broker.stop()
     return SessionResult(
