@@ -22,7 +22,7 @@ $(INSTALLED): settings.ini setup.py constraints.txt
 	@touch $@
 
 demo: install ## the main job: backtest, simulated paper session, comparison
-	@$(BIN)/python -m trader_lib.app.demo
+	@$(BIN)/trader demo
 
 test: install lint types coverage ## everything that must hold before a change lands
 

@@ -292,8 +292,13 @@ def trading(folder: Path) -> bool:
 
 
 def test_the_exchange_says_where_it_listens(trader: Trader) -> None:
-    stop = threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGINT))
-    stop.start()
+    def stop_once_served() -> None:
+        pause = threading.Event()
+        while not any(thread.name == "exchange-server" for thread in threading.enumerate()):
+            pause.wait(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=stop_once_served, daemon=True).start()
     code, out, _ = trader("exchange", "--symbols", "IBM", "--start", "2012-01-03", "--port", "0")
     assert code == 0 and "Serving IBM at http://127.0.0.1:" in out and "/simulation/advance" in out
 

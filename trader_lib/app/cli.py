@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'runs', 'Json', 'Profile', 'Folder', 'check_port', 'extra_parameters', 'backtest', 'paper', 'exchange', 'list_',
-           'show', 'compare', 'config', 'doctor', 'strategies', 'main']
+           'show', 'compare', 'config', 'doctor', 'demo', 'strategies', 'main']
 
 # %% ../../nbs/app/04_cli.ipynb #791381fd
 import socket
@@ -239,7 +239,7 @@ def compare(
     store = _store(folder)
     return 0 if show_comparison(store.find(left), store.find(right), as_json=json).equal else 1
 
-# %% ../../nbs/app/04_cli.ipynb #3082cf93
+# %% ../../nbs/app/04_cli.ipynb #2dedd18b
 @app.command
 def config(*, profile: Profile = None, json: Json = False) -> int:
     """Print the effective settings and where each came from; secrets are masked.
@@ -272,6 +272,17 @@ def doctor(*, profile: Profile = None, json: Json = False) -> int:
     else:
         print_table(("Check", "", "Found"), [(finding.name, finding.verdict, finding.told) for finding in found])
     return 1 if any(finding.verdict == "problem" for finding in found) else 0
+
+
+@app.command
+def demo(*, folder: Folder = None) -> int:
+    """Run the main job: a backtest, a simulated session of the same strategy, and their comparison.
+
+    Example: trader demo
+    """
+    from trader_lib.app.demo import main_job
+
+    return 0 if main_job(main, extra=() if folder is None else ("--runs", folder)) else 1
 
 
 @app.command

@@ -27,7 +27,7 @@ WHAT = shlex.split(
 BACKTEST = ["backtest", *WHAT]
 PAPER = ["paper", "--broker", "simulated", *WHAT]
 
-# %% ../../nbs/app/05_demo.ipynb #079e2ed2
+# %% ../../nbs/app/05_demo.ipynb #a5655d25
 def typed(command: Command, words: Sequence[str]) -> dict[str, object]:
     """Show a command, run it for its JSON, and return that.
 
@@ -48,12 +48,11 @@ def typed(command: Command, words: Sequence[str]) -> dict[str, object]:
 def main_job(command: Command, *, extra: Sequence[str] = ()) -> bool:
     """Backtest, simulate, compare; print a summary table and the reports; say whether both placed the same orders.
 
-    command: takes the words after `trader` and returns an exit code. extra: words for both runs, such as a folder.
+    command: takes the words after `trader` and returns an exit code. extra: words for all three, such as a folder.
     """
     runs = [typed(command, [*words, *extra]) for words in (BACKTEST, PAPER)]
     names = [str(run["run"]) for run in runs]
-    where = [word for word in extra if word.startswith("--runs")]
-    compared = typed(command, ["runs", "compare", *names, *where])
+    compared = typed(command, ["runs", "compare", *names, *extra])
     columns = ("", "Orders#", "Fills#", "Equity at the end#", "Return#", "Max drawdown#", "Seconds#", "Order list hash")
     print_table(columns, [summary_row(run) for run in runs], title="The same strategy in both engines")
     print_line(str(compared["summary"]))

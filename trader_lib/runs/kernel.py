@@ -6,14 +6,14 @@
 __all__ = ['Ending', 'ENGINE', 'LOOK_S', 'NOTICE_S', 'Progress', 'Outcome', 'Watch', 'register_engine', 'heading',
            'stop_requests', 'execute']
 
-# %% ../../nbs/runs/03_kernel.ipynb #47ffc8c1
+# %% ../../nbs/runs/03_kernel.ipynb #3443b59d
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,7 +174,7 @@ def stop_requests() -> Iterator[list[int]]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-# %% ../../nbs/runs/03_kernel.ipynb #6416bc75
+# %% ../../nbs/runs/03_kernel.ipynb #ae378d5e
 LOOK_S = 0.2  # how often the supervisor looks up
 NOTICE_S = 5.0  # how long papermill may take to notice a death
 
@@ -190,6 +190,7 @@ def execute(
     grace_s: float = 20.0,
     report: Callable[[Progress], None] = lambda progress: None,
     said: Callable[[str], None] = lambda words: None,  # what the user should be told
+    asked: Sequence[int] = (),  # grows by one with every request to stop, as `stop_requests` gives it
     clock: Clock | None = None,
 ) -> Outcome:
     """Execute a notebook to its end, whatever that is; raises nothing of its own."""
@@ -200,29 +201,28 @@ def execute(
         target=lambda: ended.append(_run(notebook, output, parameters, watch)), name="papermill", daemon=True
     )
     deadline, died_at, passed_on, timed_out = clock.monotonic() + timeout_s, None, 0, False
-    with stop_requests() as asked:
-        thread.start()
-        while thread.is_alive():
-            thread.join(LOOK_S)
-            now = clock.monotonic()
-            if watch.dead:
-                died_at = died_at or now
-                if now - died_at > NOTICE_S:
-                    break
-            if now > deadline:
-                watch.stop = True
-                watch.send(signal.SIGKILL if timed_out else signal.SIGINT)
-                timed_out, deadline = True, now + grace_s
-            if len(asked) > passed_on == 1:
-                said("Killed.")
-                watch.stop, passed_on = True, 2
-                watch.send(signal.SIGKILL)
-            elif asked and not passed_on and watch.cell:
-                said("Stopping: what is open is canceled, then the report is written. Ctrl-C again kills.")
-                passed_on = 1
-                watch.send(signal.SIGINT)
-            elif asked and not watch.last[0]:  # no cell has begun
-                watch.stop = True
+    thread.start()
+    while thread.is_alive():
+        thread.join(LOOK_S)
+        now = clock.monotonic()
+        if watch.dead:
+            died_at = died_at or now
+            if now - died_at > NOTICE_S:
+                break
+        if now > deadline:
+            watch.stop = True
+            watch.send(signal.SIGKILL if timed_out else signal.SIGINT)
+            timed_out, deadline = True, now + grace_s
+        if len(asked) > passed_on == 1:
+            said("Killed.")
+            watch.stop, passed_on = True, 2
+            watch.send(signal.SIGKILL)
+        elif asked and not passed_on and watch.cell:
+            said("Stopping: what is open is canceled, then the report is written. Ctrl-C again kills.")
+            passed_on = 1
+            watch.send(signal.SIGINT)
+        elif asked and not watch.last[0]:  # no cell has begun
+            watch.stop = True
     outcome = ended[0] if ended else Outcome("died", error="DeadKernelError")
     outcome.cell, outcome.section = outcome.cell or watch.last[0] or None, outcome.section or watch.last[1]
     outcome.interrupted = bool(asked)

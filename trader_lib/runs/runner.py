@@ -49,7 +49,7 @@ def kernel_environment() -> dict[str, str]:
     quiet = {"PYTHONWARNINGS": "ignore", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     return {**quiet, **os.environ, "PLOTLY_RENDERER": "plotly_mimetype"}
 
-# %% ../../nbs/runs/05_runner.ipynb #10b578d1
+# %% ../../nbs/runs/05_runner.ipynb #aa455d31
 RUN_FOLDER = "run_folder"
 
 
@@ -70,7 +70,7 @@ def run_notebook(
     Raises Misused, Misconfigured or BadData before a folder is made; RunFailed if the notebook fails, and Interrupted
     if it was stopped, with the folder in their `run` field.
     """
-    from trader_lib.runs.kernel import execute
+    from trader_lib.runs.kernel import execute, stop_requests
 
     clock = clock or WallClock()
     source = template or template_path(kind)
@@ -81,25 +81,27 @@ def run_notebook(
         raise Misused(f"A parameter cannot be written into a notebook: {error}.") from None
     if check is not None:
         check(parameters)
-    run = store.create(kind)
-    run = RunFolder(run.path.absolute())
-    started = clock.now()
-    run.write_params(
-        {"kind": kind, "parameters": dict(parameters), "started_at": started, "versions": dict(versions())}
-    )
-    injected = {**parameters, **_folder_parameter(source, run)}
-    outcome = execute(
-        source,
-        run.notebook,
-        injected,
-        log=run.path / "kernel.log",
-        environ=kernel_environment(),
-        timeout_s=timeout_s,
-        report=report,
-        said=said,
-        clock=clock,
-    )
-    return _conclude(kind, run, parameters, started, outcome, clock)
+    with stop_requests() as asked:  # from the folder's first file to its last: a stop leaves none half made
+        run = store.create(kind)
+        run = RunFolder(run.path.absolute())
+        started = clock.now()
+        run.write_params(
+            {"kind": kind, "parameters": dict(parameters), "started_at": started, "versions": dict(versions())}
+        )
+        injected = {**parameters, **_folder_parameter(source, run)}
+        outcome = execute(
+            source,
+            run.notebook,
+            injected,
+            log=run.path / "kernel.log",
+            environ=kernel_environment(),
+            timeout_s=timeout_s,
+            report=report,
+            said=said,
+            asked=asked,
+            clock=clock,
+        )
+        return _conclude(kind, run, parameters, started, outcome, clock)
 
 
 def _folder_parameter(source: Path, run: RunFolder) -> dict[str, object]:
