@@ -145,6 +145,20 @@ async def test_intraday_session_equals_backtest(transport: str, tmp_path: Path) 
     assert {order.status for order in run.orders} >= {OrderStatus.FILLED, OrderStatus.EXPIRED, OrderStatus.CANCELED}
 
 
+async def test_targets_that_turn_while_their_order_works(tmp_path: Path) -> None:
+    bars = synthetic_bars(("AAPL", "MSFT"), "2010-03-08", "2010-03-12", timeframe="15Min", seed=11)
+    spec = specification(
+        {"strategy": "sma_cross", "params": {"fast": 2, "slow": 5}, "costs": Costs(volume_share=0.0005)},
+        symbols=("AAPL", "MSFT"),
+        timeframe="15Min",
+        start=date(2010, 3, 9),
+        end=date(2010, 3, 12),
+    )
+    tested, run = await both(spec, "in_process", tmp_path, bars)
+    assert_same(tested, run)
+    assert any(order.status is OrderStatus.CANCELED and order.filled_qty for order in run.orders)
+
+
 async def test_both_wires_give_the_same_list(tmp_path: Path) -> None:
     spec = specification(CASES["vol_target"], end=date(2005, 3, 31))
     (tmp_path / "a").mkdir()
