@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 
 from trader_lib.broker.in_process import InProcessBroker
 from trader_lib.config.settings import Settings, load_settings
-from trader_lib.errors.taxonomy import BadData, Halted, InvariantBroken, Misconfigured, Misused
+from trader_lib.errors.taxonomy import BadData, Halted, InvariantBroken, Misconfigured, Misused, Retryable
+from trader_lib.exchange.costs import Costs
 from trader_lib.exchange.engine import Exchange
 from trader_lib.journal.journal import SqliteJournal
 from trader_lib.market.bars import Bars
 from trader_lib.market.sample import sample_bars
+from trader_lib.market.synthetic import synthetic_bars
 from trader_lib.session.session import SessionResult, run_session, stop_on_signals
 from trader_lib.session.spec import SessionSpec
 from trader_lib.strategy.contract import Strategy
@@ -70,6 +72,23 @@ async def test_two_runs_write_the_same_journal_byte_for_byte(transport: str, tmp
     assert one.journal_path.read_bytes() == other.journal_path.read_bytes()
     with SqliteJournal(one.journal_path, read_only=True) as journal:
         assert journal.verify().ok and journal.last_seq > 200
+
+
+@pytest.mark.parametrize("transport", ["in_process", "http"])
+async def test_open_market_repeats_byte_for_byte_too(transport: str, tmp_path: Path) -> None:
+    bars = synthetic_bars(("AAPL", "IBM", "MSFT"), "2010-03-08", "2010-03-10", timeframe="15Min", seed=5)
+    spec = SessionSpec(
+        strategy="rsi_reversion",
+        params={"period": 5},
+        timeframe="15Min",
+        start=date(2010, 3, 9),
+        end=date(2010, 3, 10),
+        costs=Costs(volume_share=0.002),
+    )
+    wire = settings(broker={"transport": transport})
+    one = await run(tmp_path / "a", spec, settings=wire, bars=bars)
+    other = await run(tmp_path / "b", spec, settings=wire, bars=bars)
+    assert one.orders and one.journal_path.read_bytes() == other.journal_path.read_bytes()
 
 
 async def test_another_seed_is_another_session(tmp_path: Path) -> None:
@@ -260,6 +279,40 @@ async def test_broken_feed_ends_the_session_in_order_and_is_raised(tmp_path: Pat
         assert journal.verify().ok
     assert len(bars_seen) == 20 and len(ended) == 1 and isinstance(ended[0], SessionEnded)
     assert "burst" in ended[0].reason
+
+
+async def test_end_that_fails_as_well_does_not_hide_the_first_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = False
+
+    async def positions_or_not(broker: InProcessBroker) -> tuple[Position, ...]:
+        if broken:
+            raise Retryable("the broker is gone")
+        return await positions(broker)
+
+    def sabotage(count: int, at: datetime) -> None:
+        nonlocal broken
+        broken = True
+        raise InvariantBroken("the progress bar burst")
+
+    positions = InProcessBroker.positions
+    monkeypatch.setattr(InProcessBroker, "positions", positions_or_not)
+    with pytest.raises(InvariantBroken, match="burst") as raised:
+        await run(tmp_path, progress=sabotage)
+    assert "the broker is gone" in raised.value.__notes__[0]
+    monkeypatch.setattr(InProcessBroker, "positions", positions)
+
+    async def gone(broker: InProcessBroker) -> tuple[Position, ...]:
+        if broker._exchange.is_over:
+            raise Retryable("the broker is gone")
+        return await positions(broker)
+
+    monkeypatch.setattr(InProcessBroker, "positions", gone)
+    with pytest.raises(Retryable, match="gone"):
+        await run(tmp_path / "again")
+    with journal_of(tmp_path / "again") as journal:
+        assert journal.verify().ok
 
 
 async def test_what_does_not_reconcile_at_the_end_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
