@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['DUPLICATE_CODE', 'FailureOutcome', 'Patience', 'ExecutionAgent']
 
-# %% ../../nbs/agents/05_execution.ipynb #5607766e
+# %% ../../nbs/agents/05_execution.ipynb #469c1b1a
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Literal
 
-from .contract import Agent, AgentHealth, Handler
+from .contract import Agent, AgentHealth
 from .tracking import LocalState, OrderBook, OrderTrack
 from ..broker.port import Broker
-from ..bus.bus import Bus
+from ..bus.bus import Bus, Handler
 from ..clock.clock import Clock
 from ..errors.taxonomy import OutcomeUnknown, Rejected, Retryable, TraderError
 from trader_lib.trading.events import (

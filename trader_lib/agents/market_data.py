@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['MarketDataAgent']
 
-# %% ../../nbs/agents/01_market_data.ipynb #b10b3720
+# %% ../../nbs/agents/01_market_data.ipynb #a2a9ca2b
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
 
-from .contract import Agent, Handler
-from ..bus.bus import Bus
+from .contract import Agent
+from ..bus.bus import Bus, Handler
 from ..clock.clock import Clock
 from ..clock.sessions import TradingCalendar
 from ..market.bars import Bars

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Record', 'ALERTS_MAX', 'describe', 'MonitorAgent']
 
-# %% ../../nbs/agents/07_monitor.ipynb #ab46a7af
+# %% ../../nbs/agents/07_monitor.ipynb #25963595
 from collections import Counter
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 
-from .contract import Agent, Handler
-from ..bus.bus import Bus
+from .contract import Agent
+from ..bus.bus import Bus, Handler
 from ..clock.clock import Clock
 from ..telemetry.log import bind_correlation, get_logger
 from trader_lib.trading.events import (

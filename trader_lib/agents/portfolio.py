@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Commission', 'no_commission', 'PortfolioAgent']
 
-# %% ../../nbs/agents/06_portfolio.ipynb #8cb98466
+# %% ../../nbs/agents/06_portfolio.ipynb #b15e02be
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 
-from .contract import Agent, Handler
-from ..bus.bus import Bus
+from .contract import Agent
+from ..bus.bus import Bus, Handler
 from ..clock.clock import Clock
 from ..trading.events import AccountReported, BarsClosed, Event, FillRecorded, Payload, PortfolioChanged
 from ..trading.portfolio import Fill, Portfolio

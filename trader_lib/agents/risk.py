@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEVERITY', 'VITAL', 'ApprovedOrder', 'RiskAgent']
 
-# %% ../../nbs/agents/03_risk.ipynb #d118cdfe
+# %% ../../nbs/agents/03_risk.ipynb #64b0f628
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from datetime import date, datetime
 
 import numpy as np
 
-from .contract import Agent, Handler
+from .contract import Agent
 from .strategy import last_closes
-from ..bus.bus import Bus
+from ..bus.bus import Bus, Handler
 from ..clock.clock import Clock
 from ..clock.sessions import NEW_YORK
 from ..errors.taxonomy import InvariantBroken

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['order_request', 'StrategyAgent', 'last_closes']
 
-# %% ../../nbs/agents/02_strategy.ipynb #edabccde
+# %% ../../nbs/agents/02_strategy.ipynb #4cd89f77
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ from decimal import Decimal
 import numpy as np
 from numpy.typing import NDArray
 
-from .contract import Agent, Handler
-from ..bus.bus import Bus
+from .contract import Agent
+from ..bus.bus import Bus, Handler
 from ..clock.clock import Clock
 from ..market.bars import Bars
 from ..strategy.contract import Strategy, target_weights

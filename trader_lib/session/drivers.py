@@ -176,13 +176,13 @@ class LockstepDriver:
         if when > self._clock.now():
             self._clock.advance_to(when)
 
-# %% ../../nbs/session/02_drivers.ipynb #399ccd72
+# %% ../../nbs/session/02_drivers.ipynb #01f4ac2c
 class RealTimeDriver:
     """Follows a real market until an end.
 
     last_at: stamp of the last bar of the history, None without one. bars_max: bars after which to end. ends_at: moment
-    at which to end. delay_s: how long after a bar's close it is asked for, seconds. tick_s: between two ticks, seconds.
-    patience: times that a bar is asked for before it is given up.
+    at which to end. delay_s: how long after a bar's close it is asked for, seconds. tick_s: between two ticks, and between
+    two attempts to fetch a bar, seconds. wait_s: longest wait for a message, and so for the stop, real seconds.
     """
 
     def __init__(
