@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from trader_lib.clock.sessions import TradingCalendar
 from trader_lib.config.settings import Settings
-from trader_lib.trading.account import buying_power, may_short, order_cost, reserved_cost
 from trader_lib.exchange.costs import Costs
 from trader_lib.exchange.matching import commission, fill_price, fill_qty, match_oco, match_price
 from trader_lib.market.bars import Bars, Provenance, Timeframe
@@ -40,6 +39,7 @@ from trader_lib.strategy.contract import Strategy
 from trader_lib.strategy.exits import NO_EXITS, ProtectiveExits, exit_due, exit_prices
 from trader_lib.strategy.planner import PlannedAction, Planner
 from trader_lib.strategy.sizing import SizingRules
+from trader_lib.trading.account import buying_power, may_short, order_cost, reserved_cost
 from trader_lib.trading.folding import cash_flow, equity, exposure, fold_fill
 from trader_lib.trading.numbers import round_to, to_decimal, to_float
 from trader_lib.trading.order_list import compare_order_lists
