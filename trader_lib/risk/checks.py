@@ -46,13 +46,13 @@ class RiskDecision(BaseModel):
         """Why the order was refused, in one line; empty when it was approved."""
         return " ".join(check.reason for check in self.checks if not check.passed)
 
-# %% ../../nbs/risk/02_checks.ipynb #dd951a19
+# %% ../../nbs/risk/02_checks.ipynb #be9ead0a
 def describe(check: Check, passed: bool, observed: float, bound: float, symbol: str, reference_price: float) -> str:
     """One sentence about one check with its figures.
 
     observed, bound: as `check_order` wrote them. reference_price: USD, NaN if missing.
     """
-    if check >= Check.POSITION_QTY and passed and not observed <= bound:
+    if check >= Check.ORDER_QTY and passed and not observed <= bound:
         return f"Not bounded by {check.name.lower().replace('_', ' ')}: the order reduces the position in {symbol}."
     match check:
         case Check.TRADING_STATE:

@@ -108,7 +108,7 @@ def beyond_reference(order: OrderFacts, reference_price: float) -> float:
     base = order.stop_price if not math.isnan(order.stop_price) else reference_price
     return max(order.side_sign * (order.limit_price - base) / base, 0.0)
 
-# %% ../../nbs/risk/01_rules.ipynb #3b2863d0
+# %% ../../nbs/risk/01_rules.ipynb #1002f2f2
 @compiled
 def check_order(
     order: OrderFacts,
@@ -165,7 +165,7 @@ def check_order(
             passed[check] = observed[check] >= bound[check]
         elif check == Check.REFERENCE:
             passed[check] = reference > 0.0 and observed[check] <= bound[check]
-        elif check >= Check.POSITION_QTY:
+        elif check >= Check.ORDER_QTY:
             passed[check] = reducing or observed[check] <= bound[check]
         else:
             passed[check] = observed[check] <= bound[check]
