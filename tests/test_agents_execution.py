@@ -32,6 +32,7 @@ from trader_lib.trading.events import (
     TradingStateChanged,
 )
 from trader_lib.trading.orders import Order, OrderRequest, OrderSide, OrderStatus
+from trader_lib.trading.portfolio import Position
 
 BAR = datetime(2005, 1, 3, 5, tzinfo=UTC)
 NOW = datetime(2005, 1, 3, 21, tzinfo=UTC)
@@ -72,9 +73,16 @@ class ScriptedBroker:
         self.open: list[Order] | BaseException = []
         self.before_submit: Callable[[], None] = lambda: None
         self.trouble: tuple[str, ...] = ()
+        self.held: tuple[Position, ...] = ()
 
     def troubles(self) -> tuple[str, ...]:
         return self.trouble
+
+    def refresh(self) -> None:
+        pass
+
+    async def positions(self) -> tuple[Position, ...]:
+        return self.held
 
     async def submit(self, order: OrderRequest) -> Order:
         self.before_submit()
@@ -288,7 +296,7 @@ async def test_halted_sends_nothing_and_resumes(stage: Stage) -> None:
     await stage.say(TradingStateChanged(state=TradingState.HALTED, reason="test"))
     await stage.approve()
     assert not stage.broker.submitted and stage.outcomes == ["not_sent"]
-    await stage.say(TradingStateChanged(state=TradingState.REDUCING, reason="test"))
+    await stage.say(TradingStateChanged(state=TradingState.ACTIVE, reason="test"))
     await stage.approve(request("c-2"))
     assert len(stage.broker.submitted) == 1
 
@@ -433,7 +441,7 @@ async def test_cancel_of_nothing_does_nothing(stage: Stage) -> None:
     assert not stage.broker.canceled
 
 
-@pytest.mark.parametrize("action", ["cancel_all", "halt"])
+@pytest.mark.parametrize("action", ["cancel_all", "halt", "flatten"])
 async def test_operator_cancels_everything_that_is_open(stage: Stage, action: Any) -> None:
     await stage.approve()
     await stage.approve(request("c-2"))
@@ -444,6 +452,33 @@ async def test_operator_cancels_everything_that_is_open(stage: Stage, action: An
     stage.broker.records = [record(status="canceled")]
     await stage.say(OperatorCommand(action=action, reason="test", by="test"))
     assert stage.broker.canceled == ["at-broker-c-1"]
+
+
+async def test_operator_who_flattens_closes_every_position_once(stage: Stage) -> None:
+    stage.broker.held = (Position(symbol="IBM", qty=Decimal(7)), Position(symbol="AAPL", qty=Decimal(-2)))
+    for _ in range(2):  # heard twice, under the same correlation
+        await stage.say(OperatorCommand(action="flatten", reason="test", by="test"))
+    sent = [(order.symbol, order.side, order.qty) for order in stage.broker.submitted]
+    assert sent == [("IBM", OrderSide.SELL, 7), ("AAPL", OrderSide.BUY, 2)]
+    assert len(stage.heard(OrderIntended)) == 2
+
+
+async def test_order_approved_before_risk_heard_of_the_halt_is_not_sent(stage: Stage) -> None:
+    await stage.say(OperatorCommand(action="halt", reason="test", by="test"))
+    await stage.say(TradingStateChanged(state=TradingState.REDUCING, reason="said before"))
+    await stage.approve()
+    assert not stage.broker.submitted and stage.heard(OrderFailed)[0].outcome == "not_sent"
+    await stage.say(TradingStateChanged(state=TradingState.ACTIVE, reason="an operator"))
+    await stage.approve(request("c-2"))
+    assert [order.client_order_id for order in stage.broker.submitted] == ["c-2"]
+
+
+async def test_order_is_not_sent_once_an_operator_has_stopped_the_session_from_outside(stage: Stage) -> None:
+    stopped = [True, False]
+    stage.agent._is_stopped = lambda: stopped.pop(0)
+    await stage.approve()
+    await stage.approve(request("c-2"))
+    assert [order.client_order_id for order in stage.broker.submitted] == ["c-2"]
 
 
 async def test_operator_who_reduces_cancels_nothing(stage: Stage) -> None:

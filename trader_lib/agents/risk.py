@@ -61,7 +61,7 @@ class ApprovedOrder:
     remaining: float  # shares
     cost: float  # buying power at submission, USD
 
-# %% ../../nbs/agents/03_risk.ipynb #01417282
+# %% ../../nbs/agents/03_risk.ipynb #f5a97c0a
 class RiskAgent(Agent):
     """Decides on every proposed order.
 
@@ -194,7 +194,7 @@ class RiskAgent(Agent):
             await self._set_state(event, TradingState.ACTIVE, reason)
         elif command.action == "reduce":
             await self._tighten(event, TradingState.REDUCING, reason)
-        elif command.action == "halt":
+        elif command.action in {"halt", "flatten"}:
             await self._tighten(event, TradingState.HALTED, reason)
 
     async def _on_agent_failure(self, event: Event) -> None:

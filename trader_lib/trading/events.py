@@ -98,7 +98,7 @@ def payload_from_json(type_name: str, text: bytes | str) -> Payload:
     except ValidationError as error:
         raise BadData(f"An event of type {type_name!r} cannot be read: {error}", type=type_name) from error
 
-# %% ../../nbs/trading/05_events.ipynb #890f86fd
+# %% ../../nbs/trading/05_events.ipynb #5cd26847
 class SessionStarted(Input):
     """A session begins: everything it was started with, secrets excluded."""
 
@@ -198,7 +198,7 @@ class OperatorCommand(Input):
     """A person, or a program in a person's name, steps in."""
 
     type: ClassVar[str] = "operator_command"
-    action: Literal["reduce", "halt", "resume", "cancel_all"]
+    action: Literal["reduce", "halt", "flatten", "resume", "cancel_all"]
     reason: str
     by: str
 
