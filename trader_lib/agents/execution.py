@@ -69,7 +69,7 @@ def closing_order(position: Position, command_id: str) -> OrderRequest:
         purpose="exit",
     )
 
-# %% ../../nbs/agents/05_execution.ipynb #0167f24f
+# %% ../../nbs/agents/05_execution.ipynb #d83ac991
 class ExecutionAgent(Agent):
     """Turns approved decisions into orders at the broker, and the broker's messages into fills.
 
@@ -345,6 +345,7 @@ class ExecutionAgent(Agent):
         if order is None or missing is None:
             return
         self.book.observe(track, order, self._clock.now())
+        await self.publish(OrderAcknowledged(client_order_id=track.client_order_id, order=order), event)
         name = f"repair:{order.id}:{order.filled_qty}"
         await self._record(event, track, order.id, name, *missing, order.filled_at or self._clock.now())
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MarketDataAgent']
 
-# %% ../../nbs/agents/01_market_data.ipynb #a2a9ca2b
+# %% ../../nbs/agents/01_market_data.ipynb #6e7c9fec
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
@@ -16,10 +16,11 @@ from ..bus.bus import Bus, Handler
 from ..clock.clock import Clock
 from ..clock.sessions import TradingCalendar
 from ..market.bars import Bars
+from ..market.record import record_history
 from ..trading.events import BarRow, BarsClosed, Event, HistoryLoaded, Payload
 from ..trading.orders import Utc
 
-# %% ../../nbs/agents/01_market_data.ipynb #f6796246
+# %% ../../nbs/agents/01_market_data.ipynb #1af2c8db
 class MarketDataAgent(Agent):
     """Assembles closed bars into one event a stamp.
 
@@ -56,17 +57,7 @@ class MarketDataAgent(Agent):
         """Say which bars the session starts with; nothing up to their end is let out again."""
         if history.n:
             self._released = history.at(history.n - 1)
-        return await self.publish(
-            HistoryLoaded(
-                symbols=history.symbols,
-                timeframe=self._timeframe,
-                first=history.at(0) if history.n else None,
-                last=self._released,
-                rows=history.n,
-                content_hash=history.content_hash,
-            ),
-            correlation_id=correlation_id,
-        )
+        return await self.publish(record_history(history), correlation_id=correlation_id)
 
     def offer(self, symbol: str, at: datetime, row: BarRow) -> bool:
         """Take a closed bar stamped `at`; say whether it was wanted: of our symbols, and not late."""

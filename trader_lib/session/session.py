@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SOURCE', 'stop_on_signals', 'SessionResult', 'Session', 'run_session']
 
-# %% ../../nbs/session/03_session.ipynb #b9e7cf6c
+# %% ../../nbs/session/03_session.ipynb #90d5c408
 import asyncio
+import platform
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -21,6 +22,7 @@ import numpy as np
 import pandas as pd
 from dishka import AsyncContainer
 
+from .. import __version__
 from ..agents.contract import AgentHealth
 from ..broker.port import Broker, MarketData
 from ..bus.bus import InProcessBus
@@ -141,7 +143,7 @@ class SessionResult:
         """Equity at every closed bar, USD."""
         return self.curve["equity"]
 
-# %% ../../nbs/session/03_session.ipynb #023cb15d
+# %% ../../nbs/session/03_session.ipynb #58f0d926
 class Session:
     """One session over wired parts. Use `run_session`."""
 
@@ -165,6 +167,7 @@ class Session:
                 symbols=history.symbols,
                 timeframe=inputs.spec.timeframe,
                 parameters=inputs.spec.values() | {"params": inputs.strategy.model_dump(mode="json")},
+                versions=_versions(),
                 seed=inputs.spec.seed,
             )
         )
@@ -225,7 +228,13 @@ class Session:
             await agent.stop()
         return found, account
 
-# %% ../../nbs/session/03_session.ipynb #568b86ec
+# %% ../../nbs/session/03_session.ipynb #c4797dea
+def _versions() -> dict[str, str]:
+    """What the numbers of a session rest on; a replay by another version names the two."""
+    python = platform.python_version()
+    return {"trader_lib": __version__, "python": python, "numpy": np.__version__, "pandas": pd.__version__}
+
+
 def _today(clock: Clock) -> date:
     return clock.now().astimezone(NEW_YORK).date()
 

@@ -98,7 +98,7 @@ def payload_from_json(type_name: str, text: bytes | str) -> Payload:
     except ValidationError as error:
         raise BadData(f"An event of type {type_name!r} cannot be read: {error}", type=type_name) from error
 
-# %% ../../nbs/trading/05_events.ipynb #5cd26847
+# %% ../../nbs/trading/05_events.ipynb #7b3d81cb
 class SessionStarted(Input):
     """A session begins: everything it was started with, secrets excluded."""
 
@@ -144,6 +144,12 @@ class HistoryLoaded(Input):
     last: Utc | None
     rows: int
     content_hash: str
+    source: str = ""  # this and the next three: the bars' provenance
+    feed: str = ""
+    adjustment: str = ""
+    synthetic: bool = False
+    stamps: tuple[Utc, ...] = ()  # the bars' starts; none in journals of before they were recorded
+    bars: FrozenMap[str, tuple[tuple[Finite | None, ...], ...]] = Field(default_factory=dict)  # open … volume, by stamp
 
 
 class TradeUpdated(Input):
