@@ -94,7 +94,7 @@ def _translated(method: "Callable[Concatenate[SqliteJournal, P], R]") -> "Callab
 
     return translated
 
-# %% ../../nbs/journal/01_journal.ipynb #0b6b4c03
+# %% ../../nbs/journal/01_journal.ipynb #1f138933
 class SqliteJournal:
     """A journal in one SQLite file.
 
@@ -260,9 +260,19 @@ class SqliteJournal:
             if not self._lost:
                 self.commit()
             if not self.read_only:
-                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                self._become_one_file()
         finally:
             self._connection.close()
+
+    def _become_one_file(self) -> None:
+        """Leave WAL, so that reading a closed journal makes no files; while somebody still reads, move the rows only."""
+        self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._connection.execute("PRAGMA busy_timeout = 0")
+        try:
+            self._connection.execute("PRAGMA journal_mode = DELETE")
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error):
+                raise
 
     def __enter__(self) -> Self:
         return self

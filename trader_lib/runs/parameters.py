@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['RunParameters', 'history_client', 'resolved']
 
-# %% ../../nbs/runs/06_parameters.ipynb #a7c2d4c1
+# %% ../../nbs/runs/06_parameters.ipynb #e46c5d1a
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
-from ..errors.taxonomy import Misconfigured, did_you_mean
+from ..errors.taxonomy import Misconfigured, Misused, did_you_mean
 from ..exchange.costs import Costs
 from ..risk.limits import Limits
 from ..session.spec import SessionSpec
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from trader_lib.config.settings import Settings
     from trader_lib.market.bars import Bars
 
-# %% ../../nbs/runs/06_parameters.ipynb #6c50205c
+# %% ../../nbs/runs/06_parameters.ipynb #d97c2f34
 class RunParameters(SessionSpec):
     """What a backtest and a session are asked for; raises ValidationError for values that make no sense."""
 
@@ -83,22 +83,21 @@ class RunParameters(SessionSpec):
         self.build_strategy()
         if self.source == "alpaca":
             history_client(settings)
+            if not real_time and (self.start is None or self.end is None):
+                raise Misused("The source 'alpaca' has no dates of its own; give start and end.")
         elif not real_time:
             self.load_bars(settings)
 
 
 def history_client(settings: "Settings") -> "StockHistoricalDataClient":
-    """Alpaca's client for history; raises Misconfigured without keys."""
-    key, secret = settings.broker.key_id, settings.broker.secret_key
-    if key is None or secret is None:
+    """Alpaca's client for history, with the timeouts and the pool of every connection; raises Misconfigured without keys."""
+    if settings.broker.key_id is None or settings.broker.secret_key is None:
         raise Misconfigured(
             "Bars from Alpaca need keys: set APCA_API_KEY_ID and APCA_API_SECRET_KEY, or choose another --source."
         )
-    from alpaca.data.historical import StockHistoricalDataClient
+    from trader_lib.broker.connection import AlpacaAccess
 
-    return StockHistoricalDataClient(
-        key.get_secret_value(), secret.get_secret_value(), url_override=settings.broker.data_url
-    )
+    return AlpacaAccess.from_settings(settings.broker, settings.resilience).data_client()
 
 # %% ../../nbs/runs/06_parameters.ipynb #43e6960f
 def resolved(given: Mapping[str, object], settings: "Settings") -> dict[str, object]:
