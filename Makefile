@@ -41,9 +41,10 @@ coverage: install ## notebooks and tests under one coverage figure, compiled fun
 	$(BIN)/coverage report --fail-under=90
 	$(BIN)/coverage report --include='trader_lib/risk/*,trader_lib/agents/execution.py' --skip-empty --fail-under=100
 
-# Where compiled functions live; the second run counts their lines.
+# Where compiled functions live, and what tests them; the second run counts their lines.
 PLAIN := nbs/trading nbs/exchange nbs/risk nbs/strategy nbs/research \
-	tests/test_trading_folding.py tests/test_exchange_rules.py tests/test_risk_rules.py tests/test_strategy_sizing.py
+	tests/test_trading_folding.py tests/test_strategy_sizing.py tests/test_strategy_planner.py \
+	tests/test_research_engine.py
 
 fmt: install ## format notebooks and tests, clean notebooks, export the library
 	$(BIN)/ruff check --fix -q . || true
