@@ -39,7 +39,7 @@ def record_history(bars: Bars) -> HistoryLoaded:
         },
     )
 
-# %% ../../nbs/market/08_record.ipynb #4111ac63
+# %% ../../nbs/market/08_record.ipynb #0f4ca3a7
 def recorded_history(said: HistoryLoaded) -> Bars:
     """The bars that an event holds; raises BadData where it holds none, and where they are not those of its hash."""
     if not said.bars:
@@ -50,8 +50,13 @@ def recorded_history(said: HistoryLoaded) -> Bars:
     try:
         rows = [said.bars[symbol] for symbol in said.symbols]
         block = np.array(rows, dtype=np.float64).reshape(len(rows), said.rows, 5)
+        open_, high, low, close, volume = (block[:, :, place].T for place in range(5))
         bars = Bars(
-            *(block[:, :, place].T for place in range(5)),
+            open_,
+            high,
+            low,
+            close,
+            volume,
             pd.DatetimeIndex(list(said.stamps), tz="UTC"),
             said.symbols,
             Provenance(said.source, said.feed, Timeframe.parse(said.timeframe), said.adjustment, "", said.synthetic),
