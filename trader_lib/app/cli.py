@@ -6,7 +6,7 @@
 __all__ = ['app', 'runs', 'Json', 'Profile', 'Folder', 'check_port', 'extra_parameters', 'backtest', 'paper', 'exchange', 'list_',
            'show', 'compare', 'config', 'doctor', 'demo', 'strategies', 'main']
 
-# %% ../../nbs/app/04_cli.ipynb #791381fd
+# %% ../../nbs/app/04_cli.ipynb #f2f97a58
 import socket
 import sys
 import traceback
@@ -15,6 +15,7 @@ from os import environ
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
 
 from .. import __version__
 from trader_lib.app.options import (
@@ -33,19 +34,30 @@ if TYPE_CHECKING:
 
 app = App(
     name="trader",
-    help="Same strategy, same orders, explained: backtest, simulate, trade on paper, compare.",
+    help="""Same strategy, same orders, explained: backtest, simulate, trade on paper, compare.
+
+    Example: trader demo
+    """,
     version=__version__,
     help_format="plaintext",
+    default_parameter=Parameter(show_default=False),
+    console=Console(force_jupyter=False),
     suppress_keyboard_interrupt=False,
 )
-runs = App(name="runs", help="List, show and compare runs.")
+runs = App(
+    name="runs",
+    help="""List, show and compare runs.
+
+    Example: trader runs compare latest-backtest latest-paper
+    """,
+)
 app.command(runs)
 
 Json = Annotated[bool, Parameter(negative=(), help="Print JSON.")]
 Profile = Annotated[Literal["research", "paper", "live"] | None, Parameter(help="Settings profile. [research]")]
 Folder = Annotated[str | None, Parameter(name="--runs", help="Folder of the run folders. [./runs]")]
 
-# %% ../../nbs/app/04_cli.ipynb #cf546bd1
+# %% ../../nbs/app/04_cli.ipynb #0d8fcd4b
 def _run(kind: "Kind", given: dict[str, object], how: HowOptions | None, extra: dict[str, object]) -> int:
     """Check, run, and print what came of it."""
     from trader_lib.app.console import progress_bar, say
@@ -112,10 +124,10 @@ def backtest(
     limits: LimitOptions | None = None,
     how: HowOptions | None = None,
 ) -> int:
-    """Run a strategy over history in the compiled engine, and leave a report.
+    r"""Run a strategy over history in the compiled engine, and leave a report.
 
-    Example: trader backtest --strategy sma_cross --symbols AAPL,IBM,MSFT --start 2005-01-03 --end 2012-12-31
-    -p fast=10 -p slow=50
+    Example: trader backtest --strategy sma_cross --symbols AAPL,IBM,MSFT \
+        --start 2005-01-03 --end 2012-12-31 -p fast=10 -p slow=50
     """
     return _run("backtest", given_parameters(what, costs, limits, how), how, {})
 
@@ -136,12 +148,12 @@ def paper(
     limits: LimitOptions | None = None,
     how: HowOptions | None = None,
 ) -> int:
-    """Trade a strategy in a session of agents, against the embedded exchange or Alpaca's paper account.
+    r"""Trade a strategy in a session of agents, against the embedded exchange or Alpaca's paper account.
 
     Ctrl-C drains the session and still leaves a report.
 
-    Example: trader paper --broker simulated --strategy sma_cross --symbols AAPL,IBM,MSFT --start 2005-01-03
-    --end 2012-12-31 -p fast=10 -p slow=50
+    Example: trader paper --broker simulated --symbols AAPL,IBM,MSFT \
+        --start 2005-01-03 --end 2012-12-31 -p fast=10 -p slow=50
     """
     chosen = {"kind": broker, "transport": transport}
     extra: dict[str, object] = {name: value for name, value in chosen.items() if value is not None}
@@ -157,9 +169,10 @@ def exchange(
     costs: CostOptions | None = None,
     how: HowOptions | None = None,
 ) -> int:
-    """Serve the embedded exchange alone, in Alpaca's protocol, over recorded bars; time moves when told to.
+    r"""Serve the embedded exchange alone, in Alpaca's protocol, over recorded bars; time moves when told to.
 
-    Example: trader exchange --symbols AAPL,IBM --start 2012-01-03 --end 2012-12-31 --port 8765
+    Example: trader exchange --symbols AAPL,IBM --port 8765 \
+        --start 2012-01-03 --end 2012-12-31
     """
     from trader_lib.app.exchange import serve_exchange
     from trader_lib.config.settings import load_settings
@@ -174,7 +187,7 @@ def exchange(
     serve_exchange(asked, settings, as_json=chosen.json)
     return 0
 
-# %% ../../nbs/app/04_cli.ipynb #e4b4a197
+# %% ../../nbs/app/04_cli.ipynb #6da0f67c
 def _store(folder: str | None, profile: str | None = None) -> "RunStore":
     from trader_lib.config.settings import load_settings
     from trader_lib.runs.store import RunStore
@@ -186,7 +199,7 @@ def _store(folder: str | None, profile: str | None = None) -> "RunStore":
 def list_(
     *,
     kind: Annotated[Literal["backtest", "paper"] | None, Parameter(help="Only runs of this kind.")] = None,
-    limit: Annotated[int, Parameter(help="At most so many.")] = 20,
+    limit: Annotated[int, Parameter(help="At most so many. [20]")] = 20,
     folder: Folder = None,
     json: Json = False,
 ) -> int:
@@ -203,11 +216,11 @@ def list_(
 @runs.command
 def show(
     run: Annotated[
-        str, Parameter(help="Name, beginning of a name or id, path, latest, latest-backtest, latest-paper.")
+        str, Parameter(help="Name, beginning of a name or id, path, latest-backtest, latest-paper, or latest. [latest]")
     ] = "latest",
     /,
     *,
-    orders: Annotated[int, Parameter(help="Print so many of its orders.")] = 0,
+    orders: Annotated[int, Parameter(help="Print so many of its orders. [0]")] = 0,
     folder: Folder = None,
     json: Json = False,
 ) -> int:
@@ -223,8 +236,8 @@ def show(
 
 @runs.command
 def compare(
-    left: Annotated[str, Parameter(help="One run.")] = "latest-backtest",
-    right: Annotated[str, Parameter(help="The other.")] = "latest-paper",
+    left: Annotated[str, Parameter(help="One run. [latest-backtest]")] = "latest-backtest",
+    right: Annotated[str, Parameter(help="The other. [latest-paper]")] = "latest-paper",
     /,
     *,
     folder: Folder = None,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['print_json', 'print_table', 'print_facts', 'print_line', 'say', 'progress_bar']
 
-# %% ../../nbs/app/00_console.ipynb #5f589c89
+# %% ../../nbs/app/00_console.ipynb #c7afbce8
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -62,9 +62,9 @@ def say(text: str) -> None:
 
 def _stdout() -> Console:
     wide = None if sys.stdout.isatty() else 110
-    return Console(file=sys.stdout, soft_wrap=False, highlight=False, width=wide)
+    return Console(file=sys.stdout, force_jupyter=False, soft_wrap=False, highlight=False, width=wide)
 
-# %% ../../nbs/app/00_console.ipynb #76faf628
+# %% ../../nbs/app/00_console.ipynb #c78ba44f
 @contextmanager
 def progress_bar(title: str, *, shown: bool | None = None) -> Iterator[Callable[["RunProgress"], None]]:
     """Give a function that takes a run's progress and draws it.
@@ -75,7 +75,9 @@ def progress_bar(title: str, *, shown: bool | None = None) -> Iterator[Callable[
         yield lambda step: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(file=sys.stderr, force_terminal=True), transient=True) as bar:
+    with Progress(
+        *columns, console=Console(file=sys.stderr, force_terminal=True, force_jupyter=False), transient=True
+    ) as bar:
         task = bar.add_task(title, total=None)
 
         def draw(step: "RunProgress") -> None:
