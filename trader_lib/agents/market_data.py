@@ -20,7 +20,7 @@ from ..market.record import record_history
 from ..trading.events import BarRow, BarsClosed, Event, HistoryLoaded, Payload
 from ..trading.orders import Utc
 
-# %% ../../nbs/agents/01_market_data.ipynb #1af2c8db
+# %% ../../nbs/agents/01_market_data.ipynb #6ebcc36f
 class MarketDataAgent(Agent):
     """Assembles closed bars into one event a stamp.
 
@@ -58,6 +58,10 @@ class MarketDataAgent(Agent):
         if history.n:
             self._released = history.at(history.n - 1)
         return await self.publish(record_history(history), correlation_id=correlation_id)
+
+    def recall(self, released: datetime | None, count: int) -> None:
+        """Go on after a restart: `count` stamps were let out, the last one `released`, or history's end where none was."""
+        self._released, self._handled = released, count
 
     def offer(self, symbol: str, at: datetime, row: BarRow) -> bool:
         """Take a closed bar stamped `at`; say whether it was wanted: of our symbols, and not late."""

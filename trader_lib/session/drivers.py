@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCE', 'Progress', 'STOPPED', 'RECOVERY_PAUSE_S', 'Desk', 'Driver', 'LockstepDriver', 'RealTimeDriver']
 
-# %% ../../nbs/session/02_drivers.ipynb #bc421f46
+# %% ../../nbs/session/02_drivers.ipynb #83f4c650
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import datetime, timedelta
@@ -32,13 +32,14 @@ from trader_lib.trading.events import (
     Event,
     OrderAcknowledged,
     OrderIntended,
+    Payload,
     TradeUpdated,
 )
 
 SOURCE = "driver"
 Progress = Callable[[int, datetime], None]  # bars so far, stamp of the last one
 
-# %% ../../nbs/session/02_drivers.ipynb #f509cd7e
+# %% ../../nbs/session/02_drivers.ipynb #91ccc011
 class Desk:
     """Publishes what the broker says, each message under the correlation of the decision that it belongs to.
 
@@ -53,7 +54,7 @@ class Desk:
 
     def start(self) -> None:
         """Begin to listen for orders."""
-        kinds = [OrderIntended, OrderAcknowledged, CancelIntended, TradeUpdated, AccountReported]
+        kinds: list[type[Payload]] = [OrderIntended, OrderAcknowledged, CancelIntended, TradeUpdated, AccountReported]
         self._bus.subscribe(SOURCE, kinds, self._on_event)
 
     async def _on_event(self, event: Event) -> None:

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SOURCE', 'stop_on_signals', 'SessionResult', 'Session', 'run_session']
 
-# %% ../../nbs/session/03_session.ipynb #90d5c408
+# %% ../../nbs/session/03_session.ipynb #a1b32ada
 import asyncio
 import platform
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
@@ -30,7 +30,7 @@ from ..clock.clock import Clock, WallClock
 from ..clock.ids import Ids, UniqueIds
 from ..clock.sessions import NEW_YORK, TIMEFRAME_SECONDS
 from ..config.settings import Settings
-from ..errors.taxonomy import Halted, Misused
+from ..errors.taxonomy import BadData, Halted, Misused
 from ..journal.journal import SqliteJournal
 from ..market.bars import Bars, Provenance, window
 from ..market.history import load_bars
@@ -38,6 +38,7 @@ from ..market.store import BarStore
 from .drivers import STOPPED, Desk, Driver, Progress
 from .orders import ORDER_EVENTS, Refusal, equity_curve, order_records, refusals
 from .reconcile import reconcile
+from .recovery import Recollection
 from .spec import SessionSpec
 from .wiring import Agents, History, SessionInputs, session_container
 from ..strategy.contract import Strategy
@@ -45,7 +46,9 @@ from ..telemetry.log import bind_session
 from trader_lib.trading.events import (
     AccountReported,
     BarsClosed,
+    Event,
     FillRecorded,
+    HistoryLoaded,
     OperatorCommand,
     Payload,
     PortfolioChanged,
@@ -143,7 +146,7 @@ class SessionResult:
         """Equity at every closed bar, USD."""
         return self.curve["equity"]
 
-# %% ../../nbs/session/03_session.ipynb #58f0d926
+# %% ../../nbs/session/03_session.ipynb #bd0d91d0
 class Session:
     """One session over wired parts. Use `run_session`."""
 
@@ -154,27 +157,38 @@ class Session:
     async def _publish(self, payload: Payload) -> None:
         await self._bus.publish(payload, source=SOURCE, correlation_id=self._correlation_id)
 
-    async def open(self, agents: Agents, desk: Desk, history: Bars) -> None:
-        """Start the agents, tell them of the account and what it holds; raises Halted where orders lie open."""
-        inputs = self._inputs
+    async def open(self, agents: Agents, desk: Desk, driver: Driver, history: Bars, events: Iterable[Event]) -> None:
+        """Start the agents, tell them what the journal holds, then what it does not: the account and its holdings.
+
+        events: of the journal. Raises Halted where orders lie open that are not ours.
+        """
+        inputs, past = self._inputs, self._inputs.past
         for agent in agents.all():
             await agent.start()
         desk.start()
-        await self._publish(
-            SessionStarted(
-                strategy=inputs.strategy.name,
-                stage="simulated" if inputs.is_simulated else "paper" if inputs.settings.broker.paper else "live",
-                symbols=history.symbols,
-                timeframe=inputs.spec.timeframe,
-                parameters=inputs.spec.values() | {"params": inputs.strategy.model_dump(mode="json")},
-                versions=_versions(),
-                seed=inputs.spec.seed,
+        if past.history is not None:
+            agents.market_data.recall(past.last_bar or past.history.last, past.bars)
+        if not past.is_empty:
+            await driver.recover(self._bus.relive(past, events, deaf=[agents.monitor.name]))
+        if past.started is None:
+            await self._publish(
+                SessionStarted(
+                    strategy=inputs.strategy.name,
+                    stage="simulated" if inputs.is_simulated else "paper" if inputs.settings.broker.paper else "live",
+                    symbols=history.symbols,
+                    timeframe=inputs.spec.timeframe,
+                    parameters=inputs.spec.values() | {"params": inputs.strategy.model_dump(mode="json")},
+                    versions=_versions(),
+                    seed=inputs.spec.seed,
+                )
             )
-        )
-        await agents.market_data.announce(history, self._correlation_id)
-        for position in await self._broker.positions():
-            await self._adopt(position)
-        await desk.report_account(self._correlation_id)
+        if past.history is None:
+            await agents.market_data.announce(history, self._correlation_id)
+        if past.account is None:
+            for position in await self._broker.positions():
+                if f"opening:{position.symbol}" not in past.openings:
+                    await self._adopt(position)
+            await desk.report_account(self._correlation_id)
         await self._bus.idle()
         found = await self.reconcile(agents, with_cash=False)
         if not found.ok:
@@ -228,7 +242,7 @@ class Session:
             await agent.stop()
         return found, account
 
-# %% ../../nbs/session/03_session.ipynb #c4797dea
+# %% ../../nbs/session/03_session.ipynb #137e7905
 def _versions() -> dict[str, str]:
     """What the numbers of a session rest on; a replay by another version names the two."""
     python = platform.python_version()
@@ -275,14 +289,50 @@ async def _history(inputs: SessionInputs, data: MarketData, clock: Clock) -> Bar
             spec.symbols, spec.timeframe, known.day(0), known.day(-1), adjustment=known.provenance.adjustment
         )
     today = _today(clock)
-    return await data.history(
+    first, known_history = _lookback(spec, inputs.strategy.warmup, today), inputs.past.history
+    if known_history is not None and known_history.first is not None:
+        first = known_history.first.astimezone(NEW_YORK).date()
+    history = await data.history(
         spec.symbols,
         spec.timeframe,
-        _lookback(spec, inputs.strategy.warmup, today),
+        first,
         today,
         adjustment=spec.adjustment,
         feed=spec.feed or inputs.settings.data.feed,
     )
+    return history if known_history is None else _as_recorded(history, known_history)
+
+
+def _as_recorded(history: Bars, recorded: HistoryLoaded) -> Bars:
+    """The bars that a session began with, out of what the broker gives after a restart; raises BadData for others."""
+    found = history.head(recorded.rows)
+    if found.content_hash != recorded.content_hash:
+        raise BadData(
+            "The broker's history is no longer the one that the session began with, so that its decisions cannot be "
+            "derived again. Cancel what is open at the broker and start a new session."
+        )
+    return found
+
+
+def _recall(journal_path: Path, *, resume: bool) -> Recollection:
+    """What the journal holds already; raises Misused for a session that ended, or one that is not to be resumed."""
+    if not journal_path.is_file():
+        return Recollection()
+    with SqliteJournal(journal_path) as journal:
+        if journal.last_seq == 0:
+            return Recollection()
+        if not resume:
+            raise Misused(
+                f"{journal_path} holds a session already. Resume it (`trader paper --resume RUN`, resume=True), or "
+                "choose another path."
+            )
+        found = journal.verify()
+        if not found.ok:
+            raise BadData(f"The journal {journal_path} cannot be resumed from: {found.reason}. Start a new session.")
+        past = Recollection(journal.read())
+    if past.ended is not None:
+        raise Misused(f"This session has ended already: {past.ended.reason}. Start a new one.")
+    return past
 
 
 async def run_session(
@@ -293,6 +343,7 @@ async def run_session(
     strategy: Strategy | None = None,  # instead of building the specification's
     journal_path: Path | str | None = None,  # None: a new temporary folder
     progress: Progress | None = None,  # called after every bar
+    resume: bool = False,  # go on with the session that journal_path holds, where it holds one
 ) -> SessionResult:
     """Run a session to its end, or until SIGINT or SIGTERM; raises TraderError where it cannot begin or go on."""
     settings = settings or Settings()
@@ -301,15 +352,24 @@ async def run_session(
     if bars is not None and not simulated:
         raise Misused("Bars can be played by the embedded exchange only. Leave them out, or set broker.kind=simulated.")
     played, start_index = _cut(spec, settings, strategy, bars) if simulated else (None, 0)
+    path = Path(journal_path or Path(mkdtemp(prefix="trader-")) / "journal.sqlite")
+    past = _recall(path, resume=resume)
+    session_id = spec.session_id(strategy, played) if simulated else f"{strategy.name}-{UniqueIds().new()}"
+    if simulated and past.session_id not in {"", session_id}:
+        raise Misused(
+            f"{path} holds the session {past.session_id}, and what was asked for is {session_id}: other parameters, or "
+            "other bars. Resume with those that began it."
+        )
     inputs = SessionInputs(
         spec=spec,
         settings=settings,
         strategy=strategy,
         bars=played,
         start_index=start_index,
-        session_id=spec.session_id(strategy, played) if simulated else f"{strategy.name}-{UniqueIds().new()}",
-        journal_path=Path(journal_path or Path(mkdtemp(prefix="trader-")) / "journal.sqlite"),
+        session_id=past.session_id or session_id,
+        journal_path=path,
         progress=progress,
+        past=past,
     )
     with bind_session(inputs.session_id):
         return await _run(inputs)
@@ -329,8 +389,15 @@ async def _run(inputs: SessionInputs) -> SessionResult:
                 async with container(context={History: history}) as parts:
                     agents, driver = await parts.get(Agents), await parts.get(Driver)
                     desk = await parts.get(Desk)
-                    await session.open(agents, desk, history)
-                    reason, failure = await _drive(driver, stop)
+                    journal = await container.get(SqliteJournal)
+                    if journal.last_seq != inputs.past.last_seq:
+                        raise Misused(
+                            "Another process went on with this session meanwhile. Look at it, then try again."
+                        )
+                    await session.open(agents, desk, driver, history, journal.read())
+                    ending = inputs.past.ending  # asked to stop before it died: it stops, and trades no more
+                    stops = ending is not None and ending.reason == STOPPED
+                    reason, failure = (STOPPED, None) if stops else await _drive(driver, stop)
                     try:
                         found, account = await session.close(agents, desk, driver, reason)
                         positions = await broker.positions()

@@ -378,7 +378,7 @@ def _end_of(spec: SessionSpec, calendar: TradingCalendar) -> datetime | None:
     session = None if spec.end is None else calendar.session_on(spec.end)
     return None if session is None else session.close + timedelta(minutes=15)
 
-# %% ../../nbs/session/01_wiring.ipynb #06cf287c
+# %% ../../nbs/session/01_wiring.ipynb #a7692162
 @dataclass(frozen=True)
 class Agents:
     """Every agent of a session, in the sequence in which they start."""
@@ -432,7 +432,7 @@ class AgentProvider(Provider):
     ) -> ExecutionAgent:
         """Orders."""
         recorded = RecordedBroker(broker, inputs.past, bus, clock, None if inputs.is_simulated else ORDER_FRESH_S)
-        return ExecutionAgent(bus, clock, recorded, journal.commit, is_stopped=control.is_halted)
+        return ExecutionAgent(bus, clock, recorded, journal.commit, is_stopped=recorded.was_stopped(control.is_halted))
 
     @provide
     def portfolio(self, inputs: SessionInputs, bus: InProcessBus, clock: Clock) -> PortfolioAgent:
