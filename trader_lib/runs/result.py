@@ -22,11 +22,11 @@ from ..errors.taxonomy import BadData
 from ..trading.order_list import OrderRecord
 from ..trading.orders import Number
 
-# %% ../../nbs/runs/00_result.ipynb #d2729621
+# %% ../../nbs/runs/00_result.ipynb #48953759
 RESULT_MIME = "application/vnd.trader.result+json"
 PROGRESS_MIME = "application/vnd.trader.progress+json"
 
-Kind = Literal["backtest", "paper"]
+Kind = Literal["backtest", "paper", "live"]
 Status = Literal["running", "completed", "failed", "interrupted"]
 
 # %% ../../nbs/runs/00_result.ipynb #4c37bb99

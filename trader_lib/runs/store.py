@@ -50,7 +50,7 @@ def unwritable(folder: Path, error: OSError) -> Misconfigured:
         path=str(folder),
     )
 
-# %% ../../nbs/runs/01_store.ipynb #c995f42b
+# %% ../../nbs/runs/01_store.ipynb #8638bc87
 @dataclass(frozen=True)
 class RunFolder:
     """The files of one run."""
@@ -64,7 +64,7 @@ class RunFolder:
 
     @property
     def kind(self) -> str:
-        """backtest or paper."""
+        """backtest, paper or live."""
         match = NAME.match(self.name)
         return match["kind"] if match else ""
 

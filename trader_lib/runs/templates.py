@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'template_path', 'Parameter', 'template_parameters', 'check_names', 'sync_templates']
 
-# %% ../../nbs/runs/02_templates.ipynb #2facd7b6
+# %% ../../nbs/runs/02_templates.ipynb #134a4b0c
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,11 @@ from pathlib import Path
 from ..errors.taxonomy import Misused, did_you_mean
 from .result import Kind
 
-TEMPLATES: Mapping[Kind, str] = {"backtest": "backtest.ipynb", "paper": "paper_session.ipynb"}
+TEMPLATES: Mapping[Kind, str] = {
+    "backtest": "backtest.ipynb",
+    "paper": "paper_session.ipynb",
+    "live": "paper_session.ipynb",
+}
 
 
 def template_path(kind: Kind) -> Path:
