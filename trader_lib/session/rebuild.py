@@ -16,7 +16,7 @@ from ..exchange.engine import Exchange
 from ..trading.events import BarRow, BarsClosed, Event, OrderAcknowledged, OrderIntended, TradeUpdated
 from ..trading.orders import Order, OrderRequest, OrderStatus
 
-# %% ../../nbs/session/09_rebuild.ipynb #f5210771
+# %% ../../nbs/session/09_rebuild.ipynb #708384a1
 class Standing(NamedTuple):
     """Where an exchange stands: the bar that closed last, None before the first; and what nobody has written down yet."""
 
@@ -69,10 +69,8 @@ class _Rebuilder:
             case OrderIntended(request=request):
                 self._requests[request.client_order_id] = request
             case OrderAcknowledged(client_order_id=order_id, order=order):
-                request = self._requests.get(order_id)
-                if request is not None:
-                    del self._requests[order_id]
-                    self._submit(event, request, order)
+                if order_id in self._requests:
+                    self._submit(event, self._requests.pop(order_id), order)
                 if order.status is OrderStatus.CANCELED:
                     self._cancel(order)
             case TradeUpdated() as update:
