@@ -33,17 +33,18 @@ from trader_lib.runs.result import (
 from ..trading.order_list import OrderRecord
 from ..trading.orders import decimal_text
 
-# %% ../../nbs/runs/08_cells.ipynb #ac2a58e0
-def asked_piece(asked: RunParameters) -> Piece:
-    """The parameters of a run, costs and limits only where they bind."""
+# %% ../../nbs/runs/08_cells.ipynb #6b3c1b41
+def asked_piece(asked: RunParameters, *, real_time: bool = False) -> Piece:
+    """The parameters of a run, costs and limits only where they bind; in real time, the bars are the broker's."""
     strategy = asked.build_strategy()
     shown: dict[str, object] = {
         "strategy": strategy.name,
         "params": strategy.model_dump(),
         "symbols": list(asked.symbols),
-        "from": asked.start or "where the data begins",
-        "to": asked.end or "where the data ends",
-        "bars": f"{asked.timeframe}, {asked.source}, adjusted: {asked.adjustment}",
+        "from": asked.start or ("its start" if real_time else "where the data begins"),
+        "to": asked.end or ("its stop" if real_time else "where the data ends"),
+        "bars": f"{asked.timeframe}, {'as the broker sends them' if real_time else asked.source}, "
+        f"adjusted: {asked.adjustment}",
         "cash": float(asked.cash),
         "multiplier": asked.multiplier,
         "costs": {words(name): value for name, value in asked.costs.model_dump().items() if value} or "none",
@@ -65,7 +66,7 @@ def asked_in_words(asked: RunParameters) -> str:
     days = f"{asked.start or 'the first bar'} to {asked.end or 'the last bar'}"
     return f"{strategy.name}({params}) on {', '.join(asked.symbols)}, {days}"
 
-# %% ../../nbs/runs/08_cells.ipynb #82494fc9
+# %% ../../nbs/runs/08_cells.ipynb #3a9321b9
 HEADLINES = ("total_return", "annual_return", "sharpe_ratio", "max_drawdown", "win_rate")
 
 
@@ -146,7 +147,9 @@ def refusals_piece(
     if not refusals:
         return note("Risk refused nothing: every order passed every check.", "good")
     counts = pd.Series([check for row in refusals for check in row.checks]).value_counts()
-    summary = table(("Check that failed", "Orders#"), [(words(str(name)), int(n)) for name, n in counts.items()])
+    summary = table(
+        ("Check that failed", "Orders#"), [(words(str(name).lower()), int(n)) for name, n in counts.items()]
+    )
     rows = [
         (stamp_text(row.decided_at), row.symbol, row.side, decimal_text(row.qty), " ".join(row.reasons))
         for row in refusals[-rows_max:]
