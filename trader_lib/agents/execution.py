@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['DUPLICATE_CODE', 'FailureOutcome', 'Patience', 'closing_order', 'ExecutionAgent']
 
-# %% ../../nbs/agents/05_execution.ipynb #306902bf
+# %% ../../nbs/agents/05_execution.ipynb #4b289488
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Literal
 
 from .contract import Agent, AgentHealth
-from .tracking import LocalState, OrderBook, OrderTrack
+from .tracking import REPAIR, LocalState, OrderBook, OrderTrack
 from ..broker.port import Broker
 from ..bus.bus import Bus, Handler
 from ..clock.clock import Clock
@@ -40,16 +40,26 @@ from ..trading.portfolio import Fill, Position
 DUPLICATE_CODE = 40010001  # Alpaca's, with "client_order_id must be unique"
 FailureOutcome = Literal["rejected", "unknown", "not_sent"]
 
-# %% ../../nbs/agents/05_execution.ipynb #91099611
+# %% ../../nbs/agents/05_execution.ipynb #881531b3
 class Patience:
     """How often and how long the execution agent tries.
 
     attempts: of one look-up, cancel or confirmation. base_s, cap_s: first and longest pause, seconds. grace_s: how
-    long a fill that the broker reports may stay away before it is repaired, seconds.
+    long a fill that the broker reports may stay away before it is repaired, seconds. looks_max: how often an order that
+    the broker did not have is looked for, attempts and ticks together, lest it comes late.
     """
 
-    def __init__(self, *, attempts: int = 6, base_s: float = 0.25, cap_s: float = 4.0, grace_s: float = 5.0) -> None:
+    def __init__(
+        self,
+        *,
+        attempts: int = 6,
+        base_s: float = 0.25,
+        cap_s: float = 4.0,
+        grace_s: float = 5.0,
+        looks_max: int = 30,
+    ) -> None:
         self.attempts = attempts
+        self.looks_max = looks_max
         self.base_s = base_s
         self.cap_s = cap_s
         self.grace = timedelta(seconds=grace_s)
@@ -69,7 +79,7 @@ def closing_order(position: Position, command_id: str) -> OrderRequest:
         purpose="exit",
     )
 
-# %% ../../nbs/agents/05_execution.ipynb #d83ac991
+# %% ../../nbs/agents/05_execution.ipynb #ff374c52
 class ExecutionAgent(Agent):
     """Turns approved decisions into orders at the broker, and the broker's messages into fills.
 
@@ -171,20 +181,13 @@ class ExecutionAgent(Agent):
         """Say that the outcome is unknown, then find out."""
         track.state = LocalState.UNKNOWN
         await self._fail(event, track.client_order_id, reason, "unknown")
-        absent = 0
         for attempt in range(self._patience.attempts):
             await self._clock.sleep(self._patience.pause(attempt))
-            try:
-                order = await self._broker.order_by_client_id(track.client_order_id)
-            except TraderError:
-                continue
-            if order is not None:
-                await self._acknowledge(event, track, order)
-                return
-            absent += 1
-        if absent == self._patience.attempts:
-            track.state = LocalState.NOT_SENT
-            await self._fail(event, track.client_order_id, f"the broker has no such order ({reason})", "not_sent")
+            await self._refresh(event, track, reason)
+            if not track.is_unresolved:
+                break
+        if track.cancel_wanted and track.is_open:
+            await self._cancel(event, track)
 
     async def _acknowledge(self, event: Event, track: OrderTrack, order: Order) -> None:
         self.book.observe(track, order, self._clock.now())
@@ -239,13 +242,18 @@ class ExecutionAgent(Agent):
                 return
             await self._clock.sleep(self._patience.pause(attempt))
 
-    async def _refresh(self, event: Event, track: OrderTrack) -> None:
-        """Look an order up; an answer that fails is no answer."""
+    async def _refresh(self, event: Event, track: OrderTrack, reason: str = "looked for often enough") -> None:
+        """Look an order up; an answer that fails is no answer, and one "no such order" alone is no proof."""
         try:
             order = await self._broker.order_by_client_id(track.client_order_id)
         except TraderError:
             return
-        if order is not None:
+        if order is None:
+            track.absent += 1
+            if track.is_unresolved and track.absent >= self._patience.attempts:
+                track.state = LocalState.NOT_SENT
+                await self._fail(event, track.client_order_id, f"the broker has no such order ({reason})", "not_sent")
+        else:
             self.book.observe(track, order, self._clock.now())
             await self.publish(OrderAcknowledged(client_order_id=track.client_order_id, order=order), event)
 
@@ -283,7 +291,9 @@ class ExecutionAgent(Agent):
         unmanaged = track.state is LocalState.NOT_SENT or (track.cancel_wanted and track.order_id is None)
         self.book.observe(track, order, now)
         if update.qty is not None and update.price is not None:
-            await self._record(event, track, order.id, update.execution_id, update.qty, update.price, update.timestamp)
+            execution_id = update.execution_id or f"{order.id}:{order.filled_qty}"
+            if track.admit(execution_id, update.qty, update.price, now, order.filled_qty):
+                await self._record(event, track, order.id, execution_id, update.qty, update.price, update.timestamp)
         if unmanaged and track.is_open:
             await self._cancel(event, track)
 
@@ -292,14 +302,11 @@ class ExecutionAgent(Agent):
         event: Event,
         track: OrderTrack,
         order_id: str,
-        execution_id: str | None,
+        execution_id: str,
         qty: Decimal,
         price: Decimal,
         timestamp: datetime,
     ) -> None:
-        execution_id = execution_id or f"{order_id}:{track.reported_qty}"
-        if not track.admit(execution_id, qty, price, self._clock.now()):
-            return
         fill = Fill(
             execution_id=execution_id,
             order_id=order_id,
@@ -317,6 +324,10 @@ class ExecutionAgent(Agent):
 
     async def _on_tick(self, event: Event) -> None:
         """Compare with the broker's open orders; look again at what differs, repair what stayed away too long."""
+        for track in self.book.suspects(self._patience.looks_max):
+            await self._refresh(event, track)
+            if track.is_open:  # it came after all, when nobody waited for it any more
+                await self._cancel(event, track)
         working = self.book.working()
         if not working:
             return
@@ -346,7 +357,9 @@ class ExecutionAgent(Agent):
             return
         self.book.observe(track, order, self._clock.now())
         await self.publish(OrderAcknowledged(client_order_id=track.client_order_id, order=order), event)
-        name = f"repair:{order.id}:{order.filled_qty}"
+        name = f"{REPAIR}{order.id}:{order.filled_qty}"
+        track.admit(name, *missing, self._clock.now())
+        track.repaired_qty = order.filled_qty
         await self._record(event, track, order.id, name, *missing, order.filled_at or self._clock.now())
 
 

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Commission', 'no_commission', 'PortfolioAgent']
 
-# %% ../../nbs/agents/06_portfolio.ipynb #b15e02be
+# %% ../../nbs/agents/06_portfolio.ipynb #989b67d1
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 
 from .contract import Agent
+from .tracking import REPAIR
 from ..bus.bus import Bus, Handler
 from ..clock.clock import Clock
 from ..trading.events import AccountReported, BarsClosed, Event, FillRecorded, Payload, PortfolioChanged
@@ -22,7 +23,7 @@ def no_commission(fill: Fill) -> Decimal:
     """Alpaca's price for trading stocks: nothing."""
     return Decimal(0)
 
-# %% ../../nbs/agents/06_portfolio.ipynb #af2a0af3
+# %% ../../nbs/agents/06_portfolio.ipynb #c0b47c12
 class PortfolioAgent(Agent):
     """Keeps the portfolio and tells it at every closed bar.
 
@@ -37,6 +38,7 @@ class PortfolioAgent(Agent):
         self._commission = commission
         self._reported: AccountReported | None = None
         self._folded = Portfolio(cash=Decimal(0))
+        self._repaired = 0  # fills taken from the broker's record of an order
         self._marks: dict[str, float] = {}
 
     def handlers(self) -> Mapping[type[Payload], Handler]:
@@ -53,6 +55,11 @@ class PortfolioAgent(Agent):
         """The broker's cash less ours, USD: negative for fees that we did not foresee."""
         return Decimal(0) if self._reported is None else self._reported.cash - self._folded.cash
 
+    @property
+    def cash_tolerance(self) -> Decimal:
+        """How far the two may lie apart, USD: a cent a repaired fill, which books several executions as one."""
+        return Decimal("0.01") * self._repaired
+
     async def _on_account(self, event: Event) -> None:
         report = event.payload
         assert isinstance(report, AccountReported)
@@ -64,6 +71,7 @@ class PortfolioAgent(Agent):
         recorded = event.payload
         assert isinstance(recorded, FillRecorded)
         self._folded = self._folded.apply(recorded.fill, self._commission(recorded.fill))
+        self._repaired += recorded.fill.execution_id.startswith(REPAIR)
 
     async def _on_bars(self, event: Event) -> None:
         closed = event.payload
