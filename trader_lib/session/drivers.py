@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCE', 'Progress', 'STOPPED', 'RECOVERY_PAUSE_S', 'Desk', 'Driver', 'LockstepDriver', 'RealTimeDriver']
 
-# %% ../../nbs/session/02_drivers.ipynb #83f4c650
+# %% ../../nbs/session/02_drivers.ipynb #173f21ef
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import datetime, timedelta
@@ -30,6 +30,7 @@ from trader_lib.trading.events import (
     CancelIntended,
     ClockTicked,
     Event,
+    FillRecorded,
     OrderAcknowledged,
     OrderIntended,
     Payload,
@@ -39,7 +40,7 @@ from trader_lib.trading.events import (
 SOURCE = "driver"
 Progress = Callable[[int, datetime], None]  # bars so far, stamp of the last one
 
-# %% ../../nbs/session/02_drivers.ipynb #91ccc011
+# %% ../../nbs/session/02_drivers.ipynb #55cc76ea
 class Desk:
     """Publishes what the broker says, each message under the correlation of the decision that it belongs to.
 
@@ -54,7 +55,7 @@ class Desk:
 
     def start(self) -> None:
         """Begin to listen for orders."""
-        kinds: list[type[Payload]] = [OrderIntended, OrderAcknowledged, CancelIntended, TradeUpdated, AccountReported]
+        kinds: list[type[Payload]] = [OrderIntended, OrderAcknowledged, CancelIntended, FillRecorded, AccountReported]
         self._bus.subscribe(SOURCE, kinds, self._on_event)
 
     async def _on_event(self, event: Event) -> None:
@@ -66,7 +67,7 @@ class Desk:
                 self._correlations.update((leg.client_order_id, event.correlation_id) for leg in order.legs)
             case CancelIntended():
                 self.sent += 1
-            case TradeUpdated(qty=qty) if qty is not None:
+            case FillRecorded():  # told by the stream, or repaired from the broker's record
                 self._account_is_old = True
             case AccountReported():
                 self._account_is_old = False
@@ -75,6 +76,7 @@ class Desk:
         """Publish a trade update."""
         correlation_id = self._correlations.get(update.order.client_order_id) or self._ids.new()
         await self._bus.publish(update, source=SOURCE, correlation_id=correlation_id, time=update.timestamp)
+        self._account_is_old = self._account_is_old or update.qty is not None
 
     async def report_account(self, correlation_id: str) -> None:
         """Publish the account, if a fill has changed it since the last time."""
@@ -95,6 +97,10 @@ class Driver(Protocol):
         """Let everything that was sent arrive and be handled."""
         ...
 
+    async def pause(self, seconds: float) -> None:
+        """Let a little of the session's time pass."""
+        ...
+
     async def recover(self, past: Awaitable[None]) -> None:
         """After a restart: let the agents live through the past, then take what happened and was not written down."""
         ...
@@ -103,7 +109,7 @@ class Driver(Protocol):
 STOPPED = "stopped by request"
 RECOVERY_PAUSE_S = 5.5  # a little longer than the execution agent waits for a fill before it repairs
 
-# %% ../../nbs/session/02_drivers.ipynb #0d08a67f
+# %% ../../nbs/session/02_drivers.ipynb #0d741851
 class LockstepDriver:
     """Drives a simulated exchange one bar at a time.
 
@@ -189,6 +195,10 @@ class LockstepDriver:
                 )
             )
 
+    async def pause(self, seconds: float) -> None:
+        """Let a little virtual time pass."""
+        await self._waking(self._clock.sleep(seconds))
+
     async def _take(self, items: Iterable[InboxItem]) -> None:
         for item in items:
             if isinstance(item, BarArrived):
@@ -216,7 +226,7 @@ class LockstepDriver:
         if when > self._clock.now():
             self._clock.advance_to(when)
 
-# %% ../../nbs/session/02_drivers.ipynb #82a90f2a
+# %% ../../nbs/session/02_drivers.ipynb #d3ad2eda
 class RealTimeDriver:
     """Follows a real market until an end.
 
@@ -293,6 +303,10 @@ class RealTimeDriver:
         await self._read()
         await self._bus.idle()
 
+    async def pause(self, seconds: float) -> None:
+        """Wait a little."""
+        await self._clock.sleep(seconds)
+
     async def recover(self, past: Awaitable[None]) -> None:
         """After a restart: let the agents live through the past, then compare with the broker what was open, twice.
 
@@ -343,7 +357,11 @@ class RealTimeDriver:
     async def _release(self) -> None:
         for at in self._market_data.ready(self._clock.now()):
             correlation_id = self._ids.new()
-            await self._desk.report_account(correlation_id)
+            try:
+                await self._desk.report_account(correlation_id)
+            except Retryable as error:  # nothing is decided on an account that is not known
+                self._log.warning("The bar of {} waits for the account: {}", at, error)
+                return
             await self._bus.idle()
             await self._market_data.release(at, correlation_id)
             await self._bus.idle()
