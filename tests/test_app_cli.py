@@ -12,6 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jsonschema
+import nbformat
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import requests
 
@@ -103,16 +106,86 @@ def test_an_unwritable_run_folder_is_named(trader: Trader, tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_truncated_store_file_is_named(trader: Trader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def spoil_nan(columns: dict[str, list[object]]) -> None:
+    columns["close"][3000] = float("nan")
+
+
+def spoil_order(columns: dict[str, list[object]]) -> None:
+    for values in columns.values():
+        values[3000], values[3001] = values[3001], values[3000]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [(None, "cannot be read as Parquet"), (spoil_nan, "missing (NaN)"), (spoil_order, "out of order")],
+)
+@pytest.mark.parametrize("command", ["backtest", "paper"])
+def test_a_store_file_that_cannot_be_trusted_is_named(
+    trader: Trader,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    spoil: Callable[[dict[str, list[object]]], None] | None,
+    words: str,
+) -> None:
     monkeypatch.setenv("TRADER_DATA__STORE_PATH", str(tmp_path / "store"))
     bars = sample_bars("IBM")
     (path,) = BarStore(tmp_path / "store").write(bars)
+    if spoil is None:
+        path.write_bytes(path.read_bytes()[:500])
+    else:
+        stored = pq.read_table(path)
+        columns = stored.to_pydict()
+        spoil(columns)
+        pq.write_table(pa.table(columns, schema=stored.schema), path)
     feed = bars.provenance.feed
-    asked = ("backtest", "--source", "store", "--feed", feed, "--symbols", "IBM", "--start", "2012-01-03")
-    path.write_bytes(path.read_bytes()[:500])
-    code, _, err = trader(*asked)
-    assert code == 4 and path.name in err and "Traceback" not in err
+    code, out, err = trader(
+        command, "--source", "store", "--feed", feed, "--symbols", "IBM", "--start", "2012-01-03", "--end", "2012-03-30"
+    )
+    assert (code, out) == (4, "") and path.name in err and words in err and "Traceback" not in err
     assert not (tmp_path / "runs").exists()
+
+
+OWN = '''
+from trader_lib import Strategy
+
+class Mine(Strategy):
+    """Hold the first half of whatever went up."""
+    share: float = 0.5
+
+    @property
+    def warmup(self) -> int:
+        return 1
+
+    def targets(self, bars):
+        return self.share * (bars.frame("close").diff() > 0).to_numpy(float) / len(bars.symbols)
+'''
+
+
+def test_a_users_own_strategy_trades_from_file_and_notebook_and_leaves_no_secret(
+    trader: Trader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secrets = {"APCA_API_KEY_ID": "PKFORBIDDENKEY", "APCA_API_SECRET_KEY": "must-not-be-written-down"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "mine.py").write_text(OWN)
+    exported = nbformat.v4.new_code_cell("#| export" + OWN)
+    notes = nbformat.v4.new_code_cell("raise SystemExit('a cell without #| export is never run')")
+    nbformat.write(nbformat.v4.new_notebook(cells=[exported, notes]), tmp_path / "mine.ipynb")
+
+    what = ("--symbols", "IBM", "--start", "2012-01-03", "--end", "2012-01-31", "-p", "share=0.25", "--json")
+    code, out, err = trader("backtest", "--strategy", "mine.py:Mine", *what)
+    assert (code, err) == (0, "")
+    code, session, err = trader("paper", "--transport", "in_process", "--strategy", "mine.ipynb:Mine", *what)
+    assert (code, err) == (0, "")
+    assert json.loads(out)["orders"] and json.loads(out)["order_list_hash"] == json.loads(session)["order_list_hash"]
+
+    folder = Path(json.loads(session)["folder"])
+    assert {path.name for path in folder.iterdir()} >= {"journal.sqlite", "log.jsonl", "report.html", "result.json"}
+    assert not [path.name for path in folder.iterdir() if path.name.endswith(("-wal", "-shm", ".part"))]
+    for path in (path for path in (tmp_path / "runs").rglob("*") if path.is_file()):
+        written = path.read_bytes()
+        assert not [name for name, secret in secrets.items() if secret.encode() in written], path
 
 
 def test_backtest_and_session_place_the_same_orders(trader: Trader, tmp_path: Path) -> None:

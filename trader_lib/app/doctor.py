@@ -40,7 +40,7 @@ class Finding:
         """For JSON."""
         return asdict(self)
 
-# %% ../../nbs/app/02_doctor.ipynb #f80497ea
+# %% ../../nbs/app/02_doctor.ipynb #042d8b13
 def check_python() -> str:
     """Which interpreter runs; the package's metadata demands 3.11."""
     return f"{platform.python_version()} at {sys.executable}"
@@ -79,7 +79,8 @@ def check_sample() -> str:
 
 def check_templates() -> str:
     """The templates and the result's schema ship with the package and are whole."""
-    told = [f"{TEMPLATES[kind]} ({len(template_parameters(template_path(kind)))} parameters)" for kind in TEMPLATES]
+    paths = sorted({template_path(kind) for kind in TEMPLATES})
+    told = [f"{path.name} ({len(template_parameters(path))} parameters)" for path in paths]
     if shipped_schema() != result_schema():
         raise Misconfigured("The shipped result.schema.json is not the model's. Install the package again.")
     return ", ".join(told)
