@@ -73,16 +73,9 @@ class ScriptedBroker:
         self.open: list[Order] | BaseException = []
         self.before_submit: Callable[[], None] = lambda: None
         self.trouble: tuple[str, ...] = ()
-        self.held: tuple[Position, ...] = ()
 
     def troubles(self) -> tuple[str, ...]:
         return self.trouble
-
-    def refresh(self) -> None:
-        pass
-
-    async def positions(self) -> tuple[Position, ...]:
-        return self.held
 
     async def submit(self, order: OrderRequest) -> Order:
         self.before_submit()
@@ -455,9 +448,9 @@ async def test_operator_cancels_everything_that_is_open(stage: Stage, action: An
 
 
 async def test_operator_who_flattens_closes_every_position_once(stage: Stage) -> None:
-    stage.broker.held = (Position(symbol="IBM", qty=Decimal(7)), Position(symbol="AAPL", qty=Decimal(-2)))
+    held = (Position(symbol="IBM", qty=Decimal(7)), Position(symbol="AAPL", qty=Decimal(-2)))
     for _ in range(2):  # heard twice, under the same correlation
-        await stage.say(OperatorCommand(action="flatten", reason="test", by="test"))
+        await stage.say(OperatorCommand(action="flatten", reason="test", by="test", positions=held))
     sent = [(order.symbol, order.side, order.qty) for order in stage.broker.submitted]
     assert sent == [("IBM", OrderSide.SELL, 7), ("AAPL", OrderSide.BUY, 2)]
     assert len(stage.heard(OrderIntended)) == 2

@@ -79,7 +79,7 @@ def closing_order(position: Position, command_id: str) -> OrderRequest:
         purpose="exit",
     )
 
-# %% ../../nbs/agents/05_execution.ipynb #ff374c52
+# %% ../../nbs/agents/05_execution.ipynb #8734aa7a
 class ExecutionAgent(Agent):
     """Turns approved decisions into orders at the broker, and the broker's messages into fills.
 
@@ -273,8 +273,7 @@ class ExecutionAgent(Agent):
                 if track.is_open:
                     await self._cancel(event, track)
         if command.action == "flatten":
-            self._broker.refresh()
-            for position in await self._broker.positions():
+            for position in command.positions:
                 request = closing_order(position, event.correlation_id)
                 if request.client_order_id not in self.book:
                     await self._place(event, request, event.time)

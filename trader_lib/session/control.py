@@ -6,12 +6,12 @@
 __all__ = ['SOURCE', 'Action', 'ControlCommand', 'binding', 'ControlFile', 'Operator', 'Runner', 'SessionLock', 'lock_path',
            'who_runs']
 
-# %% ../../nbs/session/07_control.ipynb #0d9e4cbc
+# %% ../../nbs/session/07_control.ipynb #ce450581
 import fcntl
 import hashlib
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Literal, Self
@@ -19,6 +19,7 @@ from typing import Literal, Self
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ..broker.port import Broker
 from ..bus.bus import InProcessBus
 from ..clock.clock import Clock, WallClock
 from ..clock.ids import Ids, UniqueIds
@@ -136,23 +137,23 @@ def _command(line: bytes) -> ControlCommand:
         moment = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
         return ControlCommand(id=name, at=moment, action="halt", reason="a line that cannot be read", by="unknown")
 
-# %% ../../nbs/session/07_control.ipynb #52af1137
+# %% ../../nbs/session/07_control.ipynb #108d1d14
 class Operator:
     """Hands the operators' commands to the agents of a running session.
 
-    recorded: correlation ids of the commands that the journal holds.
+    broker: who knows what is held. recorded: correlation ids of the commands that the journal holds.
     """
 
-    def __init__(self, control: ControlFile, bus: InProcessBus, recorded: Iterable[str] = ()) -> None:
-        self._control, self._bus = control, bus
+    def __init__(self, control: ControlFile, bus: InProcessBus, broker: Broker, recorded: Iterable[str] = ()) -> None:
+        self._control, self._bus, self._broker = control, bus, broker
         self._told = set(recorded)
         self._is_new = True
 
-    async def attend(self) -> bool:
-        """Publish what is new; says whether anything was."""
+    async def attend(self, settle: Callable[[], Awaitable[None]]) -> None:
+        """Publish what is new. settle: lets the agents come to rest."""
         commands = self._control.commands()
         if len(commands) == len(self._told) and not self._is_new:
-            return False
+            return
         fresh = [command for command in commands if command.id not in self._told]
         held = self._control.binding() if self._is_new else None
         if held is not None and held.id in self._told:  # what was flattened once is not flattened again
@@ -160,8 +161,21 @@ class Operator:
         self._is_new = False
         for command in fresh:
             self._told.add(command.id)
-            await self._bus.publish(command.payload(), source=SOURCE, correlation_id=command.id)
-        return bool(fresh)
+            if command.action == "flatten":
+                await self._flatten(command, settle)
+            else:
+                await self._bus.publish(command.payload(), source=SOURCE, correlation_id=command.id)
+        if fresh:
+            await settle()
+
+    async def _flatten(self, command: ControlCommand, settle: Callable[[], Awaitable[None]]) -> None:
+        """Halt, let the cancels come through, and only then look at what is held."""
+        halt = command.payload().model_copy(update={"action": "halt"})
+        await self._bus.publish(halt, source=SOURCE, correlation_id=command.id)
+        await settle()
+        self._broker.refresh()
+        found = command.payload().model_copy(update={"positions": await self._broker.positions()})
+        await self._bus.publish(found, source=SOURCE, correlation_id=command.id)
 
 # %% ../../nbs/session/07_control.ipynb #b347aeba
 class Runner(BaseModel):

@@ -109,7 +109,7 @@ class Driver(Protocol):
 STOPPED = "stopped by request"
 RECOVERY_PAUSE_S = 5.5  # a little longer than the execution agent waits for a fill before it repairs
 
-# %% ../../nbs/session/02_drivers.ipynb #0d741851
+# %% ../../nbs/session/02_drivers.ipynb #00e636c8
 class LockstepDriver:
     """Drives a simulated exchange one bar at a time.
 
@@ -150,8 +150,8 @@ class LockstepDriver:
         if step is not None:
             await self._close_bar(step)
         while not stop.is_set() and (step is None or not step.last):
-            if self._operator is not None and await self._operator.attend():
-                await self.settle()
+            if self._operator is not None:
+                await self._operator.attend(self.settle)
             step = await self._control.advance()
             items = await self._broker.inbox.pump(
                 trade_updates=step.trade_updates, bars=step.bars, timeout_s=self._timeout_s
@@ -226,7 +226,7 @@ class LockstepDriver:
         if when > self._clock.now():
             self._clock.advance_to(when)
 
-# %% ../../nbs/session/02_drivers.ipynb #d3ad2eda
+# %% ../../nbs/session/02_drivers.ipynb #9d52ecfa
 class RealTimeDriver:
     """Follows a real market until an end.
 
@@ -281,7 +281,7 @@ class RealTimeDriver:
         """Follow the market; raises whatever ended a stream for good."""
         while not stop.is_set():
             if self._operator is not None:
-                await self._operator.attend()
+                await self._operator.attend(self.settle)
             now = self._clock.now()
             if self._ends_at is not None and now >= self._ends_at:
                 return "the end was reached"

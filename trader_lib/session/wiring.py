@@ -87,7 +87,7 @@ class SessionInputs:
         fee = commission(to_float(fill.qty), to_float(fill.price), rates.per_share, rates.bps, rates.minimum)
         return to_decimal(fee, CASH_DECIMALS)
 
-# %% ../../nbs/session/01_wiring.ipynb #04f3e79f
+# %% ../../nbs/session/01_wiring.ipynb #b4a91fd6
 class CoreProvider(Provider):
     """Calendar, identifiers, journal and bus."""
 
@@ -120,10 +120,10 @@ class CoreProvider(Provider):
         return ControlFile.beside(inputs.journal_path)
 
     @provide
-    def operator(self, control: ControlFile, bus: InProcessBus, journal: SqliteJournal) -> Operator:
+    def operator(self, control: ControlFile, bus: InProcessBus, broker: Broker, journal: SqliteJournal) -> Operator:
         """The one who hands it on."""
         known = [event.correlation_id for event in journal.read(types=[OperatorCommand])]
-        return Operator(control, bus, known)
+        return Operator(control, bus, broker, known)
 
     @provide
     async def journal(self, inputs: SessionInputs, lock: SessionLock) -> AsyncIterator[SqliteJournal]:

@@ -98,7 +98,7 @@ def payload_from_json(type_name: str, text: bytes | str) -> Payload:
     except ValidationError as error:
         raise BadData(f"An event of type {type_name!r} cannot be read: {error}", type=type_name) from error
 
-# %% ../../nbs/trading/05_events.ipynb #7b3d81cb
+# %% ../../nbs/trading/05_events.ipynb #5a4764d5
 class SessionStarted(Input):
     """A session begins: everything it was started with, secrets excluded."""
 
@@ -207,6 +207,7 @@ class OperatorCommand(Input):
     action: Literal["reduce", "halt", "flatten", "resume", "cancel_all"]
     reason: str
     by: str
+    positions: tuple[Position, ...] = ()  # to flatten: what the broker reported
 
 
 class ClockTicked(Input):
