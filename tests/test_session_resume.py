@@ -4,13 +4,14 @@ import asyncio
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
-from typing import Any
 
+import pandas as pd
 import pytest
 from loguru import logger
 
@@ -18,9 +19,14 @@ from trader_lib.config.settings import Settings, load_settings
 from trader_lib.errors.taxonomy import BadData, InvariantBroken, Misused
 from trader_lib.exchange.costs import Costs
 from trader_lib.journal.journal import SqliteJournal
+from trader_lib.market.bars import Bars
+from trader_lib.market.synthetic import synthetic_bars
+from trader_lib.session.drivers import STOPPED
 from trader_lib.session.session import SessionResult, run_session
 from trader_lib.session.spec import SessionSpec
-from trader_lib.trading.events import OrderIntended, TradeUpdated
+from trader_lib.strategy.rsi_reversion import RsiReversion
+from trader_lib.trading.events import CancelIntended, OperatorCommand, OrderIntended, SessionEnded, TradeUpdated
+from trader_lib.trading.order_list import order_list_hash
 
 DAILY = SessionSpec(
     strategy="rsi_reversion",
@@ -43,9 +49,14 @@ def settings(transport: str = "in_process") -> Settings:
     return load_settings(environ={}, env_file=None, overrides={"broker": {"transport": transport}})
 
 
+def fresh(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
 async def whole(folder: Path, spec: SessionSpec = DAILY, transport: str = "in_process") -> SessionResult:
-    folder.mkdir(parents=True, exist_ok=True)
-    return await run_session(spec, settings(transport), journal_path=folder / "journal.sqlite")
+    return await run_session(spec, settings(transport), journal_path=fresh(folder) / "journal.sqlite")
 
 
 async def resumed(folder: Path, spec: SessionSpec = DAILY, transport: str = "in_process") -> SessionResult:
@@ -54,8 +65,7 @@ async def resumed(folder: Path, spec: SessionSpec = DAILY, transport: str = "in_
 
 def cut(result: SessionResult, rows: int, folder: Path) -> Path:
     """The journal as it is after `rows` events, each of them committed."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    fresh(folder)
     with (
         SqliteJournal(result.journal_path, read_only=True) as journal,
         SqliteJournal(folder / "journal.sqlite") as torn,
@@ -88,10 +98,170 @@ def rows_of(result: SessionResult) -> int:
         return journal.last_seq
 
 
-async def test_every_torn_state_of_a_daily_session_is_resumed(tmp_path: Path) -> None:
-    one = await whole(tmp_path / "whole")
-    last = rows_of(one)
+def torn_rows(result: SessionResult, step: int) -> list[int]:
+    """Where to tear a journal: every `step` events, and densely at both ends; every event with RESUME_EVERY=1."""
+    last = rows_of(result)
+    step = int(os.environ.get("RESUME_EVERY", step))
+    return sorted({*range(1, last, step), *range(1, 6), *range(max(last - 8, 1), last)})
+
+
+async def test_torn_anywhere_a_daily_session_with_exits_gives_the_same_orders(tmp_path: Path) -> None:
+    one = await whole(tmp_path / "whole", DAILY)
     assert len(one.orders) > 20 and any(order.purpose == "exit" for order in one.orders)
-    first, step = int(os.environ.get("RESUME_FIRST", 1)), int(os.environ.get("RESUME_STEP", 7))
-    for rows in sorted({*range(first, last, step), *range(1, 8), *range(last - 8, last)}):
-        check(one, await resumed(cut(one, rows, tmp_path / "torn")), rows)
+    for rows in torn_rows(one, 23):
+        check(one, await resumed(cut(one, rows, tmp_path / "torn"), DAILY), rows)
+
+
+async def test_torn_anywhere_in_two_bars_of_decisions_and_fills(tmp_path: Path) -> None:
+    one = await whole(tmp_path / "whole", DAILY)
+    with SqliteJournal(one.journal_path, read_only=True) as journal:
+        busy = next(event.seq for event in journal.read(types=[CancelIntended]))
+    for rows in range(busy - 15, busy + 15):
+        check(one, await resumed(cut(one, rows, tmp_path / "torn"), DAILY), rows)
+
+
+async def test_torn_inside_an_open_market_it_gives_the_same_orders(tmp_path: Path) -> None:
+    bars = synthetic_bars(("AAPL", "IBM"), "2010-03-08", "2010-03-10", timeframe="15Min", seed=5)
+    spec = SessionSpec(
+        strategy="rsi_reversion",
+        params={"period": 5},
+        symbols=("AAPL", "IBM"),
+        timeframe="15Min",
+        start=date(2010, 3, 9),
+        end=date(2010, 3, 10),
+        costs=Costs(volume_share=0.002),  # fills come in parts
+    )
+    path = fresh(tmp_path / "whole") / "journal.sqlite"
+    one = await run_session(spec, settings(), bars=bars, journal_path=path)
+    assert any(len(order.fills) > 1 for order in one.orders)
+    for rows in torn_rows(one, 17):
+        folder = cut(one, rows, tmp_path / "torn")
+        other = await run_session(spec, settings(), bars=bars, journal_path=folder / "journal.sqlite", resume=True)
+        check(one, other, rows)
+
+
+async def test_over_http_too(tmp_path: Path) -> None:
+    one = await whole(tmp_path / "whole", DAILY, "http")
+    for rows in torn_rows(one, 67):
+        check(one, await resumed(cut(one, rows, tmp_path / "torn"), DAILY, "http"), rows)
+
+
+async def test_dying_again_and_again_changes_nothing(tmp_path: Path) -> None:
+    one = await whole(tmp_path / "whole", DAILY)
+    last, rows = rows_of(one), 3
+    folder = cut(one, rows, tmp_path / "torn")
+    while rows < last:
+        other = await resumed(folder, DAILY)
+        rows = max(rows + 40, 1)
+        if rows < rows_of(other):
+            folder = cut(other, rows, tmp_path / f"torn-{rows}")
+        else:
+            break
+    check(one, other, 3)
+
+
+# ---- real deaths
+
+DIE = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from trader_lib.journal.journal import SqliteJournal
+sys.path.insert(0, {tests!r})
+from test_session_resume import DAILY, settings
+from trader_lib.market.bars import Bars
+from trader_lib.market.synthetic import synthetic_bars
+from trader_lib.session.drivers import STOPPED
+from trader_lib.session.session import run_session
+
+append, last = SqliteJournal.append, [0]
+
+def deadly(self, event):
+    append(self, event)
+    last[0] += 1
+    if last[0] == {rows}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+SqliteJournal.append = deadly
+asyncio.run(run_session(DAILY, settings({transport!r}), journal_path=Path({path!r}), resume=True))
+"""
+
+
+@pytest.mark.parametrize("transport", ["in_process", "http"])
+async def test_killed_processes_are_resumed(transport: str, tmp_path: Path) -> None:
+    one = await whole(tmp_path / "whole", DAILY, transport)
+    path = fresh(tmp_path / "killed") / "journal.sqlite"
+    for rows in (150, 90):  # killed, and its successor too
+        script = DIE.format(tests=str(Path(__file__).parent), rows=rows, transport=transport, path=str(path))
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stderr=subprocess.DEVNULL)
+        assert await process.wait() == -signal.SIGKILL
+    with SqliteJournal(path) as journal:
+        assert journal.verify().ok and journal.last_seq > 150
+    check(one, await resumed(path.parent, DAILY, transport), 1)
+
+
+# ---- refusals
+
+
+async def test_session_that_ended_gives_its_result_again(tmp_path: Path) -> None:
+    one = await whole(tmp_path / "whole")
+    before = rows_of(one)
+    other = await resumed(tmp_path / "whole")
+    check(one, other, before)
+    assert rows_of(other) == before and other.reason == one.reason
+
+
+async def test_session_that_did_not_end_is_not_started_over(tmp_path: Path) -> None:
+    torn = cut(await whole(tmp_path / "whole"), 50, tmp_path / "torn")
+    with pytest.raises(Misused, match="holds a session already"):
+        await run_session(DAILY, settings(), journal_path=torn / "journal.sqlite")
+    with pytest.raises(Misused, match="other parameters"):
+        await resumed(torn, DAILY.model_copy(update={"seed": 3}))
+
+
+async def test_session_that_ended_in_a_failure_is_not_resumed(tmp_path: Path) -> None:
+    one = await whole(tmp_path / "whole")
+    torn = cut(one, 50, tmp_path / "torn")
+    with SqliteJournal(torn / "journal.sqlite") as journal:
+        last = list(journal.read())[-1]
+        end = SessionEnded(reason="Retryable: nobody answered.")
+        journal.append(last.model_copy(update={"seq": 51, "id": "end", "source": "session", "payload": end}))
+    with pytest.raises(Misused, match="ended in a failure: Retryable: nobody answered"):
+        await resumed(torn)
+
+
+async def test_session_that_was_asked_to_stop_only_stops(tmp_path: Path) -> None:
+    one = await whole(tmp_path / "whole")
+    torn = cut(one, 120, tmp_path / "torn")
+    with SqliteJournal(torn / "journal.sqlite") as journal:
+        last = list(journal.read())[-1]
+        stop = OperatorCommand(action="cancel_all", reason=STOPPED, by="session")
+        journal.append(last.model_copy(update={"seq": 121, "id": "stop", "source": "session", "payload": stop}))
+    result = await resumed(torn)
+    assert result.status == "interrupted" and result.bars < one.bars and result.reconciliation.ok
+    assert order_list_hash(result.orders) == result.order_list_hash
+
+
+async def test_edited_journal_is_not_resumed(tmp_path: Path) -> None:
+    torn = cut(await whole(tmp_path / "whole"), 50, tmp_path / "torn")
+    connection = sqlite3.connect(torn / "journal.sqlite")
+    connection.execute("UPDATE events SET payload = replace(payload, '1', '2') WHERE seq = 20")
+    connection.commit()
+    connection.close()
+    with pytest.raises(BadData, match="event 20 was changed"):
+        await resumed(torn)
+
+
+class Other(RsiReversion):
+    """The same name and parameters, and a different mind."""
+
+    def targets(self, bars: Bars) -> pd.DataFrame:
+        return super().targets(bars) * 0.5
+
+
+async def test_another_version_of_a_strategy_does_not_go_on(tmp_path: Path) -> None:
+    torn = cut(await whole(tmp_path / "whole"), 200, tmp_path / "torn")
+    path = torn / "journal.sqlite"
+    with pytest.raises(InvariantBroken, match="The strategy agent said targets_decided"):
+        await run_session(DAILY, settings(), strategy=Other(**DAILY.params), journal_path=path, resume=True)
+    with SqliteJournal(path) as journal:
+        assert journal.last_seq == 200  # nothing was sent, nothing was written

@@ -7,20 +7,22 @@ __all__ = ['app', 'runs', 'Json', 'Profile', 'Folder', 'Session', 'Reason', 'che
            'exchange', 'list_', 'show', 'compare', 'kill', 'reduce', 'resume', 'status', 'config', 'doctor', 'demo',
            'strategies', 'main']
 
-# %% ../../nbs/app/04_cli.ipynb #aa58a6f3
+# %% ../../nbs/app/04_cli.ipynb #2ab2258d
 import asyncio
 import getpass
 import socket
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from os import environ
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 from .. import __version__
+from .journal import journal, replay
 from trader_lib.app.options import (
     CostOptions,
     HowOptions,
@@ -29,11 +31,11 @@ from trader_lib.app.options import (
     given_parameters,
     setting_overrides,
 )
-from ..errors.taxonomy import Interrupted, Misconfigured, RunFailed, TraderError
+from ..errors.taxonomy import Interrupted, Misconfigured, Misused, RunFailed, TraderError
 
 if TYPE_CHECKING:
     from trader_lib.runs.result import Kind
-    from trader_lib.runs.store import RunStore
+    from trader_lib.runs.store import RunFolder, RunStore
 
 app = App(
     name="trader",
@@ -54,13 +56,22 @@ runs = App(
     """,
 )
 app.command(runs)
+app.command(journal)
+app.command(replay)
 
 Json = Annotated[bool, Parameter(negative=(), help="Print JSON.")]
 Profile = Annotated[Literal["research", "paper", "live"] | None, Parameter(help="Settings profile. [research]")]
 Folder = Annotated[str | None, Parameter(name="--runs", help="Folder of the run folders. [./runs]")]
 
-# %% ../../nbs/app/04_cli.ipynb #18bf3ef9
-def _run(kind: "Kind", given: dict[str, object], how: HowOptions | None, extra: dict[str, object]) -> int:
+# %% ../../nbs/app/04_cli.ipynb #277d94ab
+def _run(
+    kind: "Kind",
+    given: dict[str, object],
+    how: HowOptions | None,
+    extra: dict[str, object],
+    *,
+    resume: "RunFolder | None" = None,
+) -> int:
     """Check, run, and print what came of it."""
     from trader_lib.app.console import progress_bar, say
     from trader_lib.app.views import show_run
@@ -87,6 +98,7 @@ def _run(kind: "Kind", given: dict[str, object], how: HowOptions | None, extra: 
                 timeout_s=settings.runs.timeout_s,
                 report=report,
                 said=say,
+                resume=resume,
             )
     except (RunFailed, Interrupted) as error:
         stopped = error.context.get("run")
@@ -95,6 +107,20 @@ def _run(kind: "Kind", given: dict[str, object], how: HowOptions | None, extra: 
         raise
     show_run(run, as_json=chosen.json)
     return 0
+
+
+def _resume(which: str, how: HowOptions | None) -> int:
+    """Find a run that died, and go on with it."""
+    from trader_lib.config.settings import load_settings
+    from trader_lib.runs.resume import asked_for, ensure_resumable
+    from trader_lib.runs.store import RunStore
+
+    chosen = how or HowOptions()
+    run = RunStore(load_settings(chosen.profile, overrides=setting_overrides(how)).runs.path).find(which)
+    ensure_resumable(run)
+    kind, given, extra = asked_for(run)
+    profile = chosen.profile or cast("Literal['research', 'paper', 'live'] | None", given.get("profile"))
+    return _run(kind, given, replace(chosen, profile=profile), extra, resume=run)
 
 
 def check_port(host: str, port: int) -> None:
@@ -145,6 +171,10 @@ def paper(
         Literal["http", "in_process"] | None,
         Parameter(help="How the embedded exchange is reached: HTTP and websocket on loopback, or directly. [http]"),
     ] = None,
+    resume: Annotated[
+        str | None,
+        Parameter(help="Go on with a run whose process died: name, beginning of a name or id, path, latest-paper."),
+    ] = None,
     what: WhatOptions | None = None,
     costs: CostOptions | None = None,
     limits: LimitOptions | None = None,
@@ -152,14 +182,21 @@ def paper(
 ) -> int:
     r"""Trade a strategy in a session of agents, against the embedded exchange or Alpaca's paper account.
 
-    Ctrl-C drains the session and still leaves a report.
+    Ctrl-C drains the session and still leaves a report. After `kill -9` or a power cut, --resume RUN goes on where the
+    journal ends, in the same run folder and with the same parameters, and sends no order twice.
 
     Example: trader paper --broker simulated --symbols AAPL,IBM,MSFT \
         --start 2005-01-03 --end 2012-12-31 -p fast=10 -p slow=50
     """
     chosen = {"kind": broker, "transport": transport}
     extra: dict[str, object] = {name: value for name, value in chosen.items() if value is not None}
-    return _run("paper", given_parameters(what, costs, limits, how), how, extra)
+    given = given_parameters(what, costs, limits, how)
+    if resume is None:
+        return _run("paper", given, how, extra)
+    if given or extra:
+        told = ", ".join(sorted({**given, **extra}))
+        raise Misused(f"A resumed run keeps its parameters. Leave out {told}, or start a new run.")
+    return _resume(resume, how)
 
 
 @app.command

@@ -17,18 +17,18 @@ from .store import RunFolder
 from ..session.control import lock_path, who_runs
 from ..trading.events import SessionEnded
 
-# %% ../../nbs/runs/12_resume.ipynb #cdadfb40
+# %% ../../nbs/runs/12_resume.ipynb #fd31536f
 def ensure_resumable(run: RunFolder) -> None:
     """Raise Misused for a run that is no session, that has ended, or that still runs."""
-    if run.kind == "backtest":
-        raise Misused(f"{run.name} is a backtest: there is nothing to resume. Run it again.")
+    if run.kind != "paper":
+        raise Misused(f"{run.name} is a {run.kind} run, and only paper sessions are resumed. Start it again.")
     alive, runner = who_runs(lock_path(run.journal))
     if alive:
         who = f" (process {runner.pid} on {runner.host})" if runner else ""
         raise Misused(f"{run.name} still runs{who}. Wait for its end, or end it, then resume.")
-    if not run.journal.is_file():
+    if not run.journal.is_file() or not run.result_file.is_file() or run.result().status == "failed":
         return
-    with SqliteJournal(run.journal) as journal:
+    with SqliteJournal(run.journal, read_only=True) as journal:
         for event in journal.read(types=[SessionEnded]):
             assert isinstance(event.payload, SessionEnded)
             raise Misused(f"{run.name} has ended already: {event.payload.reason}. There is nothing to resume.")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SESSION', 'EXECUTION', 'DECIDING', 'Recollection', 'RecordedBroker']
 
-# %% ../../nbs/session/08_recovery.ipynb #bfea5c00
+# %% ../../nbs/session/08_recovery.ipynb #201696c4
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timedelta
@@ -31,13 +31,14 @@ from trader_lib.trading.events import (
     OrderFailed,
     OrderIntended,
     Payload,
+    Reconciled,
     SessionEnded,
     SessionStarted,
 )
 from ..trading.orders import Order, OrderRequest
 from ..trading.portfolio import Position
 
-# %% ../../nbs/session/08_recovery.ipynb #4de0944f
+# %% ../../nbs/session/08_recovery.ipynb #65ddb383
 SESSION = "session"  # the source of what the session itself says
 EXECUTION = ExecutionAgent.name
 DECIDING = frozenset({StrategyAgent.name, RiskAgent.name, EXECUTION, PortfolioAgent.name})
@@ -57,6 +58,7 @@ class Recollection:
         self.history: HistoryLoaded | None = None
         self.account: AccountReported | None = None  # the last report
         self.ending: OperatorCommand | None = None  # the session's own last command: it had begun to end
+        self.reconciled: Reconciled | None = None  # the last one
         self.ended: SessionEnded | None = None
         self.openings: set[str] = set()  # execution ids of the positions that were taken over
         self.bars = 0  # stamps that closed
@@ -72,6 +74,11 @@ class Recollection:
     def is_empty(self) -> bool:
         """Whether nothing was recorded."""
         return self.last_seq == 0
+
+    @property
+    def failed(self) -> bool:
+        """Whether the session ended because something raised: its reason begins with the name of an exception."""
+        return self.ended is not None and ": " in self.ended.reason
 
     def _take(self, event: Event) -> None:
         self.last_seq, self.session_id, self.last_time = event.seq, event.session_id, event.recorded_at
@@ -95,6 +102,8 @@ class Recollection:
                 self.unanswered.discard(order_id)
             case OperatorCommand(action="cancel_all", by="session") as command if event.source == SESSION:
                 self.ending = command
+            case Reconciled() as reconciled:
+                self.reconciled = reconciled
             case SessionEnded() as ended:
                 self.ended = ended
 
