@@ -29,7 +29,7 @@ from ..session.session import SessionResult
 from ..telemetry.log import configure_logging
 from ..trading.events import BarsClosed, CheckOutcome, RiskDecided
 
-# %% ../../nbs/runs/09_session_cells.ipynb #72804a3b
+# %% ../../nbs/runs/09_session_cells.ipynb #1c29a7a7
 def session_settings(
     profile: str | None,
     broker: str | None,  # simulated or alpaca; None: the settings'
@@ -51,13 +51,15 @@ def bars_to_come(asked: RunParameters, bars: Bars | None) -> int:
     return bars.n - window(bars, asked.start, asked.end, asked.build_strategy().warmup)[1]
 
 
-def progress_teller(total: int, tell_at_most: int = 200) -> Callable[[int, datetime], None]:
+def progress_teller(
+    total: int, tell_at_most: int = 200, to: Callable[[int, int], None] = tell
+) -> Callable[[int, datetime], None]:
     """A callback that tells the runner how many of the bars have closed, without telling it every one."""
     step = max(total // tell_at_most, 1)
 
     def closed(bars: int, _stamp: datetime) -> None:
         if total and (bars % step == 0 or bars == total):
-            tell(bars, total)
+            to(bars, total)
 
     return closed
 
