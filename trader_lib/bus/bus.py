@@ -79,7 +79,7 @@ class Bus(Protocol):
         """Stop delivering."""
         ...
 
-# %% ../../nbs/bus/01_bus.ipynb #00e68ec3
+# %% ../../nbs/bus/01_bus.ipynb #6e748823
 class InProcessBus:
     """Events between the agents of one process.
 
@@ -245,6 +245,11 @@ class InProcessBus:
             self._held.add(asyncio.current_task())
             self._turned.set()
             await self._relived.wait()
+
+    def current(self) -> Event | None:
+        """The event that the calling handler was given; None outside of a handler."""
+        task = asyncio.current_task()
+        return next((known.current for known, its in self._tasks.items() if its is task), None)
 
     async def _standstill(self) -> None:
         """Wait until every subscriber has handled what it has, or waits for the end of the past."""

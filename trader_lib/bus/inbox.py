@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Collection
 from ..errors.taxonomy import TraderError
 from ..trading.events import Event, Payload
 
-# %% ../../nbs/bus/00_inbox.ipynb #69a98f5d
+# %% ../../nbs/bus/00_inbox.ipynb #a66a6042
 Handler = Callable[[Event], Awaitable[None]]
 
 
@@ -32,6 +32,7 @@ class Subscription:
         self.handled = 0
         self.failed = 0
         self.busy = False
+        self.current: Event | None = None  # that is handled, or was last
         self.inbox: deque[Event] = deque()
         self.arrived = asyncio.Event()
         self.waiting: deque[asyncio.Future[None]] = deque()  # publishers, in the order they came
@@ -57,7 +58,7 @@ class Subscription:
             self.arrived.clear()
             await self.arrived.wait()
         event = self.inbox.popleft()
-        self.busy = True
+        self.busy, self.current = True, event
         self.wake()
         return event
 
