@@ -17,15 +17,12 @@ from trader_lib.exchange.costs import Costs
 from trader_lib.exchange.matching import commission, fill_price, fill_qty, match_oco, match_price
 from trader_lib.market.bars import Bars, Provenance, Timeframe
 from trader_lib.research.backtest import backtest
-from trader_lib.research.engine import run, simulate
+from trader_lib.research.engine import run
 from trader_lib.research.ledger import (
     CANCELED,
     EXPIRED,
-    FILL_ROW,
     FILLED,
     OPEN,
-    ORDER_ROW,
-    REFUSAL_ROW,
     REFUSALS_KEPT,
     Market,
     Rules,
@@ -432,8 +429,7 @@ def test_tables_grow_with_the_run(seed: int) -> None:
     never = np.zeros(n, np.bool_)
     rules = Rules(Costs().rates(), Limits().values(), SizingRules(), exits, never, True, 2.0)
     roomy = run(market, weights, rules)
-    tables = np.empty(1, ORDER_ROW), np.empty(1, FILL_ROW), np.empty(REFUSALS_KEPT, REFUSAL_ROW)
-    tight = simulate(market, weights, 0, 100_000.0, rules, *tables)
+    tight = run(market, weights, rules, table_rows=1)
     assert len(roomy.orders) > 4 and tight.orders.tobytes() == roomy.orders.tobytes()
     assert tight.fills.tobytes() == roomy.fills.tobytes()
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Simulation', 'simulate', 'run']
 
-# %% ../../nbs/research/01_engine.ipynb #d95f0919
+# %% ../../nbs/research/01_engine.ipynb #cfdd5431
 import math
 from typing import NamedTuple
 
@@ -43,84 +43,84 @@ from ..strategy.planner import book_fill
 from ..strategy.sizing import desired_order, plan_orders
 from ..trading.folding import cash_flow, exposure, fold_fill
 from ..trading.folding import equity as equity_of
-from ..trading.numbers import CASH_DECIMALS, QTY_DECIMALS, compiled, round_to
+from ..trading.numbers import CASH_DECIMALS, QTY_DECIMALS, compiled, compiled_part, round_to
 
-# %% ../../nbs/research/01_engine.ipynb #8930bfc1
-@compiled
+# %% ../../nbs/research/01_engine.ipynb #23a1aad9
+@compiled_part
 def _match(t: int, cash: float, market: Market, rules: Rules, book: Book, orders: Table, fills: Table) -> float:
     """Match every working order against bar t; returns the cash afterwards."""
     book.used[:] = 0.0
     for k in range(book.counts[WORKING]):
         row = book.working[k]
-        s = orders["symbol"][row]
+        s = orders[row]["symbol"]
         open_, high, low = market.open[t, s], market.high[t, s], market.low[t, s]
         if math.isnan(open_):
             continue
-        side, limit, by_stop = orders["side"][row], orders["limit"][row], False
-        triggered = orders["triggered"][row] != 0
-        if orders["leg"][row] == OCO_LIMIT:
-            price, by_stop, triggered = match_oco(side, limit, orders["stop"][row + 1], triggered, open_, high, low)
+        side, limit, by_stop = orders[row]["side"], orders[row]["limit"], False
+        triggered = orders[row]["triggered"] != 0
+        if orders[row]["leg"] == OCO_LIMIT:
+            price, by_stop, triggered = match_oco(side, limit, orders[row + 1]["stop"], triggered, open_, high, low)
         else:
-            kind, stop = orders["type"][row], orders["stop"][row]
+            kind, stop = orders[row]["type"], orders[row]["stop"]
             price, triggered = match_price(kind, side, limit, stop, triggered, open_, high, low)
-        orders["triggered"][row] = 1 if triggered else 0
+        orders[row]["triggered"] = 1 if triggered else 0
         if math.isnan(price):
             continue
-        left = orders["remaining"][row]
+        left = orders[row]["remaining"]
         share = rules.costs.volume_share
         qty = fill_qty(left, market.volume[t, s], share, book.used[s], rules.sizing.fractional)
         if qty <= 0.0:
             continue
         leg = row + 1 if by_stop else row
-        price = fill_price(orders["type"][leg], side, price, rules.costs.slippage_bps)
+        price = fill_price(orders[leg]["type"], side, price, rules.costs.slippage_bps)
         fee = commission(qty, price, rules.costs.per_share, rules.costs.bps, rules.costs.minimum)
         cash = round_to(cash + cash_flow(side * qty, price, fee), CASH_DECIMALS)
-        book_fill(s, side * qty, price, orders["exit"][row] != 0, book.qty, book.average, book.extreme, book.blocked)
+        book_fill(s, side * qty, price, orders[row]["exit"] != 0, book.qty, book.average, book.extreme, book.blocked)
         book.used[s] = round_to(book.used[s] + qty, QTY_DECIMALS)
-        held, average, _ = fold_fill(orders["filled"][leg], orders["average"][leg], qty, price)
-        orders["filled"][leg], orders["average"][leg] = held, average
-        orders["remaining"][row] = round_to(left - qty, QTY_DECIMALS)
-        if orders["remaining"][row] <= 0.0:
+        held, average, _ = fold_fill(orders[leg]["filled"], orders[leg]["average"], qty, price)
+        orders[leg]["filled"], orders[leg]["average"] = held, average
+        orders[row]["remaining"] = round_to(left - qty, QTY_DECIMALS)
+        if orders[row]["remaining"] <= 0.0:
             end_order(orders, row, CANCELED)
-            orders["status"][leg] = FILLED
-            orders["status"][row] = FILLED if leg == row else CANCELED
+            orders[leg]["status"] = FILLED
+            orders[row]["status"] = FILLED if leg == row else CANCELED
         _write_fill(t, leg, s, side, qty, price, fee, book, fills)
     sweep_ended(book, orders)
     return cash
 
 
-@compiled
+@compiled_part
 def _write_fill(
     t: int, leg: int, s: int, side: int, qty: float, price: float, fee: float, book: Book, fills: Table
 ) -> None:
     n = book.counts[FILLS]
-    fills["bar"][n], fills["order"][n], fills["symbol"][n], fills["side"][n] = t, leg, s, side
-    fills["qty"][n], fills["price"][n], fills["fee"][n] = qty, price, fee
+    fills[n]["bar"], fills[n]["order"], fills[n]["symbol"], fills[n]["side"] = t, leg, s, side
+    fills[n]["qty"], fills[n]["price"], fills[n]["fee"] = qty, price, fee
     book.counts[FILLS] = n + 1
 
-# %% ../../nbs/research/01_engine.ipynb #53ef46da
-@compiled
+# %% ../../nbs/research/01_engine.ipynb #d0fcf915
+@compiled_part
 def _expire(book: Book, orders: Table) -> None:
     for k in range(book.counts[WORKING]):
-        if orders["exit"][book.working[k]] == 0:
+        if orders[book.working[k]]["exit"] == 0:
             end_order(orders, book.working[k], EXPIRED)
     sweep_ended(book, orders)
 
-# %% ../../nbs/research/01_engine.ipynb #a2596cf0
-@compiled
+# %% ../../nbs/research/01_engine.ipynb #7a84473b
+@compiled_part
 def _refresh(book: Book, plan: Plan, orders: Table) -> None:
     """Write what is working and resting into the plan's arrays."""
     for s in range(len(book.qty)):
         row = book.target[s]
-        plan.working_qty[s] = orders["side"][row] * orders["remaining"][row] if row >= 0 else 0.0
+        plan.working_qty[s] = orders[row]["side"] * orders[row]["remaining"] if row >= 0 else 0.0
         row = book.resting[s]
-        plan.exit_qty[s] = orders["remaining"][row] if row >= 0 else 0.0
-        oco = row >= 0 and orders["leg"][row] == OCO_LIMIT
-        plan.exit_limit[s] = orders["limit"][row] if row >= 0 else math.nan
-        plan.exit_stop[s] = orders["stop"][row + 1] if oco else orders["stop"][row] if row >= 0 else math.nan
+        plan.exit_qty[s] = orders[row]["remaining"] if row >= 0 else 0.0
+        oco = row >= 0 and orders[row]["leg"] == OCO_LIMIT
+        plan.exit_limit[s] = orders[row]["limit"] if row >= 0 else math.nan
+        plan.exit_stop[s] = orders[row + 1]["stop"] if oco else orders[row]["stop"] if row >= 0 else math.nan
 
 
-@compiled
+@compiled_part
 def _act(
     t: int,
     cash: float,
@@ -152,15 +152,13 @@ def _act(
     for sign in (-1.0, 1.0):
         for s in range(n):
             qty = plan.order_qty[s]
-            if qty * sign > 0.0 and not submit(
-                t, s, qty, nan, nan, False, money, market, rules, book, plan, orders, refusals
-            ):
+            if qty * sign > 0.0 and not submit(t, s, qty, nan, nan, money, market, rules, book, plan, orders, refusals):
                 plan.refused[refused] = s
                 refused += 1
     for s in range(n):
         stop, limit = plan.stop[s], plan.limit[s]
         if not (math.isnan(stop) and math.isnan(limit)):
-            submit(t, s, -book.qty[s], limit, stop, True, money, market, rules, book, plan, orders, refusals)
+            submit(t, s, -book.qty[s], limit, stop, money, market, rules, book, plan, orders, refusals)
     for k in range(refused):
         s = plan.refused[k]
         if not plan.cancel_exit[s] or book.qty[s] == 0.0:
@@ -175,9 +173,9 @@ def _act(
             distances.trailing_stop,
         )
         if not (math.isnan(stop) and math.isnan(limit)) and not exit_due(book.qty[s], market.close[t, s], stop, limit):
-            submit(t, s, -book.qty[s], limit, stop, True, money, market, rules, book, plan, orders, refusals)
+            submit(t, s, -book.qty[s], limit, stop, money, market, rules, book, plan, orders, refusals)
 
-# %% ../../nbs/research/01_engine.ipynb #d8f8dbcd
+# %% ../../nbs/research/01_engine.ipynb #b6396f9e
 class Simulation(NamedTuple):
     """What happened in a run."""
 
@@ -192,14 +190,15 @@ class Simulation(NamedTuple):
     positions: NDArray[np.float64]  # [time × symbol] shares
 
 
-@compiled
+@compiled_part
 def _longer(table: Table, used: int, wanted: int) -> Table:
     bigger = np.empty(2 * len(table) + wanted, table.dtype)
-    bigger[:used] = table[:used]
+    for row in range(used):
+        bigger[row] = table[row]
     return bigger
 
 
-@compiled
+@compiled_part
 def _wanted(
     cancel_exit: NDArray[np.bool_],
     cancel_working: NDArray[np.bool_],
@@ -215,7 +214,6 @@ def _wanted(
     return False
 
 
-@compiled
 def _new_book(n: int) -> Book:
     zeros, nans, none = np.zeros((3, n)), np.full((3, n), math.nan), np.full((2, n), -1, np.int64)
     return Book(
@@ -234,7 +232,6 @@ def _new_book(n: int) -> Book:
     )
 
 
-@compiled
 def _new_plan(n: int) -> Plan:
     zeros, nans, flags = np.zeros((3, n)), np.full((4, n), math.nan), np.zeros((2, n), np.bool_)
     return Plan(
@@ -261,21 +258,23 @@ def simulate(
     start: int,
     starting_cash: float,
     rules: Rules,
+    book: Book,
+    plan: Plan,
     orders: Table,
     fills: Table,
     refusals: Table,
-) -> Simulation:
+    equity: NDArray[np.float64],
+    cash_after: NDArray[np.float64],
+    positions: NDArray[np.float64],
+) -> tuple[Table, Table]:
     """Run target weights through the market, from row start on.
 
     weights: shares of equity, signed [time × symbol]. start: first row that decides. starting_cash: USD.
-    orders, fills, refusals: empty tables of any length, of the dtypes ORDER_ROW, FILL_ROW and REFUSAL_ROW; refusals
-    has REFUSALS_KEPT rows. See `run` for the ordinary way in.
+    book, plan: new ones. orders, fills, refusals: empty tables of any length, of the dtypes ORDER_ROW, FILL_ROW and
+    REFUSAL_ROW; refusals has REFUSALS_KEPT rows. equity, cash_after [time], positions [time × symbol]: written from row
+    start on. Returns the tables of orders and fills, longer where that was needed. See `run` for the ordinary way in.
     """
     rows, n = market.close.shape
-    book, plan = _new_book(n), _new_plan(n)
-    equity = np.full(rows, starting_cash)
-    cash_after = np.full(rows, starting_cash)
-    positions = np.zeros((rows, n))
     cash, day_start = starting_cash, starting_cash
     qty, mark, blocked, close, closed_s = book.qty, book.mark, book.blocked, market.close, market.closed_s
     mark_s, counts = book.mark_s, book.counts
@@ -337,22 +336,36 @@ def simulate(
             day_start = worth
     for k in range(book.counts[WORKING]):
         end_order(orders, book.working[k], CANCELED)
+    return orders, fills
+
+
+def run(
+    market: Market,
+    weights: NDArray[np.float64],
+    rules: Rules,
+    *,
+    start: int = 0,
+    starting_cash: float = 100_000.0,  # USD
+    table_rows: int = 1024,  # of the tables of orders and fills at first; they grow
+) -> Simulation:
+    """Run target weights [time × symbol] through the market and return what happened."""
+    rows, n = market.close.shape
+    book, plan, cash = _new_book(n), _new_plan(n), float(starting_cash)
+    refusals = np.empty(REFUSALS_KEPT, REFUSAL_ROW)
+    equity, cash_after, positions = np.full(rows, cash), np.full(rows, cash), np.zeros((rows, n))
+    tables = np.empty(table_rows, ORDER_ROW), np.empty(table_rows, FILL_ROW)
+    orders, fills = simulate(
+        market, weights, start, cash, rules, book, plan, *tables, refusals, equity, cash_after, positions
+    )
+    counts = book.counts.tolist()
     return Simulation(
-        orders[: book.counts[ORDERS]].copy(),
-        fills[: book.counts[FILLS]].copy(),
-        refusals[: min(book.counts[REFUSALS], REFUSALS_KEPT)].copy(),
+        orders[: counts[ORDERS]].copy(),
+        fills[: counts[FILLS]].copy(),
+        refusals[: min(counts[REFUSALS], REFUSALS_KEPT)].copy(),
         book.refused_by,
-        book.counts[REFUSALS],
-        book.counts[STATE],
+        counts[REFUSALS],
+        counts[STATE],
         equity,
         cash_after,
         positions,
     )
-
-
-def run(
-    market: Market, weights: NDArray[np.float64], rules: Rules, *, start: int = 0, starting_cash: float = 100_000.0
-) -> Simulation:
-    """Run target weights [time × symbol] through the market and return what happened."""
-    tables = np.empty(1024, ORDER_ROW), np.empty(1024, FILL_ROW), np.empty(REFUSALS_KEPT, REFUSAL_ROW)
-    return simulate(market, weights, start, float(starting_cash), rules, *tables)

@@ -7,7 +7,7 @@ __all__ = ['OPEN', 'FILLED', 'CANCELED', 'EXPIRED', 'SIMPLE', 'OCO_LIMIT', 'OCO_
            'REFUSAL_ROW', 'Table', 'WORKING', 'ORDERS', 'FILLS', 'REFUSALS', 'STATE', 'Market', 'Rules', 'Book', 'Plan',
            'Money', 'end_order', 'sweep_ended', 'submit']
 
-# %% ../../nbs/research/00_ledger.ipynb #c483f6f8
+# %% ../../nbs/research/00_ledger.ipynb #7dc214ad
 import math
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ from trader_lib.risk.rules import (
 )
 from ..strategy.exits import ExitRates
 from ..strategy.sizing import SizingRules
-from ..trading.numbers import CASH_DECIMALS, compiled, round_to
+from ..trading.numbers import CASH_DECIMALS, compiled_part, round_to
 
 # %% ../../nbs/research/00_ledger.ipynb #6de9d53e
 OPEN, FILLED, CANCELED, EXPIRED = 0, 1, 2, 3
@@ -132,31 +132,31 @@ class Money(NamedTuple):
     short: float
     gross: float
 
-# %% ../../nbs/research/00_ledger.ipynb #c5721c44
-@compiled
+# %% ../../nbs/research/00_ledger.ipynb #33b82c9f
+@compiled_part
 def end_order(orders: Table, row: int, status: int) -> None:
-    orders["status"][row] = status
-    if orders["leg"][row] == OCO_LIMIT:
-        orders["status"][row + 1] = status
+    orders[row]["status"] = status
+    if orders[row]["leg"] == OCO_LIMIT:
+        orders[row + 1]["status"] = status
 
 
-@compiled
+@compiled_part
 def sweep_ended(book: Book, orders: Table) -> None:
     """Take what has ended off the list of working orders."""
     kept = 0
     for k in range(book.counts[WORKING]):
         row = book.working[k]
-        if orders["status"][row] == OPEN:
+        if orders[row]["status"] == OPEN:
             book.working[kept] = row
             kept += 1
-        elif orders["exit"][row] != 0:
-            book.resting[orders["symbol"][row]] = -1
+        elif orders[row]["exit"] != 0:
+            book.resting[orders[row]["symbol"]] = -1
         else:
-            book.target[orders["symbol"][row]] = -1
+            book.target[orders[row]["symbol"]] = -1
     book.counts[WORKING] = kept
 
-# %% ../../nbs/research/00_ledger.ipynb #04912382
-@compiled
+# %% ../../nbs/research/00_ledger.ipynb #552938cb
+@compiled_part
 def _pace(
     t: int, s: int, order: OrderFacts, market: Market, rules: Rules, book: Book, orders: Table
 ) -> tuple[float, float]:
@@ -164,48 +164,48 @@ def _pace(
     now = market.closed_s[t]
     age, count = math.inf, 0.0
     for row in range(book.counts[ORDERS] - 1, -1, -1):
-        then = market.closed_s[orders["decided"][row]]
+        then = market.closed_s[orders[row]["decided"]]
         throttled = in_window(then, now, rules.limits.throttle_window_s)
         doubled = in_window(then, now, rules.limits.duplicate_window_s)
         if not (throttled or doubled):
             break
-        if orders["leg"][row] == OCO_STOP:
+        if orders[row]["leg"] == OCO_STOP:
             continue
         if throttled:
             count += 1.0
-        if doubled and math.isinf(age) and orders["symbol"][row] == s and _identical(order, orders, row):
+        if doubled and math.isinf(age) and orders[row]["symbol"] == s and _identical(order, orders, row):
             age = now - then
     return age, count
 
 
-@compiled
+@compiled_part
 def _identical(order: OrderFacts, orders: Table, row: int) -> bool:
-    stop = orders["stop"][row + 1] if orders["leg"][row] == OCO_LIMIT else orders["stop"][row]
+    stop = orders[row + 1]["stop"] if orders[row]["leg"] == OCO_LIMIT else orders[row]["stop"]
     return (
-        orders["side"][row] == order.side_sign
-        and orders["qty"][row] == order.qty
-        and orders["type"][row] == order.order_type
-        and _same(orders["limit"][row], order.limit_price)
+        orders[row]["side"] == order.side_sign
+        and orders[row]["qty"] == order.qty
+        and orders[row]["type"] == order.order_type
+        and _same(orders[row]["limit"], order.limit_price)
         and _same(stop, order.stop_price)
     )
 
 
-@compiled
+@compiled_part
 def _same(a: float, b: float) -> bool:
     return a == b or (math.isnan(a) and math.isnan(b))
 
 
-@compiled
+@compiled_part
 def _facts(
     t: int, s: int, order: OrderFacts, money: Money, market: Market, rules: Rules, book: Book, orders: Table
 ) -> RiskFacts:
     gross, reserved, pending = money.gross, 0.0, 0.0
     for k in range(book.counts[WORKING]):
         row = book.working[k]
-        other, side, left = orders["symbol"][row], orders["side"][row], orders["remaining"][row]
-        held_back = reserved_cost(orders["cost"][row], orders["qty"][row], left)
+        other, side, left = orders[row]["symbol"], orders[row]["side"], orders[row]["remaining"]
+        held_back = reserved_cost(orders[row]["cost"], orders[row]["qty"], left)
         reserved = round_to(reserved + held_back, CASH_DECIMALS)
-        if orders["exit"][row] == 0:
+        if orders[row]["exit"] == 0:
             gross = pending_exposure(gross, side, left, book.qty[other], book.mark[other])
             if other == s:
                 pending = side * left
@@ -227,15 +227,14 @@ def _facts(
         money.day_start_equity,
     )
 
-# %% ../../nbs/research/00_ledger.ipynb #b33225fd
-@compiled
+# %% ../../nbs/research/00_ledger.ipynb #4fec301b
+@compiled_part
 def submit(
     t: int,
     s: int,
     signed_qty: float,
     limit: float,
     stop: float,
-    is_exit: bool,
     money: Money,
     market: Market,
     rules: Rules,
@@ -244,9 +243,13 @@ def submit(
     orders: Table,
     refusals: Table,
 ) -> bool:
-    """Check one order and, if it passes, submit it; says whether it passed."""
+    """Check one order and, if it passes, submit it; says whether it passed.
+
+    Targets are market orders: an order with a limit or a stop is an exit.
+    """
     side = 1 if signed_qty > 0.0 else -1
     is_oco = not math.isnan(limit) and not math.isnan(stop)
+    is_exit = not math.isnan(limit) or not math.isnan(stop)
     kind = LIMIT if not math.isnan(limit) else MARKET if math.isnan(stop) else STOP
     identity = OrderFacts(side, abs(signed_qty), kind, limit, stop)
     facts = _facts(t, s, identity, money, market, rules, book, orders)
@@ -259,7 +262,7 @@ def submit(
     legs = 2 if is_oco else 1
     for leg in range(legs):
         _write_order(t, s, identity, is_oco, leg, is_exit, orders, row + leg)
-    orders["cost"][row] = facts.order_cost
+    orders[row]["cost"] = facts.order_cost
     book.counts[ORDERS] += legs
     book.working[book.counts[WORKING]] = row
     book.counts[WORKING] += 1
@@ -270,23 +273,23 @@ def submit(
     return True
 
 
-@compiled
+@compiled_part
 def _write_order(
     t: int, s: int, order: OrderFacts, is_oco: bool, leg: int, is_exit: bool, table: Table, row: int
 ) -> None:
-    table["decided"][row], table["symbol"][row], table["side"][row] = t, s, order.side_sign
-    table["type"][row] = STOP if leg == 1 else order.order_type
-    table["leg"][row] = leg + 1 if is_oco else SIMPLE
-    table["exit"][row] = 1 if is_exit else 0
-    table["qty"][row] = order.qty
-    table["limit"][row] = math.nan if leg == 1 else order.limit_price
-    table["stop"][row] = math.nan if is_oco and leg == 0 else order.stop_price
-    table["status"][row], table["triggered"][row] = OPEN, 0
-    table["filled"][row], table["average"][row], table["cost"][row] = 0.0, 0.0, 0.0
-    table["remaining"][row] = order.qty
+    table[row]["decided"], table[row]["symbol"], table[row]["side"] = t, s, order.side_sign
+    table[row]["type"] = STOP if leg == 1 else order.order_type
+    table[row]["leg"] = leg + 1 if is_oco else SIMPLE
+    table[row]["exit"] = 1 if is_exit else 0
+    table[row]["qty"] = order.qty
+    table[row]["limit"] = math.nan if leg == 1 else order.limit_price
+    table[row]["stop"] = math.nan if is_oco and leg == 0 else order.stop_price
+    table[row]["status"], table[row]["triggered"] = OPEN, 0
+    table[row]["filled"], table[row]["average"], table[row]["cost"] = 0.0, 0.0, 0.0
+    table[row]["remaining"] = order.qty
 
 
-@compiled
+@compiled_part
 def _refuse(
     t: int,
     s: int,
@@ -307,14 +310,14 @@ def _refuse(
     book.counts[REFUSALS] += 1
     if n >= REFUSALS_KEPT:
         return
-    refusals["decided"][n], refusals["symbol"][n], refusals["side"][n] = t, s, order.side_sign
-    refusals["type"][n], refusals["leg"][n] = order.order_type, OCO_LIMIT if is_oco else SIMPLE
-    refusals["exit"][n] = 1 if is_exit else 0
-    refusals["qty"][n], refusals["limit"][n], refusals["stop"][n] = order.qty, order.limit_price, order.stop_price
-    refusals["state"][n], refusals["restricted"][n] = facts.state, facts.restricted
-    refusals["allow_short"][n], refusals["duplicate_age_s"][n] = facts.allow_short, facts.duplicate_age_s
-    refusals["orders_in_window"][n], refusals["reference_price"][n] = facts.orders_in_window, facts.reference_price
-    refusals["reference_age_s"][n], refusals["position_qty"][n] = facts.reference_age_s, facts.position_qty
-    refusals["pending_qty"][n], refusals["gross_exposure"][n] = facts.pending_qty, facts.gross_exposure
-    refusals["buying_power"][n], refusals["order_cost"][n] = facts.buying_power, facts.order_cost
-    refusals["equity"][n], refusals["day_start_equity"][n] = facts.equity, facts.day_start_equity
+    refusals[n]["decided"], refusals[n]["symbol"], refusals[n]["side"] = t, s, order.side_sign
+    refusals[n]["type"], refusals[n]["leg"] = order.order_type, OCO_LIMIT if is_oco else SIMPLE
+    refusals[n]["exit"] = 1 if is_exit else 0
+    refusals[n]["qty"], refusals[n]["limit"], refusals[n]["stop"] = order.qty, order.limit_price, order.stop_price
+    refusals[n]["state"], refusals[n]["restricted"] = facts.state, facts.restricted
+    refusals[n]["allow_short"], refusals[n]["duplicate_age_s"] = facts.allow_short, facts.duplicate_age_s
+    refusals[n]["orders_in_window"], refusals[n]["reference_price"] = facts.orders_in_window, facts.reference_price
+    refusals[n]["reference_age_s"], refusals[n]["position_qty"] = facts.reference_age_s, facts.position_qty
+    refusals[n]["pending_qty"], refusals[n]["gross_exposure"] = facts.pending_qty, facts.gross_exposure
+    refusals[n]["buying_power"], refusals[n]["order_cost"] = facts.buying_power, facts.order_cost
+    refusals[n]["equity"], refusals[n]["day_start_equity"] = facts.equity, facts.day_start_equity
