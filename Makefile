@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PYTHONWARNINGS ?= ignore::DeprecationWarning:alpaca,ignore::DeprecationWarning:websockets
 
-.PHONY: help install demo test lint types sync-check coverage fmt notebook export bench constraints clean
+.PHONY: help install demo test lint types sync-check coverage fmt notebook export bench simulate constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -62,6 +62,9 @@ notebook: install ## open the notebooks in JupyterLab
 
 bench: install ## measured figures: import time, engines, order path
 	$(BIN)/python -m tests.bench
+
+simulate: install ## play SEEDS sessions behind a bad connection (300), and report what broke
+	@$(BIN)/python -m tests.simulation --seeds $(or $(SEEDS),300)
 
 constraints: ## resolve everything anew and pin it
 	rm -rf $(VENV)

@@ -1,4 +1,4 @@
-"""One seed: a short session of the real agents, bus and journal behind a bad connection, and what must hold after it."""
+"""One seed: a short session of the real agents, bus and journal behind a bad connection, and what must hold then."""
 
 from __future__ import annotations
 
@@ -43,7 +43,16 @@ from trader_lib.session.wiring import Agents, SessionInputs
 from trader_lib.strategy.contract import Strategy
 from trader_lib.strategy.exits import ProtectiveExits
 from trader_lib.strategy.planner import Planner
-from trader_lib.trading.events import AgentFailed, Event, FillRecorded, OrderIntended, Reconciled
+from trader_lib.trading.events import (
+    AgentFailed,
+    Event,
+    FillRecorded,
+    OrderAcknowledged,
+    OrderFailed,
+    OrderIntended,
+    Reconciled,
+    TradeUpdated,
+)
 from trader_lib.trading.orders import OrderRequest
 
 SYMBOLS = ("AAA", "BBB")
@@ -90,7 +99,8 @@ class Plan:
     strategy: Restless
     costs: Costs
     limits: Limits
-    very_late: bool
+    very_late: bool  # orders arrive a minute after their sender has given up
+    to_the_end: bool  # the storm does not abate before the session closes
 
 
 def plan(seed: int) -> Plan:
@@ -124,7 +134,8 @@ def plan(seed: int) -> Plan:
     )
     costs = Costs(volume_share=float(rng.choice([0.02, 0.05, 0.2])), slippage_bps=float(rng.choice([0.0, 2.0])))
     limits = Limits(max_order_qty=900, max_position_qty=1100, max_gross_exposure=1.2)
-    return Plan(seed, faults, strategy, costs, limits, very_late)
+    to_the_end = not very_late and bool(rng.random() < 0.25)
+    return Plan(seed, faults, strategy, costs, limits, very_late, to_the_end)
 
 
 @cache
@@ -226,12 +237,13 @@ class World:
         )
         history = bars.head(WARMUP)
         market_data = MarketDataAgent(bus, clock, calendar, SYMBOLS, "1Min")
+        planner = Planner(SYMBOLS, spec.sizing, plan.strategy.exits)
         agents = self.agents = Agents(
             MonitorAgent(bus, clock),
             PortfolioAgent(bus, clock, inputs.commission),
             self._execution(bus, clock, broker, journal.commit, Patience()),
             RiskAgent(bus, clock, plan.limits, history),
-            StrategyAgent(bus, clock, plan.strategy, history, Planner(SYMBOLS, spec.sizing, plan.strategy.exits), session_id),
+            StrategyAgent(bus, clock, plan.strategy, history, planner, session_id),
             market_data,
         )
         desk = Desk(bus, broker, ids)
@@ -263,7 +275,8 @@ class World:
         for close in closes:
             await clock.sleep((close - clock.now()).total_seconds())
             self.exchange.advance()
-        self.broker.faults = Faults()
+        if not self.plan.to_the_end:
+            self.broker.faults = Faults()
 
     # --- what must hold
 
@@ -274,9 +287,11 @@ class World:
         for earlier in self.broker.submissions:
             if earlier.request.client_order_id == name and earlier.fate != "limited":
                 broken.append(f"sent twice: {name} was sent again after it was {earlier.fate}")
-        limits = self.plan.limits
-        if limits.max_order_qty is not None and request.qty is not None and request.qty > limits.max_order_qty:
-            broken.append(f"limit: {name} is over {request.qty} shares")
+        held = {position.symbol: position.qty for position in self.exchange.positions()}.get(request.symbol, Decimal(0))
+        reduces = held * request.signed_qty < 0 and abs(request.signed_qty) <= abs(held)
+        bound = self.plan.limits.max_order_qty
+        if bound is not None and not reduces and abs(request.signed_qty) > bound:
+            broken.append(f"limit: {name} is over {request.qty} shares, {bound:g} allowed")
 
     def _check(self, found: Reconciled) -> None:
         outcome, exchange, broken = self.outcome, self.exchange, self.outcome.broken
@@ -293,8 +308,10 @@ class World:
         broken += [f"left open: {order.client_order_id}" for order in exchange.orders()]
         broken += [f"down: {agent.name}" for agent in self.agents.all() if agent.health().state == "down"]
 
+        silent = _without_outcome(events)
+        broken += [f"unresolved: nobody knows what became of {name}" for name in sorted(silent)]
         decisions: dict[Any, list[str]] = defaultdict(list)
-        placed = [order for order in exchange.orders(open_only=False)]
+        placed = exchange.orders(open_only=False)
         outcome.orders = len(placed)
         for order in placed:
             intent = self.journal.safe.get(order.client_order_id)
@@ -304,6 +321,11 @@ class World:
             key = order.symbol, intent.decided_at, intent.request.purpose
             decisions[key].append(order.client_order_id)
         broken += [f"doubled: {key} led to {names}" for key, names in decisions.items() if len(names) > 1]
+
+        if not self.plan.very_late:
+            given_up = {e.payload.client_order_id for e in events if _gives_up(e)}
+            early = sorted(given_up & {order.client_order_id for order in placed})
+            broken += [f"given up too early: {name} was said not to have been sent" for name in early]
 
         theirs: dict[str, Decimal] = defaultdict(Decimal)
         for execution in self.executions:
@@ -337,6 +359,24 @@ class World:
 
 def _largest_position(executions: list[OrderEvent]) -> Decimal:
     return max((abs(event.position_qty or Decimal(0)) for event in executions), default=Decimal(0))
+
+
+def _without_outcome(events: list[Event]) -> set[str]:
+    """Orders that were to be sent, and of which neither the broker's record nor a definite failure was ever heard."""
+    waiting: set[str] = set()
+    for event in events:
+        match event.payload:
+            case OrderIntended(request=request):
+                waiting.add(request.client_order_id)
+            case OrderAcknowledged(order=order) | TradeUpdated(order=order):
+                waiting.discard(order.client_order_id)
+            case OrderFailed(client_order_id=name, outcome=outcome) if outcome != "unknown":
+                waiting.discard(name)
+    return waiting
+
+
+def _gives_up(event: Event) -> bool:
+    return isinstance(event.payload, OrderFailed) and event.payload.outcome == "not_sent"
 
 
 def _fingerprint(events: list[Event]) -> str:
