@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'runs', 'Json', 'Profile', 'Folder', 'Session', 'Reason', 'check_port', 'extra_parameters', 'backtest', 'paper',
-           'exchange', 'list_', 'show', 'compare', 'kill', 'reduce', 'resume', 'status', 'config', 'doctor', 'demo',
-           'strategies', 'main']
+           'live', 'exchange', 'list_', 'show', 'compare', 'kill', 'reduce', 'resume', 'status', 'config', 'doctor',
+           'demo', 'strategies', 'main']
 
 # %% ../../nbs/app/04_cli.ipynb #2ab2258d
 import asyncio
@@ -63,7 +63,7 @@ Json = Annotated[bool, Parameter(negative=(), help="Print JSON.")]
 Profile = Annotated[Literal["research", "paper", "live"] | None, Parameter(help="Settings profile. [research]")]
 Folder = Annotated[str | None, Parameter(name="--runs", help="Folder of the run folders. [./runs]")]
 
-# %% ../../nbs/app/04_cli.ipynb #277d94ab
+# %% ../../nbs/app/04_cli.ipynb #2ac336dd
 def _run(
     kind: "Kind",
     given: dict[str, object],
@@ -71,6 +71,7 @@ def _run(
     extra: dict[str, object],
     *,
     resume: "RunFolder | None" = None,
+    account: str = "",  # live: the number that the operator typed
 ) -> int:
     """Check, run, and print what came of it."""
     from trader_lib.app.console import progress_bar, say
@@ -88,6 +89,14 @@ def _run(
     if kind != "backtest" and settings.broker.kind == "simulated" and settings.broker.transport == "http":
         check_port(settings.exchange.host, settings.exchange.port)
     real_time = kind != "backtest" and settings.broker.kind == "alpaca"
+    if kind == "live":
+        from trader_lib.app.live import check_live
+
+        bounds = given.get("limits")
+        own = bounds if isinstance(bounds, dict) else {}
+        check_live(asked, settings, account=account, given_limits=own, store=RunStore(settings.runs.path))
+    elif real_time and not settings.broker.paper:
+        raise Misused("These settings trade real money, which `trader live` alone does. Use the profile paper.")
     try:
         with progress_bar(kind) as report:
             run = run_notebook(
@@ -109,8 +118,8 @@ def _run(
     return 0
 
 
-def _resume(which: str, how: HowOptions | None) -> int:
-    """Find a run that died, and go on with it."""
+def _resume(command: "Kind", which: str, how: HowOptions | None, account: str = "") -> int:
+    """Find a run of the command's kind that died, and go on with it."""
     from trader_lib.config.settings import load_settings
     from trader_lib.runs.resume import asked_for, ensure_resumable
     from trader_lib.runs.store import RunStore
@@ -119,8 +128,10 @@ def _resume(which: str, how: HowOptions | None) -> int:
     run = RunStore(load_settings(chosen.profile, overrides=setting_overrides(how)).runs.path).find(which)
     ensure_resumable(run)
     kind, given, extra = asked_for(run)
+    if kind != command:
+        raise Misused(f"{run.name} is a {kind} run: it is resumed by `trader {kind} --resume`.")
     profile = chosen.profile or cast("Literal['research', 'paper', 'live'] | None", given.get("profile"))
-    return _run(kind, given, replace(chosen, profile=profile), extra, resume=run)
+    return _run(kind, given, replace(chosen, profile=profile), extra, resume=run, account=account)
 
 
 def check_port(host: str, port: int) -> None:
@@ -196,7 +207,35 @@ def paper(
     if given or extra:
         told = ", ".join(sorted({**given, **extra}))
         raise Misused(f"A resumed run keeps its parameters. Leave out {told}, or start a new run.")
-    return _resume(resume, how)
+    return _resume("paper", resume, how)
+
+
+@app.command
+def live(
+    *,
+    account: Annotated[str, Parameter(help="Number of the account, as the broker shows it.")],
+    resume: Annotated[str | None, Parameter(help="Go on with a live run whose process died.")] = None,
+    what: WhatOptions | None = None,
+    costs: CostOptions | None = None,
+    limits: LimitOptions | None = None,
+    how: HowOptions | None = None,
+) -> int:
+    r"""Trade real money at Alpaca, if everything that has to be true first is true; each refusal is a sentence.
+
+    The profile is live, the limits are set by you, the account number is the broker's, and a paper session of the same
+    strategy, parameters, symbols and time frame has ended with books that agree.
+
+    Example: trader live --profile live --account 123456789 \
+        -p fast=10 -p slow=50 --max-order-notional 5000 \
+        --max-position-notional 9000 --max-gross-exposure 0.5 \
+        --max-daily-loss 0.02
+    """
+    given = given_parameters(what, costs, limits, how)
+    if resume is None:
+        return _run("live", given, how, {}, account=account)
+    if set(given) - {"profile"}:
+        raise Misused("A resumed run keeps its parameters. Leave them out, or start a new run.")
+    return _resume("live", resume, how, account)
 
 
 @app.command

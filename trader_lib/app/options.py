@@ -33,7 +33,7 @@ def _told(model: type[BaseModel], name: str, group: Group) -> Parameter:
     """An option that is explained by the model it ends up in."""
     return Parameter(group=group, help=_sentence(model.model_fields[name].description or name))
 
-# %% ../../nbs/app/01_options.ipynb #eaca5635
+# %% ../../nbs/app/01_options.ipynb #affb578c
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class WhatOptions:
@@ -58,6 +58,7 @@ class WhatOptions:
     ] = None
     feed: Annotated[str | None, Parameter(group=WHAT, help="Alpaca's feed, for the sources store and alpaca.")] = None
     adjustment: Annotated[str | None, Parameter(group=WHAT, help="all or raw. [all]")] = None
+    bars_max: Annotated[int | None, Parameter(group=WHAT, help="Real time only: end after so many bars.")] = None
 
 
 @Parameter(name="*")
