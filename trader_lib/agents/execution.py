@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DUPLICATE_CODE', 'FailureOutcome', 'Patience', 'closing_order', 'ExecutionAgent']
 
-# %% ../../nbs/agents/05_execution.ipynb #4b289488
+# %% ../../nbs/agents/05_execution.ipynb #ba55bef1
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -33,7 +33,7 @@ from trader_lib.trading.events import (
     TradingState,
     TradingStateChanged,
 )
-from ..trading.orders import Order, OrderRequest, OrderSide, OrderStatus
+from ..trading.orders import Order, OrderRequest, OrderSide, OrderStatus, decimal_text
 from ..trading.portfolio import Fill, Position
 
 
@@ -79,7 +79,7 @@ def closing_order(position: Position, command_id: str) -> OrderRequest:
         purpose="exit",
     )
 
-# %% ../../nbs/agents/05_execution.ipynb #8734aa7a
+# %% ../../nbs/agents/05_execution.ipynb #afc97368
 class ExecutionAgent(Agent):
     """Turns approved decisions into orders at the broker, and the broker's messages into fills.
 
@@ -290,7 +290,7 @@ class ExecutionAgent(Agent):
         unmanaged = track.state is LocalState.NOT_SENT or (track.cancel_wanted and track.order_id is None)
         self.book.observe(track, order, now)
         if update.qty is not None and update.price is not None:
-            execution_id = update.execution_id or f"{order.id}:{order.filled_qty}"
+            execution_id = update.execution_id or f"{order.id}:{decimal_text(order.filled_qty)}"
             if track.admit(execution_id, update.qty, update.price, now, order.filled_qty):
                 await self._record(event, track, order.id, execution_id, update.qty, update.price, update.timestamp)
         if unmanaged and track.is_open:
@@ -356,7 +356,7 @@ class ExecutionAgent(Agent):
             return
         self.book.observe(track, order, self._clock.now())
         await self.publish(OrderAcknowledged(client_order_id=track.client_order_id, order=order), event)
-        name = f"{REPAIR}{order.id}:{order.filled_qty}"
+        name = f"{REPAIR}{order.id}:{decimal_text(order.filled_qty)}"
         track.admit(name, *missing, self._clock.now())
         track.repaired_qty = order.filled_qty
         await self._record(event, track, order.id, name, *missing, order.filled_at or self._clock.now())

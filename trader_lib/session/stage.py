@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['RecordedClock', 'RecordEnds', 'failure_again', 'ScriptedBroker', 'Line', 'NotingBus']
 
-# %% ../../nbs/session/11_stage.ipynb #911fff6c
+# %% ../../nbs/session/11_stage.ipynb #faf50244
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from ..agents.execution import Patience
+from ..agents.tracking import OrderBook
 from ..broker.inbox import Inbox
 from ..broker.port import Asset, MarketClock
 from ..bus.bus import Handler, Subscription
@@ -19,6 +21,7 @@ from trader_lib.trading.events import (
     AccountReported,
     AgentFailed,
     Event,
+    FillRecorded,
     OrderAcknowledged,
     OrderFailed,
     Payload,
@@ -61,21 +64,34 @@ def failure_again(said: AgentFailed) -> Exception:
     kind: type[Exception] = type(name if name.isidentifier() else "RecordedFailure", (Exception,), {})
     return kind(words)
 
-# %% ../../nbs/session/11_stage.ipynb #5c3a5aa8
+# %% ../../nbs/session/11_stage.ipynb #fe4c7643
 class ScriptedBroker:
-    """The broker's side of the conversation, read from a script."""
+    """The broker's side of the conversation, read from a script.
 
-    def __init__(self) -> None:
+    clock: shows when the next line was recorded. attempts: after so many answers that an order does not exist, the agent
+    believes it.
+    """
+
+    def __init__(self, clock: RecordedClock, attempts: int = Patience().attempts) -> None:
+        self._clock = clock
+        self.book: OrderBook | None = None  # the agent's own, as soon as there is one
+        self._attempts = attempts
         self._script: deque[Event] = deque()
 
     def cue(self, script: Iterable[Event]) -> None:
         """Take the script of the event that is handled next."""
         self._script = deque(script)
+        self._turn()
+
+    def _turn(self) -> None:
+        if self._script:
+            self._clock.show(self._script[0].recorded_at)
 
     def heard(self, payload: Payload) -> None:
         """The agent has said a line that may be on the script: the next one is due."""
         if self._script and isinstance(payload, type(self._script[0].payload)):
             self._script.popleft()
+            self._turn()
 
     def commit(self) -> None:
         """The journal's commit; raises what it raised, where it did."""
@@ -110,15 +126,27 @@ class ScriptedBroker:
         if isinstance(said, OrderAcknowledged):
             return said.order
         if said is not None:
+            self._last_of_many(client_order_id)
             return None
         raise TraderError("No answer is on record.")
+
+    def _last_of_many(self, client_order_id: str) -> None:
+        """The broker said several times that it has no such order, over several ticks; only the last is on record."""
+        track = None if self.book is None else self.book.get(client_order_id)
+        if track is not None:
+            track.absent = max(track.absent, self._attempts - 1)
 
     async def cancel(self, order_id: str) -> None:
         """Nothing: what came of it, a look-up told."""
 
     async def orders(self, status: str = "open") -> tuple[Order, ...]:
-        """None, so that the agent looks every order up: those that it did look up are on record."""
-        return ()
+        """Those alone that are repaired without being looked up before: what else the agent looks up is on record."""
+        first: dict[str, tuple[Order, Payload | None]] = {}
+        lines = [event.payload for event in self._script]
+        for line, after in zip(lines, [*lines[1:], None], strict=False):
+            if isinstance(line, OrderAcknowledged):
+                first.setdefault(line.order.id, (line.order, after))
+        return tuple(order for order, after in first.values() if isinstance(after, FillRecorded))
 
     def troubles(self) -> tuple[str, ...]:
         """None."""
