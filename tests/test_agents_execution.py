@@ -537,6 +537,68 @@ async def test_repair_finds_nothing_to_repair(stage: Stage) -> None:
     assert stage.filled == 4
 
 
+async def test_order_that_stays_unanswered_for_is_given_up_once_the_broker_has_said_often_enough_that_it_has_none(
+    stage: Stage,
+) -> None:
+    stage.broker.answers = [OutcomeUnknown("timed out")]
+    stage.broker.records = [None, Retryable("down"), Retryable("down")]
+    await stage.approve()
+    assert stage.outcomes == ["unknown"]
+    for _ in range(2):
+        await stage.say(ClockTicked(at=NOW))
+    assert stage.outcomes == ["unknown", "not_sent"] and not stage.agent.book.working()
+    assert len(stage.broker.submitted) == 1
+
+
+async def test_order_that_arrives_after_it_was_given_up_is_found_at_a_tick_and_canceled(stage: Stage) -> None:
+    stage.broker.answers = [OutcomeUnknown("timed out")]
+    await stage.approve()
+    assert stage.outcomes[-1] == "not_sent"
+    await stage.say(ClockTicked(at=NOW))  # still not there
+    stage.broker.records = [record(status="new"), record(status="canceled")]
+    await stage.say(ClockTicked(at=NOW))
+    assert stage.broker.canceled == ["at-broker-c-1"] and not stage.agent.book.working()
+
+
+async def test_fills_of_an_order_that_arrived_after_it_was_given_up_are_repaired(stage: Stage) -> None:
+    stage.broker.answers = [OutcomeUnknown("timed out")]
+    await stage.approve()
+    whole = record(status="filled", filled=10)
+    stage.broker.records = [whole]
+    await stage.say(ClockTicked(at=NOW))
+    stage.clock.advance_to(stage.clock.now() + PATIENCE.grace)
+    stage.broker.records = [whole]
+    await stage.say(ClockTicked(at=NOW))
+    assert stage.filled == 10 and not stage.broker.canceled
+
+
+async def test_message_that_a_repair_has_replaced_does_not_take_the_place_of_a_later_fill(stage: Stage) -> None:
+    await stage.approve()
+    await stage.report("partially_filled", "restated", filled=4)  # the fills themselves are under way
+    stage.clock.advance_to(stage.clock.now() + PATIENCE.grace)
+    stage.broker.open = [record(status="partially_filled", filled=4)]
+    stage.broker.records = [record(status="partially_filled", filled=4)]
+    await stage.say(ClockTicked(at=NOW))
+    assert stage.filled == 4
+    await stage.report("filled", "restated", filled=10)
+    await stage.fill("x-1", 4, 4)  # late: what was repaired
+    assert stage.filled == 4
+    await stage.fill("x-2", 6, 10)
+    assert stage.filled == 10 and [fill.fill.qty for fill in stage.heard(FillRecorded)] == [4, 6]
+
+
+async def test_repaired_price_is_as_exact_as_the_brokers_average(stage: Stage) -> None:
+    await stage.approve()
+    await stage.fill("x-1", 7, 7)
+    whole = record(status="filled", filled=10, filled_avg_price=Decimal("100.333333"), filled_at=NOW)
+    stage.broker.records = [whole]
+    await stage.say(ClockTicked(at=NOW))
+    stage.clock.advance_to(stage.clock.now() + PATIENCE.grace)
+    stage.broker.records = [whole]
+    await stage.say(ClockTicked(at=NOW))
+    assert stage.heard(FillRecorded)[-1].fill.price == Decimal("101.111110")
+
+
 async def test_patience_doubles_up_to_its_cap_and_obeys_the_broker() -> None:
     assert [PATIENCE.pause(attempt) for attempt in range(3)] == [1.0, 2.0, 2.0]
     assert PATIENCE.pause(0, 9.0) == 9.0

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator, Sequence
 from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,13 @@ from trader_lib.trading.events import (
     CancelIntended,
     ClockTicked,
     Event,
+    FillRecorded,
     OrderAcknowledged,
     OrderIntended,
     TradeUpdated,
 )
 from trader_lib.trading.orders import Order, OrderRequest, OrderSide
+from trader_lib.trading.portfolio import Fill
 
 CALENDAR = TradingCalendar()
 ROW = BarRow(open=10, high=11, low=9, close=10, volume=100)
@@ -201,17 +204,61 @@ def order(**fields: Any) -> Order:
     return Order.model_validate(given | {"submitted_at": OPEN} | fields)
 
 
+FILL = Fill(
+    execution_id="x-1",
+    order_id="o-1",
+    client_order_id="c-1",
+    symbol="IBM",
+    side=OrderSide.BUY,
+    qty=Decimal(1),
+    price=Decimal(10),
+    timestamp=OPEN,
+)
+
+
 async def test_account_is_asked_for_again_only_after_a_fill() -> None:
     stage = Stage(OPEN, "1Min")
+    stage.desk.start()
     await stage.desk.report_account("a")
     await stage.desk.report_account("b")
     await stage.desk.publish(TradeUpdated(event="new", order=order(), timestamp=OPEN))
     await stage.desk.report_account("c")
     assert stage.market.reports == 1
-    fill = TradeUpdated(event="fill", order=order(status="filled", filled_qty=1), qty=1, price=10, timestamp=OPEN)  # type: ignore[arg-type]
-    await stage.desk.publish(fill)
     await stage.desk.report_account("d")
+    assert stage.market.reports == 1
+    await stage.bus.publish(FillRecorded(fill=FILL), source="test", correlation_id="e")
+    await stage.bus.idle()
+    await stage.desk.report_account("e")
     assert stage.market.reports == 2
+
+
+async def test_account_is_asked_for_after_a_fill_that_the_stream_never_told() -> None:
+    stage = Stage(OPEN, "1Min")
+    stage.desk.start()
+    await stage.desk.report_account("a")
+    repaired = FILL.model_copy(update={"execution_id": "repair:o-1:1"})
+    await stage.bus.publish(FillRecorded(fill=repaired), source="test", correlation_id="b")
+    await stage.bus.idle()
+    await stage.desk.report_account("c")
+    assert stage.market.reports == 2
+
+
+async def test_bar_waits_until_the_account_is_known() -> None:
+    stage = Stage(OPEN + timedelta(minutes=1), "1Min", bars_max=1)
+    for symbol in ("AAPL", "IBM"):
+        stage.market.inbox.put(BarArrived(symbol, OPEN, ROW))
+    answer, asked = stage.market.account, []
+
+    async def account() -> AccountReported:
+        asked.append(stage.clock.now())
+        if len(asked) < 3:
+            raise Retryable("down")
+        return await answer()
+
+    stage.market.account = account  # type: ignore[method-assign]
+    await stage.driver.run(asyncio.Event())
+    kinds = [type(event.payload) for event in stage.events]
+    assert len(asked) == 3 and kinds.index(AccountReported) < kinds.index(BarsClosed)
 
 
 async def test_stream_that_is_lost_for_good_ends_the_run() -> None:

@@ -79,7 +79,7 @@ def closing_order(position: Position, command_id: str) -> OrderRequest:
         purpose="exit",
     )
 
-# %% ../../nbs/agents/05_execution.ipynb #afc97368
+# %% ../../nbs/agents/05_execution.ipynb #66489852
 class ExecutionAgent(Agent):
     """Turns approved decisions into orders at the broker, and the broker's messages into fills.
 
@@ -192,8 +192,6 @@ class ExecutionAgent(Agent):
     async def _acknowledge(self, event: Event, track: OrderTrack, order: Order) -> None:
         self.book.observe(track, order, self._clock.now())
         await self.publish(OrderAcknowledged(client_order_id=track.client_order_id, order=order), event)
-        if track.cancel_wanted and track.is_open:
-            await self._cancel(event, track)
 
     async def _fail(
         self, event: Event, client_order_id: str, reason: str, outcome: FailureOutcome, code: int | None = None
