@@ -1,8 +1,9 @@
 """Journals are verified, shown, exported and replayed from outside; a forged one is caught at its place."""
 
+import asyncio
 import sqlite3
 from collections.abc import Callable, Iterator
-from datetime import date
+from datetime import date, datetime
 from os import makedirs
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ import pandas as pd
 import pytest
 from loguru import logger
 
+from tests.simulation.loop import VirtualLoop
+from tests.simulation.world import World
 from trader_lib.app.cli import main
 from trader_lib.config.settings import load_settings
 from trader_lib.errors.taxonomy import InvariantBroken
 from trader_lib.journal.journal import SqliteJournal
 from trader_lib.market.bars import Bars
 from trader_lib.market.synthetic import synthetic_bars
+from trader_lib.session.control import ControlFile
 from trader_lib.session.replay import ReplayResult, replay
 from trader_lib.session.session import run_session
 from trader_lib.session.spec import SessionSpec
@@ -129,6 +133,37 @@ async def test_a_journal_that_ends_anywhere_replays_to_there(path: Path) -> None
         cut = forge(path, lambda event, last=last: event if event.seq <= last else None)
         result = await replayed(cut)
         assert result.agrees and not result.ended and result.events == last, result.sentence()
+
+
+async def test_a_resumed_session_replays_as_one(path: Path, tmp_path: Path) -> None:
+    settings = load_settings(environ={}, env_file=None, overrides={"broker": {"transport": "in_process"}})
+    for last in (7, 60, 90):
+        cut = forge(path, lambda event, last=last: event if event.seq <= last else None)
+        await run_session(SPEC, settings, journal_path=cut, resume=True)
+        result = await replayed(cut)
+        assert result.agrees and result.ended, result.sentence()
+
+
+@pytest.mark.parametrize("action", ["reduce", "halt", "flatten"])
+async def test_a_session_that_an_operator_stopped_replays(action: Any, tmp_path: Path) -> None:
+    control = ControlFile.beside(tmp_path / "journal.sqlite")
+
+    def interfere(bars: int, _: datetime) -> None:
+        if bars in (25, 45):
+            control.append(action if bars == 25 else "resume", reason="to see", by="me")
+
+    result = await replayed(await session(tmp_path, progress=interfere))
+    assert result.agrees and result.compared["trading_state_changed"] >= 1, result.sentence()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_session_behind_a_bad_connection_replays(seed: int, tmp_path: Path) -> None:
+    world = World(seed, tmp_path)
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(world.run())
+    with SqliteJournal(tmp_path / "journal.sqlite", read_only=True) as journal:
+        result = asyncio.run(replay(journal, strategy=world.plan.strategy))
+    assert result.agrees and result.compared["order_acknowledged"] > 5, result.sentence()
 
 
 # ---- what diverges
