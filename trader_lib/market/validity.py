@@ -44,13 +44,14 @@ class BarValues(NamedTuple):
 
 FIELDS = BarValues._fields
 
-# %% ../../nbs/market/01_validity.ipynb #5ac3071e
+# %% ../../nbs/market/01_validity.ipynb #9027e9fb
 def refuse(what: str, remedy: str, *, symbol: str = "", time_ns: int | None = None) -> NoReturn:
     """Raise BadData as one sentence and a remedy; context: symbol, time (UTC datetime), reason."""
     when = None if time_ns is None else from_ns(time_ns)
     place = " at ".join(str(part) for part in (symbol, when) if part)
+    said = f"{place}: {what}" if place else what[:1].upper() + what[1:]
     raise BadData(
-        f"{place + ': ' if place else ''}{what}. {remedy}{'' if remedy.endswith('?') else '.'}",
+        f"{said}. {remedy}{'' if remedy.endswith('?') else '.'}",
         symbol=symbol,
         time=when,
         reason=what,

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['NOWHERE', 'Standing', 'rebuild']
 
-# %% ../../nbs/session/09_rebuild.ipynb #7d75ffb4
+# %% ../../nbs/session/09_rebuild.ipynb #2ffccd26
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from ..broker.in_process import trade_update
 from ..broker.inbox import BarArrived, InboxItem
 from ..errors.taxonomy import BadData, Rejected
 from ..exchange.book import OrderEvent, Step
@@ -16,7 +17,7 @@ from ..exchange.engine import Exchange
 from ..trading.events import BarRow, BarsClosed, Event, OrderAcknowledged, OrderIntended, TradeUpdated
 from ..trading.orders import Order, OrderRequest, OrderStatus
 
-# %% ../../nbs/session/09_rebuild.ipynb #708384a1
+# %% ../../nbs/session/09_rebuild.ipynb #5218c47d
 class Standing(NamedTuple):
     """Where an exchange stands: the bar that closed last, None before the first; and what nobody has written down yet."""
 
@@ -52,17 +53,7 @@ class _Rebuilder:
 
     def _hear(self, event: OrderEvent) -> None:
         if self._listening:
-            self._told.append(
-                TradeUpdated(
-                    event=event.event,
-                    order=event.order,
-                    execution_id=event.execution_id,
-                    qty=event.qty,
-                    price=event.price,
-                    position_qty=event.position_qty,
-                    timestamp=event.at,
-                )
-            )
+            self._told.append(trade_update(event))
 
     def take(self, event: Event) -> None:
         match event.payload:
