@@ -20,13 +20,14 @@ from trader_lib.clock.sessions import NEW_YORK, TradingCalendar
 from trader_lib.config.settings import load_settings
 from trader_lib.exchange.engine import Exchange
 from trader_lib.exchange.server import ExchangeServer
+from trader_lib.journal.journal import SqliteJournal
 from trader_lib.market.synthetic import synthetic_bars
 from trader_lib.runs.store import RunFolder, RunStore
 from trader_lib.session.control import ControlFile
 from trader_lib.session.session import run_session
 from trader_lib.session.spec import SessionSpec
 from trader_lib.session.status import session_status
-from trader_lib.trading.events import TradingState
+from trader_lib.trading.events import SessionStarted, TradingState
 
 Trader = Callable[..., tuple[int, str, str]]
 
@@ -135,7 +136,7 @@ def test_running_session_is_seen_reduced_flattened_and_resumed(trader: Trader, t
         process.kill()
         process.wait()
     code, out, _ = trader("status")
-    assert code == 6 and "dead" in out and "trader kill" in out
+    assert code == 7 and "dead" in out and "trader kill" in out
 
 
 def test_session_that_was_flattened_and_then_died_is_resumed_halted(trader: Trader, tmp_path: Path) -> None:
@@ -162,7 +163,7 @@ def test_halt_of_a_dead_session_binds_the_one_that_takes_its_folder_up(trader: T
         assert process.wait(60) == 0
     status = session_status(run.journal)
     assert status.state is TradingState.HALTED and status.ended and not status.positions
-    assert trader("status", run.name)[0] == 6
+    assert trader("status", run.name)[0] == 7
 
 
 def test_second_session_in_the_same_folder_is_refused(trader: Trader, tmp_path: Path) -> None:
@@ -200,7 +201,7 @@ def market(feed_s: float = 0.1) -> Iterator[ExchangeServer]:
     days = [day.date for day in TradingCalendar().sessions(today - timedelta(days=20), today - timedelta(days=1))][-3:]
     bars = synthetic_bars(("AAPL", "IBM"), days[0], days[-1], timeframe="1Min", seed=3)
     stop = threading.Event()
-    with ExchangeServer(Exchange(bars, bars.n - 300), key_id="key", secret_key="secret") as server:
+    with ExchangeServer(Exchange(bars, bars.n - 1000), key_id="key", secret_key="secret") as server:
 
         def move() -> None:
             while not stop.wait(feed_s) and not server.call(lambda: server.exchange.is_over):
@@ -293,3 +294,70 @@ async def test_operator_halts_and_the_session_records_it_as_an_input(tmp_path: P
     result = await run_session(spec, settings, journal_path=tmp_path / "journal.sqlite", progress=closed)
     assert result.reconciliation.ok and result.status == "completed"
     assert {name for refusal in result.refusals for name in refusal.checks} <= {"TRADING_STATE", "BUYING_POWER"}
+
+
+# ---- real money, behind its guard
+
+WHAT = ("--strategy", "sma_cross", "-p", "fast=2", "-p", "slow=4", "--symbols", "AAPL,IBM", "--timeframe", "1Min")
+LIMITS = (
+    *("--max-order-notional", "60000", "--max-position-notional", "60000"),
+    *("--max-gross-exposure", "1.5", "--max-daily-loss", "0.5"),
+)
+
+
+def test_every_refusal_is_told_at_once(trader: Trader, tmp_path: Path) -> None:
+    code, out, err = trader("live", "--account", "1", *WHAT)
+    assert (code, out) == (3, "") and "Traceback" not in err
+    for words in ("The profile is research", "max_order_notional has to be yours", "no reconciled paper session"):
+        assert words in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_account_has_to_be_typed(trader: Trader) -> None:
+    code, _, err = trader("live", *WHAT)
+    assert code == 2 and "--account" in err
+
+
+def test_paper_does_not_trade_real_money(trader: Trader, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("APCA_API_KEY_ID", "key")
+    monkeypatch.setenv("APCA_API_SECRET_KEY", "secret")
+    code, _, err = trader("paper", "--profile", "live", *WHAT)
+    assert code == 2 and "`trader live` alone" in err and not (tmp_path / "runs").exists()
+
+
+def test_what_was_rehearsed_on_paper_may_go_live(
+    trader: Trader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with market() as server:
+        for name, value in addresses(server).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("TRADER_RUNS__TIMEOUT_S", "90")
+        live = ("live", "--profile", "live", *WHAT)
+
+        code, _, err = trader(*live, *LIMITS, "--account", "SIMULATED")
+        assert code == 3 and "no reconciled paper session" in err and len(err.strip().splitlines()) == 2, err
+
+        code, out, err = trader("paper", "--profile", "paper", *WHAT, "--bars-max", "3", "--json")
+        assert code == 0 and json.loads(out)["reconciliation"]["ok"], out + err
+
+        code, _, err = trader(*live, *LIMITS, "--account", "PA-1")
+        assert code == 3 and "'PA-1'" in err and len(err.strip().splitlines()) == 2, err
+        code, _, err = trader(*live, "--account", "SIMULATED")
+        assert code == 3 and "(0.05, by profile live)" in err and len(err.strip().splitlines()) == 5, err
+        code, _, err = trader(*live, *LIMITS, "--account", "SIMULATED", "-p", "slow=5")
+        assert code == 2, err  # a parameter twice
+        monkeypatch.setenv("TRADER_BROKER__PAPER", "true")
+        code, _, err = trader(*live, *LIMITS, "--account", "SIMULATED")
+        assert code == 3 and "broker.paper false" in err
+        monkeypatch.delenv("TRADER_BROKER__PAPER")
+        other = [word.replace("slow=4", "slow=5") for word in live]
+        code, _, err = trader(*other, *LIMITS, "--account", "SIMULATED")
+        assert code == 3 and "no reconciled paper session" in err
+
+        code, out, err = trader(*live, *LIMITS, "--account", "SIMULATED", "--bars-max", "3", "--json")
+        assert code == 0 and json.loads(out)["kind"] == "live", out + err
+    (run,) = RunStore(tmp_path / "runs").runs("live")
+    with SqliteJournal(run.journal, read_only=True) as journal:
+        (begun,) = [event.payload for event in journal.last([SessionStarted])]
+    assert isinstance(begun, SessionStarted) and begun.stage == "live"
+    assert "secret" not in run.params.read_text() and "secret" not in run.notebook.read_text()

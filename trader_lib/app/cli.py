@@ -330,7 +330,7 @@ def compare(
     store = _store(folder)
     return 0 if show_comparison(store.find(left), store.find(right), as_json=json).equal else 1
 
-# %% ../../nbs/app/04_cli.ipynb #c7c8d913
+# %% ../../nbs/app/04_cli.ipynb #b84a4174
 Session = Annotated[str, Parameter(help="Name of the session's run, beginning of a name or id, path, latest-paper.")]
 Reason = Annotated[str, Parameter(help="Why; it is written into the journal.")]
 
@@ -411,7 +411,7 @@ def status(
     folder: Folder = None,
     json: Json = False,
 ) -> int:
-    """Show what a session does, or did last; exit code 0 if it is alive, 6 if it has ended or died.
+    """Show what a session does, or did last; exit code 0 if it is alive, 7 if it has ended or died.
 
     Example: trader status latest-paper --json
     """

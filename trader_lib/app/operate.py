@@ -6,7 +6,7 @@
 __all__ = ['SESSIONS', 'NOT_RUNNING', 'SILENT_S', 'session_run', 'stage_of', 'broker_settings', 'sweep_account', 'kill', 'steer',
            'show_status']
 
-# %% ../../nbs/app/08_operate.ipynb #868909ad
+# %% ../../nbs/app/08_operate.ipynb #c4842393
 from dataclasses import asdict
 from decimal import Decimal
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..trading.events import SessionStarted, TradingState
 from ..trading.orders import decimal_text
 
 SESSIONS = ("paper", "live")
-NOT_RUNNING = 6  # exit code of `trader status` for a session that has ended or died
+NOT_RUNNING = 7  # exit code of `trader status` for a session that has ended or died
 SILENT_S = 120.0  # after which a living session is called silent
 
 
@@ -175,9 +175,9 @@ async def steer(
         print_line(f"Asked for {command.state}. {words}")
     return 0 if confirmed else 1
 
-# %% ../../nbs/app/08_operate.ipynb #66ee2ac2
+# %% ../../nbs/app/08_operate.ipynb #a40ac144
 def show_status(run: RunFolder, *, as_json: bool = False) -> int:
-    """Print what a session does, or did last; 0 if it is alive, 6 if it has ended or died."""
+    """Print what a session does, or did last; 0 if it is alive, 7 if it has ended or died."""
     status = session_status(run.journal)
     if as_json:
         print_json({"run": run.name, **status.document()})
