@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,13 @@ from tests.simulation.__main__ import command
 from tests.simulation.mutations import MUTATIONS
 from tests.simulation.world import simulate
 from trader_lib.agents.execution import ExecutionAgent
+from trader_lib.broker.faults import Faults
+from trader_lib.broker.in_process import InProcessBroker
+from trader_lib.config.settings import load_settings
+from trader_lib.errors.taxonomy import Retryable
+from trader_lib.session.session import run_session
+from trader_lib.session.spec import SessionSpec
+from trader_lib.trading.portfolio import Position
 
 SEEDS = 300
 SUITE_S = 300  # a machine that is busy with other things included
@@ -53,6 +61,44 @@ def test_a_planted_bug_is_found(mutation: type[ExecutionAgent], record_property:
             record_property("caught_by_seed", seed)
             return
     pytest.fail(f"{SEEDS} seeds do not notice {mutation.__name__}: {mutation.__doc__}")
+
+
+@pytest.mark.parametrize(
+    ("seed", "faults"),
+    [
+        (1, Faults(update_lost=1.0)),
+        (2, Faults(mute=1.0, mute_s=600.0)),
+        (3, Faults(update_late=1.0, update_doubled=1.0, late_s=60.0)),
+        (4, Faults(read_fails=0.4)),
+        (5, Faults(submit_lost=0.5, read_fails=0.2)),
+        (6, Faults(answer_lost=1.0)),
+        (7, Faults(cancel_lost=0.6, cancel_answer_lost=0.6)),
+        (8, Faults(update_lost=0.5, update_doubled=1.0, answer_lost=0.5, read_fails=0.3)),
+    ],
+    ids=lambda value: str(value) if isinstance(value, int) else "",
+)
+def test_a_storm_of_one_kind_that_lasts_to_the_end_leaves_nothing_unexplained(seed: int, faults: Faults) -> None:
+    outcome = simulate(seed, faults=faults, to_the_end=True, very_late=False)
+    assert not outcome.broken and outcome.orders and outcome.faults.total()
+
+
+async def test_lockstep_session_asks_again_what_its_broker_did_not_answer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = []
+    answer = InProcessBroker.positions
+
+    async def positions(self: InProcessBroker) -> tuple[Position, ...]:
+        asked.append(self)
+        if len(asked) in {1, 2, 4}:
+            raise Retryable("down")
+        return await answer(self)
+
+    monkeypatch.setattr(InProcessBroker, "positions", positions)
+    spec = SessionSpec(start=date(2005, 1, 3), end=date(2005, 2, 28))
+    settings = load_settings(environ={}, env_file=None, overrides={"broker": {"transport": "in_process"}})
+    result = await run_session(spec, settings, journal_path=tmp_path / "journal.sqlite")
+    assert result.reconciliation.ok and len(asked) >= 5
 
 
 def test_a_seed_repeats_to_the_last_byte_of_the_journal() -> None:

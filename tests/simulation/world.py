@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from decimal import Decimal
 from functools import cache
@@ -103,7 +103,7 @@ class Plan:
     to_the_end: bool  # the storm does not abate before the session closes
 
 
-def plan(seed: int) -> Plan:
+def plan_of(seed: int) -> Plan:
     """The world of a seed: some kinds of fault, each with its own strength, and a strategy."""
     rng = generator(seed, "simulation/plan")
 
@@ -195,9 +195,9 @@ class Outcome:
 class World:
     """Everything that a seed needs, wired by hand: the composition root's parts around another broker and clock."""
 
-    def __init__(self, seed: int, folder: Path, execution: type[ExecutionAgent] = ExecutionAgent) -> None:
-        self.plan = plan(seed)
-        self.outcome = Outcome(seed)
+    def __init__(self, plan: Plan | int, folder: Path, execution: type[ExecutionAgent] = ExecutionAgent) -> None:
+        self.plan = plan_of(plan) if isinstance(plan, int) else plan
+        self.outcome = Outcome(self.plan.seed)
         self._folder = folder
         self._execution = execution
         self.executions: list[OrderEvent] = []
@@ -386,10 +386,10 @@ def _fingerprint(events: list[Event]) -> str:
     return digest.hexdigest()[:16]
 
 
-def simulate(seed: int, execution: type[ExecutionAgent] = ExecutionAgent) -> Outcome:
-    """Play one seed; what it raises is one of the things that did not hold."""
+def simulate(seed: int, execution: type[ExecutionAgent] = ExecutionAgent, **changes: Any) -> Outcome:
+    """Play one seed, its plan changed where asked; what it raises is one of the things that did not hold."""
     with TemporaryDirectory(prefix="simulation-", dir=_fast_folder()) as folder:
-        world = World(seed, Path(folder), execution)
+        world = World(replace(plan_of(seed), **changes), Path(folder), execution)
         with asyncio.Runner(loop_factory=VirtualLoop) as runner:
             try:
                 return runner.run(world.run())
