@@ -127,7 +127,7 @@ def _document(payload: Payload) -> dict[str, Any]:
 def _text(value: Any) -> str:
     return "nothing" if value is None else value if isinstance(value, str) else orjson.dumps(value).decode()
 
-# %% ../../nbs/session/12_replay.ipynb #3ce5b2a5
+# %% ../../nbs/session/12_replay.ipynb #1c4f1e8b
 @dataclass(frozen=True)
 class ReplayResult:
     """A replay that went to its end, or to the first difference.
@@ -135,7 +135,7 @@ class ReplayResult:
     events: of the journal that were read. compared: what was said again, and the same, by type. divergences: one at
     most, or, of another version, all. unfinished: what fresh agents say after the journal was cut off. unrepeated:
     recorded failures of agents whose reason lay outside (a disk, a network) and that did not come again. versions:
-    what recorded the session.
+    what recorded the session. agents: the fresh ones, as they stand at the end, to look into.
     """
 
     session_id: str
@@ -151,6 +151,7 @@ class ReplayResult:
     ended: bool  # whether the session's end was read
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    agents: Mapping[str, Agent] = field(default_factory=dict, repr=False)
 
     @property
     def agrees(self) -> bool:
@@ -217,7 +218,7 @@ def recorded_strategy(started: SessionStarted, spec: SessionSpec) -> Strategy:
         )
     return strategy
 
-# %% ../../nbs/session/12_replay.ipynb #2c8fca04
+# %% ../../nbs/session/12_replay.ipynb #c608a9c5
 SCRIPTED = (OrderAcknowledged, OrderFailed, FillRecorded, AgentFailed)  # what the execution agent says from answers
 
 
@@ -238,6 +239,7 @@ class _Director:
         self.compared: Counter[str] = Counter()
         self.divergences: list[Divergence] = []
         self.notes: list[str] = []
+        self.agents: dict[str, Agent] = {}
 
     async def run(self, until: int | datetime | None) -> None:
         for event in self._journal.read(types=SCRIPTED):
@@ -283,6 +285,7 @@ class _Director:
         self.strategy = self._strategy or recorded_strategy(started, spec)
         for agent in self.cast(spec, self.strategy, history, started.stage != "simulated"):
             await agent.start()
+            self.agents[agent.name] = agent
             for kind in agent.consumes:
                 self._routes.setdefault(kind, []).append(agent)
 
@@ -448,7 +451,7 @@ def _essence(payload: Payload) -> dict[str, Any]:
         del said["request"]["client_order_id"]
     return said
 
-# %% ../../nbs/session/12_replay.ipynb #bef8a881
+# %% ../../nbs/session/12_replay.ipynb #b0fbf2a1
 async def replay(
     journal: Journal,
     *,
@@ -481,4 +484,5 @@ async def replay(
         ended=director.ended,
         versions=started.versions,
         notes=tuple(director.notes),
+        agents=director.agents,
     )
