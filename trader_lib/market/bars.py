@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['SLACK', 'Provenance', 'Bars', 'window', 'BarLike', 'BarValues', 'Timeframe']
 
-# %% ../../nbs/market/03_bars.ipynb #8a9076e4
+# %% ../../nbs/market/03_bars.ipynb #72d641b3
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
+from functools import lru_cache
 from typing import Any, NoReturn, Self
 
 import numpy as np
@@ -40,7 +41,17 @@ class Provenance:
     content_hash: str = ""
     synthetic: bool = False
 
-# %% ../../nbs/market/03_bars.ipynb #722008f4
+# %% ../../nbs/market/03_bars.ipynb #d87b5c54
+@lru_cache(maxsize=64)
+def _labels(symbols: tuple[str, ...]) -> "pd.Index[str]":
+    return pd.Index(list(symbols))
+
+
+def _columns(symbols: tuple[str, ...]) -> "pd.Index[str]":
+    """The columns of a frame; made once for the same symbols, since a session makes a frame at every bar."""
+    return _labels(symbols).view()
+
+
 class _Buffer:
     """Room that grows; `used` rows of it are taken, and a taken row never changes."""
 
@@ -291,7 +302,7 @@ class Bars:
         """One field as a DataFrame, a column a symbol, UTC index."""
         if field not in FIELDS:
             raise Misused(f"Bars have no {field!r}.{did_you_mean(field, FIELDS)} Choose from {', '.join(FIELDS)}.")
-        return pd.DataFrame(self._block[FIELDS.index(field)].copy(), index=self.index, columns=list(self.symbols))
+        return pd.DataFrame(self._block[FIELDS.index(field)].copy(), index=self.index, columns=_columns(self.symbols))
 
     def to_frame(self) -> pd.DataFrame:
         """A row a bar: symbol, timestamp, open, high, low, close, volume; symbol by symbol."""

@@ -50,7 +50,7 @@ class Strategy(BaseModel, ABC):
         """Protective exits that accompany every position; None for none."""
         return None
 
-# %% ../../nbs/strategy/00_contract.ipynb #9e8f4215
+# %% ../../nbs/strategy/00_contract.ipynb #82a6c7bc
 def target_weights(strategy: Strategy, bars: Bars) -> NDArray[np.float64]:
     """Checked target weights [time × symbol], shares of equity; rows before the warm-up are 0.
 
@@ -84,13 +84,14 @@ def target_weights(strategy: Strategy, bars: Bars) -> NDArray[np.float64]:
 def _as_array(strategy: Strategy, targets: object, bars: Bars) -> NDArray[np.float64]:
     """A fresh float64 array of the weights, a DataFrame's columns brought into the Bars' order."""
     if isinstance(targets, pd.DataFrame):
-        if set(targets.columns) != set(bars.symbols):
+        names = tuple(targets.columns)
+        if set(names) != set(bars.symbols):
             raise Misused(
-                f"Strategy {strategy.name!r} returned the columns {list(targets.columns)} for the symbols "
+                f"Strategy {strategy.name!r} returned the columns {list(names)} for the symbols "
                 f"{list(bars.symbols)}: return one column a symbol.",
                 strategy=strategy.name,
             )
-        targets = targets[list(bars.symbols)]
+        targets = targets.to_numpy() if names == bars.symbols else targets[list(bars.symbols)]
     try:
         return np.array(targets, dtype=np.float64)
     except (TypeError, ValueError) as error:
