@@ -112,7 +112,7 @@ def torn_rows(result: SessionResult, step: int) -> list[int]:
 async def test_torn_anywhere_a_daily_session_with_exits_gives_the_same_orders(tmp_path: Path) -> None:
     one = await whole(tmp_path / "whole", DAILY)
     assert len(one.orders) > 10 and any(order.purpose == "exit" for order in one.orders)
-    for rows in torn_rows(one, 19):
+    for rows in torn_rows(one, 41):
         check(one, await resumed(cut(one, rows, tmp_path / "torn"), DAILY), rows)
 
 
@@ -120,7 +120,7 @@ async def test_torn_anywhere_in_two_bars_of_decisions_and_fills(tmp_path: Path) 
     one = await whole(tmp_path / "whole", DAILY)
     with SqliteJournal(one.journal_path, read_only=True) as journal:
         busy = next(event.seq for event in journal.read(types=[CancelIntended]))
-    for rows in range(busy - 8, busy + 8):
+    for rows in range(busy - 6, busy + 5):
         check(one, await resumed(cut(one, rows, tmp_path / "torn"), DAILY), rows)
 
 
@@ -138,7 +138,7 @@ async def test_torn_inside_an_open_market_it_gives_the_same_orders(tmp_path: Pat
     path = fresh(tmp_path / "whole") / "journal.sqlite"
     one = await run_session(spec, settings(), bars=bars, journal_path=path)
     assert any(len(order.fills) > 1 for order in one.orders)
-    for rows in torn_rows(one, 37):
+    for rows in torn_rows(one, 71):
         folder = cut(one, rows, tmp_path / "torn")
         other = await run_session(spec, settings(), bars=bars, journal_path=folder / "journal.sqlite", resume=True)
         check(one, other, rows)
@@ -146,7 +146,7 @@ async def test_torn_inside_an_open_market_it_gives_the_same_orders(tmp_path: Pat
 
 async def test_over_http_too(tmp_path: Path) -> None:
     one = await whole(tmp_path / "whole", DAILY, "http")
-    for rows in torn_rows(one, 83):
+    for rows in torn_rows(one, 131):
         check(one, await resumed(cut(one, rows, tmp_path / "torn"), DAILY, "http"), rows)
 
 
