@@ -14,9 +14,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
+from datetime import UTC, date, datetime
+from decimal import Decimal
 from pathlib import Path
-from typing import NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+from trader_lib.agents.execution import ExecutionAgent
+from trader_lib.agents.risk import RiskAgent
+from trader_lib.broker.alpaca import AlpacaBroker
+from trader_lib.broker.connection import AlpacaAccess
+from trader_lib.broker.simulation import HttpSimulation
+from trader_lib.broker.translation import order_to_alpaca
+from trader_lib.bus.bus import InProcessBus
+from trader_lib.clock.clock import WallClock
+from trader_lib.clock.ids import UniqueIds
+from trader_lib.config.sections import ResilienceSettings
+from trader_lib.exchange.engine import Exchange
+from trader_lib.exchange.server import ExchangeServer
+from trader_lib.journal.journal import SqliteJournal
+from trader_lib.risk.limits import Limits
+from trader_lib.trading.events import BarRow, BarsClosed, CancelProposed, Event, OrderProposed
+from trader_lib.trading.orders import Order, OrderRequest, OrderSide, OrderType
 
 
 class Row(NamedTuple):
@@ -102,7 +122,178 @@ def sessions() -> list[Row]:
     return rows
 
 
-PARTS = {"import": importing, "engines": lambda: engines(1_000_000), "sessions": sessions}
+class StampedBroker:
+    """The alpaca-py adapter, and when its last submission returned."""
+
+    def __init__(self, broker: AlpacaBroker) -> None:
+        self._broker = broker
+        self.returned = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._broker, name)
+
+    async def submit(self, request: OrderRequest) -> Order:
+        order = await self._broker.submit(request)
+        self.returned = time.perf_counter()
+        return order
+
+
+ORDERS = 150  # of each kind, in turns
+
+
+async def _order_path(folder: Path) -> dict[str, list[float]]:
+    """Seconds an order took: by alpaca-py alone, and from the decision through risk and journal to the answer."""
+    from trader_lib import sample_bars
+
+    bars = sample_bars(["AAPL", "IBM", "MSFT"], start="2012-01-03", end="2012-02-29")
+    limits = Limits(max_orders=100_000)
+    took: dict[str, list[float]] = {"alone": [], "process": [], "power": []}
+    with ExchangeServer(Exchange(bars, start_index=5), key_id="bench", secret_key="bench") as server:
+        access = AlpacaAccess(
+            key_id="bench",
+            secret_key="bench",
+            trading_url=server.url,
+            data_url=server.url,
+            trading_stream_url=server.trading_stream_url,
+            data_stream_url=server.data_stream_url,
+            resilience=ResilienceSettings().for_simulation(),
+        )
+        adapter = AlpacaBroker(access, symbols=bars.symbols, timeframe="1Day")
+        await adapter.start()
+        control = HttpSimulation(server.url, "bench", "bench")
+        step = await control.advance()
+        client, clock = access.trading_client(), WallClock()
+        broker = StampedBroker(adapter)
+        pipes = {}
+        for durability in ("process", "power"):
+            journal = SqliteJournal(folder / f"{durability}.sqlite", durability)
+            bus = InProcessBus(clock, UniqueIds(), journal, "bench")
+            agents = RiskAgent(bus, clock, limits, bars.head(5)), ExecutionAgent(bus, clock, broker, journal.commit)
+            for agent in agents:
+                await agent.start()
+            rows = {symbol: BarRow(**values._asdict()) for symbol, values in bars.rows(5).items()}
+            said = {"source": "bench", "correlation_id": "bench"}
+            await bus.publish(await adapter.account(), **said)
+            await bus.publish(BarsClosed(at=step.bar_at, closed_at=step.closed_at, bars=rows), **said)
+            await bus.idle()
+            pipes[durability] = (bus, journal, agents)
+        for turn in range(ORDERS + 10):
+            for kind in took:
+                name = f"{kind}-{turn}"
+                request = OrderRequest(
+                    symbol="IBM",
+                    side=OrderSide.BUY,
+                    qty=Decimal(1),
+                    type=OrderType.LIMIT,
+                    limit_price=Decimal(100) + turn * Decimal("0.01"),  # never the same order twice
+                    client_order_id=name,
+                )
+                began = time.perf_counter()
+                if kind == "alone":
+                    order = client.submit_order(order_to_alpaca(request))
+                    took[kind].append(time.perf_counter() - began)
+                    client.cancel_order_by_id(order.id)
+                else:
+                    bus = pipes[kind][0]
+                    proposal = OrderProposed(request=request, reference_price=180.0, decided_at=step.bar_at)
+                    await bus.publish(proposal, source="strategy", correlation_id=name)
+                    await bus.idle()
+                    took[kind].append(broker.returned - began)
+                    cancel = CancelProposed(client_order_id=name, reason="bench", decided_at=step.bar_at)
+                    await bus.publish(cancel, source="strategy", correlation_id=name)
+                    await bus.idle()
+                await adapter.inbox.pump()
+        for bus, journal, agents in pipes.values():
+            for agent in agents:
+                await agent.stop()
+            await bus.close()
+            journal.close()
+        await control.stop()
+        await adapter.stop()
+    return {kind: seconds[10:] for kind, seconds in took.items()}
+
+
+def order_path() -> list[Row]:
+    """Decision to wire and back, beside alpaca-py's own submit_order to the same server."""
+    with TemporaryDirectory() as folder:
+        took = asyncio.run(_order_path(Path(folder)))
+    rows = []
+    for kind, seconds in took.items():
+        assert min(seconds) > 0.0, f"an order of {kind} was not sent"
+        label = "alpaca-py submit_order" if kind == "alone" else f"decision to wire, journal {kind}"
+        for share in (50, 99):
+            figure = _percentile(seconds, share)
+            ratio = None if kind == "alone" else figure / _percentile(took["alone"], share)
+            rows.append(Row(f"{label}, p{share}", figure * 1e3, "ms", "alpaca-py", ratio))
+    return rows
+
+
+def _percentile(seconds: list[float], share: int) -> float:
+    return statistics.quantiles(seconds, n=100)[share - 1]
+
+
+def journal_throughput() -> list[Row]:
+    """Events a second into the journal: a commit for each, and for every hundred."""
+    rows = []
+    at = datetime(2012, 1, 3, 5, tzinfo=UTC)
+    row = BarRow(open=1.0, high=2.0, low=0.5, close=1.5, volume=100.0)
+    payload = BarsClosed(at=at, closed_at=at, bars={"AAPL": row, "IBM": row, "MSFT": row})
+    for durability in ("process", "power"):
+        for batch, count in ((1, 2_000), (100, 10_000)):
+            with TemporaryDirectory() as folder, SqliteJournal(Path(folder) / "j.sqlite", durability) as journal:
+                began = time.perf_counter()
+                for seq in range(1, count + 1):
+                    journal.append(
+                        Event(
+                            id=str(seq),
+                            seq=seq,
+                            time=at,
+                            recorded_at=at,
+                            correlation_id="c",
+                            source="bench",
+                            session_id="bench",
+                            payload=payload,
+                        )
+                    )
+                    if seq % batch == 0:
+                        journal.commit()
+                took = time.perf_counter() - began
+            rows.append(Row(f"journal {durability}, commit every {batch}", count / took, "events/s", "", None))
+    return rows
+
+
+def calls_saved() -> list[Row]:
+    """Calls that the adapter's cache answered in a session over HTTP."""
+    from trader_lib import SessionSpec, load_settings, run_session
+
+    seen = []
+    stop = AlpacaBroker.stop
+
+    async def watched(broker: AlpacaBroker) -> None:
+        seen.append(broker.cache.stats())
+        await stop(broker)
+
+    spec = SessionSpec.model_validate(
+        {"strategy": "sma_cross", "symbols": ["AAPL", "IBM", "MSFT"], "start": "2007-01-03", "end": "2007-12-31"}
+    )
+    settings = load_settings(overrides={"broker": {"kind": "simulated", "transport": "http"}}, env_file=None)
+    with patch.object(AlpacaBroker, "stop", watched):
+        asyncio.run(run_session(spec, settings))
+    saved, asked = seen[0].saved, seen[0].saved + seen[0].misses
+    return [
+        Row("account, positions, assets, clock: asked", float(asked), "calls", "", None),
+        Row("of these saved by the cache", float(saved), "calls", "asked", saved / asked),
+    ]
+
+
+PARTS = {
+    "import": importing,
+    "engines": lambda: engines(1_000_000),
+    "sessions": sessions,
+    "orders": order_path,
+    "journal": journal_throughput,
+    "cache": calls_saved,
+}
 
 
 def main() -> int:
