@@ -7,16 +7,16 @@ __all__ = ['app', 'runs', 'Json', 'Profile', 'Folder', 'Session', 'Reason', 'che
            'live', 'exchange', 'list_', 'show', 'compare', 'kill', 'reduce', 'resume', 'status', 'config', 'doctor',
            'demo', 'strategies', 'main']
 
-# %% ../../nbs/app/04_cli.ipynb #2ab2258d
+# %% ../../nbs/app/04_cli.ipynb #2277c9fa
 import asyncio
 import getpass
 import socket
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from os import environ
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
@@ -330,13 +330,19 @@ def compare(
     store = _store(folder)
     return 0 if show_comparison(store.find(left), store.find(right), as_json=json).equal else 1
 
-# %% ../../nbs/app/04_cli.ipynb #b84a4174
+# %% ../../nbs/app/04_cli.ipynb #baf12135
 Session = Annotated[str, Parameter(help="Name of the session's run, beginning of a name or id, path, latest-paper.")]
 Reason = Annotated[str, Parameter(help="Why; it is written into the journal.")]
 
 
 def _by(name: str | None) -> str:
     return name or getpass.getuser()
+
+
+def _done(action: Coroutine[Any, Any, int]) -> int:
+    """Wait for an action's exit code, in a loop of its own."""
+    with asyncio.Runner() as runner:
+        return runner.run(action)
 
 
 @app.command
@@ -361,7 +367,7 @@ def kill(
     from trader_lib.app.operate import session_run
 
     found = session_run(_store(folder), run)
-    return asyncio.run(act(found, flatten=flatten, reason=reason, by=_by(by), wait_s=wait, as_json=json))
+    return _done(act(found, flatten=flatten, reason=reason, by=_by(by), wait_s=wait, as_json=json))
 
 
 @app.command
@@ -381,7 +387,7 @@ def reduce(
     from trader_lib.app.operate import session_run, steer
 
     found = session_run(_store(folder), run)
-    return asyncio.run(steer(found, "reduce", reason=reason, by=_by(by), as_json=json))
+    return _done(steer(found, "reduce", reason=reason, by=_by(by), as_json=json))
 
 
 @app.command
@@ -400,7 +406,7 @@ def resume(
     """
     from trader_lib.app.operate import session_run, steer
 
-    return asyncio.run(steer(session_run(_store(folder), run), "resume", reason=reason, by=by, as_json=json))
+    return _done(steer(session_run(_store(folder), run), "resume", reason=reason, by=by, as_json=json))
 
 
 @app.command
