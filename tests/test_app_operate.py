@@ -201,7 +201,7 @@ def market(feed_s: float = 0.1) -> Iterator[ExchangeServer]:
     days = [day.date for day in TradingCalendar().sessions(today - timedelta(days=20), today - timedelta(days=1))][-3:]
     bars = synthetic_bars(("AAPL", "IBM"), days[0], days[-1], timeframe="1Min", seed=3)
     stop = threading.Event()
-    with ExchangeServer(Exchange(bars, bars.n - 1000), key_id="key", secret_key="secret") as server:
+    with ExchangeServer(Exchange(bars, bars.n - 300), key_id="key", secret_key="secret") as server:
 
         def move() -> None:
             while not stop.wait(feed_s) and not server.call(lambda: server.exchange.is_over):
@@ -328,7 +328,7 @@ def test_paper_does_not_trade_real_money(trader: Trader, monkeypatch: pytest.Mon
 def test_what_was_rehearsed_on_paper_may_go_live(
     trader: Trader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with market() as server:
+    with market(0.4) as server:  # slowly: its 300 bars have to last for two sessions
         for name, value in addresses(server).items():
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("TRADER_RUNS__TIMEOUT_S", "90")
