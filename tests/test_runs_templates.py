@@ -11,7 +11,7 @@ from trader_lib.runs.runner import RUN_FOLDER
 from trader_lib.runs.templates import TEMPLATES, template_parameters, template_path
 
 SOURCES = Path(__file__).parents[1] / "nbs" / "runs"
-SESSION_ONLY = {"broker", "transport", RUN_FOLDER}
+SESSION_ONLY = {"broker", "transport", RUN_FOLDER, "resume"}
 
 
 @pytest.mark.parametrize("kind", list(TEMPLATES))
