@@ -166,7 +166,7 @@ def export(
     say(f"{count:,} events in {to}")
     return 0
 
-# %% ../../nbs/app/07_journal.ipynb #b02b9097
+# %% ../../nbs/app/07_journal.ipynb #976ceaa5
 def moment_or_number(text: str | None) -> int | datetime | None:
     """`--until` as the number of an event, or as a moment; a day means its end, and no zone means UTC."""
     if text is None or text.isdecimal():
@@ -289,5 +289,6 @@ def replay(
         if not found.ok and not unverified:
             return show_verification(opened.path, found, as_json=json)
         other = other_version(opened, strategy, strategy_params(param))
-        result = asyncio.run(replay_journal(opened, until=moment, other=other))
+        with asyncio.Runner() as runner:
+            result = runner.run(replay_journal(opened, until=moment, other=other))
     return show_replay(result, run, as_json=json)
