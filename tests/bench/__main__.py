@@ -1,4 +1,4 @@
-"""Measure import time, the engines and the order path, each beside a floor or a peer in the same run.
+"""Measure import time, engines, sessions, the order path, the journal and the cache, each beside a floor or a peer in the same run.
 
 Machines are noisy: read the ratios. Nothing here is a test; a figure that worsens is a question, not a failure.
 Example: python -m tests.bench --json bench.json
@@ -20,6 +20,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 from unittest.mock import patch
+
+from loguru import logger
 
 from trader_lib.agents.execution import ExecutionAgent
 from trader_lib.agents.risk import RiskAgent
@@ -301,6 +303,7 @@ def main() -> int:
     parser.add_argument("part", nargs="*", choices=[*PARTS, []], help="only these parts")
     parser.add_argument("--json", type=Path, help="write the figures to a file too")
     chosen = parser.parse_args()
+    logger.remove()  # sessions speak to the terminal; the table is what is wanted
     rows = [row for name in chosen.part or PARTS for row in PARTS[name]()]
     for row in rows:
         beside = f"{row.ratio:8.1f} × {row.against}" if row.ratio is not None else ""
