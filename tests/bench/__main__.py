@@ -1,4 +1,4 @@
-"""Measure import time, engines, sessions, the order path, the journal and the cache, each beside a floor or a peer in the same run.
+"""Measure import, engines, sessions, order path, journal and cache, each beside a floor or a peer in the same run.
 
 Machines are noisy: read the ratios. Nothing here is a test; a figure that worsens is a question, not a failure.
 Example: python -m tests.bench --json bench.json
