@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jsonschema
 import nbformat
@@ -20,6 +21,7 @@ import requests
 
 from trader_lib.app.cli import main
 from trader_lib.clock.clock import WallClock
+from trader_lib.errors.taxonomy import Misused
 from trader_lib.market.sample import sample_bars
 from trader_lib.market.store import BarStore
 from trader_lib.runs.result import shipped_schema
@@ -80,6 +82,22 @@ def test_missing_alpaca_keys_are_a_matter_of_configuration(trader: Trader, tmp_p
     code, out, err = trader("paper", "--broker", "alpaca")
     assert (code, out) == (3, "") and "key" in err and "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_session_at_alpaca_takes_the_paper_profile_and_a_day(trader: Trader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In real time, the hour that a run over history may take would end a session before its market closes."""
+    seen: dict[str, Any] = {}
+
+    def stopped(kind: str, parameters: dict[str, Any], **how: Any) -> None:
+        seen.update(parameters, timeout_s=how["timeout_s"])
+        raise Misused("far enough")
+
+    monkeypatch.setattr("trader_lib.runs.runner.run_notebook", stopped)
+    for name in ("APCA_API_KEY_ID", "APCA_API_SECRET_KEY"):
+        monkeypatch.setenv(name, "for-a-test")
+    code, _, err = trader("paper", "--broker", "alpaca")
+    assert (code, err) == (2, "far enough\n")
+    assert (seen["profile"], seen["timeout_s"]) == ("paper", 86_400)
 
 
 def test_a_misspelt_setting_is_a_matter_of_configuration(trader: Trader, monkeypatch: pytest.MonkeyPatch) -> None:
