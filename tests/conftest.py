@@ -1,8 +1,10 @@
 """Real parts for tests: bars that were traded, the embedded exchange, and its server on a free port."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from trader_lib.broker.connection import AlpacaAccess
 from trader_lib.config.sections import ResilienceSettings
@@ -10,6 +12,11 @@ from trader_lib.exchange.engine import Exchange
 from trader_lib.exchange.server import ExchangeServer
 from trader_lib.market.bars import Bars
 from trader_lib.market.sample import sample_bars
+
+# Where a failure holds up somebody else's change, the same examples are tried every time; at home, new ones.
+settings.register_profile("ci", derandomize=True, deadline=None)
+settings.register_profile("home", deadline=None)
+settings.load_profile("ci" if os.environ.get("CI") else "home")
 
 KEY_ID, SECRET_KEY = "test-key", "test-secret"
 
