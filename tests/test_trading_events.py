@@ -37,7 +37,9 @@ LEAVES: dict[Any, st.SearchStrategy[Any]] = {
     AwareDatetime: moments,
     type(None): st.none(),
     OrderRequest: requests,
-    JsonValue: st.one_of(st.none(), st.booleans(), st.integers(-1000, 1000), text, st.lists(st.integers(-(2**53), 2**53), max_size=2)),
+    JsonValue: st.one_of(
+        st.none(), st.booleans(), st.integers(-1000, 1000), text, st.lists(st.integers(-(2**53), 2**53), max_size=2)
+    ),
 }
 
 
