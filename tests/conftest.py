@@ -1,11 +1,13 @@
 """Real parts for tests: bars that were traded, the embedded exchange, and its server on a free port."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from trader_lib.app.cli import main
 from trader_lib.broker.connection import AlpacaAccess
 from trader_lib.config.sections import ResilienceSettings
 from trader_lib.exchange.engine import Exchange
@@ -52,3 +54,21 @@ def alpaca_access(exchange_server: ExchangeServer) -> AlpacaAccess:
         data_stream_url=exchange_server.data_stream_url,
         resilience=ResilienceSettings(reads_timeout_s=5.0, orders_timeout_s=5.0, reads_attempts=2).for_simulation(),
     )
+
+
+@pytest.fixture
+def trader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run a command in an empty folder without any configuration: exit code, standard output, standard error."""
+    for name in list(os.environ):
+        if name.startswith(("TRADER_", "APCA_")):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        code = main(arguments)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call

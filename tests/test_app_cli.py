@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 import pytest
 import requests
 
-from trader_lib.app.cli import main
 from trader_lib.clock.clock import WallClock
 from trader_lib.errors.taxonomy import Misused
 from trader_lib.market.sample import sample_bars
@@ -28,22 +27,6 @@ from trader_lib.runs.result import shipped_schema
 
 Trader = Callable[..., tuple[int, str, str]]
 MONTH = ("--symbols", "IBM,MSFT", "--start", "2012-01-03", "--end", "2012-02-29", "-p", "fast=3", "-p", "slow=8")
-
-
-@pytest.fixture
-def trader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Trader:
-    """Run a command in an empty folder without any configuration: exit code, standard output, standard error."""
-    for name in list(os.environ):
-        if name.startswith(("TRADER_", "APCA_")):
-            monkeypatch.delenv(name)
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        code = main(arguments)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from trader_lib.app.cli import main
 from trader_lib.clock.sessions import NEW_YORK, TradingCalendar
 from trader_lib.config.settings import load_settings
 from trader_lib.exchange.engine import Exchange
@@ -49,21 +48,6 @@ asyncio.run(run_session(spec, load_settings(), journal_path=path, progress=close
 SIMULATED = SessionSpec(
     params={"fast": 2, "slow": 5}, symbols=("IBM", "MSFT"), start=date(2005, 1, 3), end=date(2012, 12, 31)
 )
-
-
-@pytest.fixture
-def trader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Trader:
-    for name in list(os.environ):
-        if name.startswith(("TRADER_", "APCA_")):
-            monkeypatch.delenv(name)
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        code = main(arguments)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @contextmanager
