@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['INPUTS', 'RunComparison', 'compare_runs']
 
-# %% ../../nbs/runs/07_compare.ipynb #cd49a5ba
+# %% ../../nbs/runs/07_compare.ipynb #acd25dd2
 from dataclasses import dataclass
 from decimal import Decimal
 
 from .result import RunResult
-from ..trading.order_list import OrderListComparison, compare_order_lists
+from ..session.compare import ExplainedComparison, explain
+from ..trading.order_list import OrderListComparison
 
 INPUTS = (
     "strategy",
@@ -33,10 +34,15 @@ INPUTS = (
 class RunComparison:
     """What two runs have in common and what not."""
 
-    orders: OrderListComparison
+    explained: ExplainedComparison  # the order lists, each difference with its cause
     equity: tuple[Decimal | None, Decimal | None]  # USD at the last close, left and right
     hashes: tuple[str | None, str | None]  # of the order lists, as the runs recorded them
     inputs: dict[str, tuple[object, object]]  # parameters and data that differ, left and right
+
+    @property
+    def orders(self) -> OrderListComparison:
+        """The order lists side by side."""
+        return self.explained.comparison
 
     @property
     def equity_difference(self) -> Decimal | None:
@@ -51,7 +57,7 @@ class RunComparison:
 
     def summary(self) -> str:
         """One or two sentences for a person."""
-        said = [self.orders.summary()]
+        said = [self.explained.summary()]
         difference = self.equity_difference
         if difference is None:
             said.append("One of the runs has no equity at the end.")
@@ -71,9 +77,16 @@ def compare_runs(left: RunResult, right: RunResult) -> RunComparison:
         left.data.content_hash if left.data else None,
         right.data.content_hash if right.data else None,
     )
+    inputs = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     return RunComparison(
-        compare_order_lists(left.orders, right.orders),
+        explain(
+            left.orders,
+            right.orders,
+            left_refusals=left.refusals,
+            right_refusals=right.refusals,
+            inputs=inputs,
+        ),
         (left.equity_end, right.equity_end),
         (left.order_list_hash, right.order_list_hash),
-        {name: pair for name, pair in pairs.items() if pair[0] != pair[1]},
+        inputs,
     )
