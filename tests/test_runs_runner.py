@@ -127,6 +127,21 @@ def test_params_record_what_was_asked(tmp_path: Path) -> None:
     assert seen and seen[-1].cells == 3
 
 
+def test_two_runs_at_once_in_one_folder_do_not_meet(tmp_path: Path) -> None:
+    template = write_template(tmp_path / "t.ipynb", "n = 1", PUBLISH)
+    store = RunStore(tmp_path / "runs")
+    done: list[RunFolder] = []
+    threads = [
+        threading.Thread(target=lambda: done.append(run_notebook("backtest", {}, store=store, template=template)))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [run.result().status for run in done] == ["completed", "completed"]
+
+
 def interrupt_when(path: Path, times: int = 1) -> threading.Thread:
     """Send SIGINT to this process once a file is there, and again whenever it was handled."""
 

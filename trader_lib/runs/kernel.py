@@ -6,17 +6,20 @@
 __all__ = ['Ending', 'ENGINE', 'LOOK_S', 'NOTICE_S', 'Progress', 'Outcome', 'Watch', 'register_engine', 'heading',
            'stop_requests', 'execute']
 
-# %% ../../nbs/runs/03_kernel.ipynb #3443b59d
+# %% ../../nbs/runs/03_kernel.ipynb #13e66a80
 import json
 import os
 import signal
 import subprocess
 import sys
+import shutil
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import mkdtemp
 from types import FrameType
 from typing import Any, Literal
 
@@ -82,7 +85,7 @@ class Watch:
             else:
                 os.kill(self.process.pid, number)
 
-# %% ../../nbs/runs/03_kernel.ipynb #f4fbc214
+# %% ../../nbs/runs/03_kernel.ipynb #8ff54ccd
 ENGINE = "trader"
 
 
@@ -103,6 +106,9 @@ def register_engine() -> str:
                 language="python",
             )
             manager.transport = "ipc"  # no port, nobody else on the machine can connect
+            sockets = mkdtemp(prefix="trader-kernel-")  # its own: two runs started in one folder must not meet
+            weakref.finalize(manager, shutil.rmtree, sockets, ignore_errors=True)
+            manager.ip = f"{sockets}/ipc"
             return manager
 
         def start_new_kernel(self, **options: Any) -> None:
