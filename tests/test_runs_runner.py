@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,14 @@ def test_two_runs_at_once_in_one_folder_do_not_meet(tmp_path: Path) -> None:
     for thread in threads:
         thread.join(60)
     assert [run.result().status for run in done] == ["completed", "completed"]
+
+
+def test_runs_that_start_at_once_do_not_refuse_the_folder_to_each_other(tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "runs")
+    with ThreadPoolExecutor(8) as pool:
+        for made in [pool.submit(store.check) for _ in range(400)]:
+            made.result()
+    assert list(store.path.iterdir()) == []
 
 
 def interrupt_when(path: Path, times: int = 1) -> threading.Thread:

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['NAME', 'write_atomic', 'unwritable', 'RunFolder', 'RunStore']
 
-# %% ../../nbs/runs/01_store.ipynb #ba81bb98
+# %% ../../nbs/runs/01_store.ipynb #43a21288
 import os
 import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import orjson
 
@@ -115,7 +116,7 @@ class RunFolder:
         """Record what came of it."""
         write_atomic(self.result_file, result.to_json())
 
-# %% ../../nbs/runs/01_store.ipynb #1bd8dc51
+# %% ../../nbs/runs/01_store.ipynb #e7de7464
 class RunStore:
     """The folder of runs."""
 
@@ -135,11 +136,10 @@ class RunStore:
 
         Raises Misconfigured with the reason and the way out.
         """
-        probe = self.path / ".probe"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(b"")
-            probe.unlink()
+            with TemporaryFile(dir=self.path):  # of its own: runs that start at once must not meet
+                pass
         except OSError as error:
             raise unwritable(self.path, error) from None
 
