@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Profile', 'PREFIX', 'ALIASES', 'SETTING_NAMES', 'Settings', 'load_settings', 'SettingRow', 'explain']
 
-# %% ../../nbs/config/01_settings.ipynb #ed94661d
+# %% ../../nbs/config/01_settings.ipynb #4eb4b291
 import os
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
@@ -30,13 +30,14 @@ from trader_lib.config.sections import (
     ExchangeSettings,
     JournalSettings,
     LoggingSettings,
+    NotifySettings,
     ResilienceSettings,
     RiskSettings,
     RunSettings,
 )
 from ..errors.taxonomy import Misconfigured, did_you_mean
 
-# %% ../../nbs/config/01_settings.ipynb #bb9a27dd
+# %% ../../nbs/config/01_settings.ipynb #61cd631f
 Profile = Literal["research", "paper", "live"]
 
 PREFIX = "TRADER_"
@@ -70,6 +71,7 @@ class Settings(BaseSettings):
     data: DataSettings = Field(default_factory=DataSettings)
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
     runs: RunSettings = Field(default_factory=RunSettings)
+    notify: NotifySettings = Field(default_factory=NotifySettings)
 
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
 
@@ -228,7 +230,7 @@ def _readable(error: ValidationError, chosen: Mapping[str, _Layer]) -> Iterator[
             layer = chosen[name]
             yield f"{layer.spelling.get(name, name)} ({layer.source}): {message}"
 
-# %% ../../nbs/config/01_settings.ipynb #abd52a51
+# %% ../../nbs/config/01_settings.ipynb #ceeb2396
 class SettingRow(NamedTuple):
     """One effective setting."""
 
@@ -257,6 +259,8 @@ def _text(value: object) -> str:
         return "********"
     if isinstance(value, frozenset):
         return ",".join(sorted(value))
+    if isinstance(value, tuple):
+        return ",".join(value)
     if isinstance(value, dict):
         return ",".join(f"{name}={level}" for name, level in value.items())
     return str(value).lower() if isinstance(value, bool) else str(value)
