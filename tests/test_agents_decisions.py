@@ -284,13 +284,13 @@ async def test_what_is_on_its_way_counts_until_it_is_closed(stage: Stage) -> Non
     ack = OrderAcknowledged(client_order_id="c-1", order=order_of(first.request, "accepted"))
     part = TradeUpdated(event="fill", order=order_of(first.request, "filled", filled_qty=10), timestamp=NOW)
     await stage.say(ack, part, fill_of(first.request, "x-1", Decimal(4)))
-    assert agent._qty.tolist() == [0.0, 4.0] and agent._working["c-1"].remaining == 6
+    assert agent._account.qty.tolist() == [0.0, 4.0] and agent._account.working["c-1"].remaining == 6
     await stage.say(fill_of(first.request, "x-2", Decimal(6)), fill_of(first.request, "x-3", Decimal(1), symbol="GOOG"))
-    assert not agent._working and agent._qty.tolist() == [0.0, 10.0]
+    assert not agent._account.working and agent._account.qty.tolist() == [0.0, 10.0]
     for number, end in enumerate(("not_sent", "rejected", "acknowledged", "updated")):
         order = propose(f"e-{number}", 5)
         (decided,) = await stage.say(order)
-        assert decided.approved and agent._working
+        assert decided.approved and agent._account.working
         name = order.request.client_order_id
         gone: Payload
         if end == "acknowledged":
@@ -300,14 +300,14 @@ async def test_what_is_on_its_way_counts_until_it_is_closed(stage: Stage) -> Non
         else:
             gone = OrderFailed.model_validate({"client_order_id": name, "reason": "test", "outcome": end})
         await stage.say(gone)
-        assert not agent._working
+        assert not agent._account.working
 
 
 async def test_exit_is_approved_and_not_counted_as_on_its_way(stage: Stage) -> None:
     agent = await judge(stage)
     await stage.say(closed(3), fill_of(propose("c-1").request, "x-1", Decimal(10)))
     (decided,) = await stage.say(propose("c-2", side=OrderSide.SELL, purpose="exit"))
-    assert decided.approved and not agent._working
+    assert decided.approved and not agent._account.working
 
 
 async def test_operator_who_only_cancels_changes_no_state(stage: Stage) -> None:
@@ -318,9 +318,9 @@ async def test_operator_who_only_cancels_changes_no_state(stage: Stage) -> None:
 async def test_day_start_moves_with_the_session(stage: Stage) -> None:
     agent = await judge(stage)
     await stage.say(closed(3), fill_of(propose("c-1").request, "x-1", Decimal(100)), account(90_000))
-    assert agent._day_start == 100_000
+    assert agent._account.day_start == 100_000
     await stage.say(closed(4))
-    assert agent._day_start == 100_000 and agent._equity < 100_000
+    assert agent._account.day_start == 100_000 and agent._equity < 100_000
     equity = agent._equity
     await stage.say(closed(5))
-    assert agent._day_start == equity
+    assert agent._account.day_start == equity

@@ -36,7 +36,7 @@ class AgentHealth(BaseModel):
     restarts: int
     last_event_at: datetime | None  # UTC
 
-# %% ../../nbs/agents/00_contract.ipynb #5a49960a
+# %% ../../nbs/agents/00_contract.ipynb #12396a0c
 class Agent(abc.ABC):
     """Base of all agents.
 
@@ -44,7 +44,7 @@ class Agent(abc.ABC):
     backoff_s, backoff_cap_s: first and longest pause, seconds.
     """
 
-    name: ClassVar[str]
+    name: str
     emits: ClassVar[tuple[type[Payload], ...]]
 
     def __init__(
@@ -113,7 +113,7 @@ class Agent(abc.ABC):
 
     async def handle(self, event: Event) -> None:
         """Handle one event; whatever the handler raises ends here."""
-        if self._state == "down" or not self._running:
+        if self._is_deaf:
             self._missed += 1
             return
         self._last_event_at = event.time
@@ -124,10 +124,17 @@ class Agent(abc.ABC):
         else:
             self._handled += 1
 
+    @property
+    def _is_deaf(self) -> bool:
+        return self._state == "down" or not self._running
+
+    def _gives_up(self, error: Exception) -> bool:
+        return isinstance(error, InvariantBroken) or self._restarts >= self._restarts_max
+
     async def _recover(self, event: Event, error: Exception) -> None:
         self._failed += 1
         self._reason = f"{type(error).__name__}: {error}"
-        gives_up = isinstance(error, InvariantBroken) or self._restarts >= self._restarts_max
+        gives_up = self._gives_up(error)
         self._state = "down" if gives_up else "degraded"
         if not gives_up:
             self._restarts += 1

@@ -79,7 +79,7 @@ def closing_order(position: Position, command_id: str) -> OrderRequest:
         purpose="exit",
     )
 
-# %% ../../nbs/agents/05_execution.ipynb #66489852
+# %% ../../nbs/agents/05_execution.ipynb #e4e90d1c
 class ExecutionAgent(Agent):
     """Turns approved decisions into orders at the broker, and the broker's messages into fills.
 
@@ -106,7 +106,9 @@ class ExecutionAgent(Agent):
         self._patience = patience or Patience()
         self._halted = False
         self._is_stopped = is_stopped
-        self._outdated: dict[str, tuple[datetime, str]] = {}  # symbol: decision that no longer holds, and why
+        self._outdated: dict[
+            tuple[str, str], tuple[datetime, str]
+        ] = {}  # strategy, symbol: decision that no longer holds
 
     def health(self) -> AgentHealth:
         """How the agent is, and whether it reaches the broker."""
@@ -134,7 +136,7 @@ class ExecutionAgent(Agent):
         request = decision.request
         if not decision.approved or request.client_order_id in self.book:
             return
-        decided_at, reason = self._outdated.get(request.symbol, (None, ""))
+        decided_at, reason = self._outdated.get((request.strategy, request.symbol), (None, ""))
         if self._halted or self._is_stopped():
             await self._fail(event, request.client_order_id, "trading is halted", "not_sent")
         elif decided_at == decision.decided_at:
@@ -213,10 +215,10 @@ class ExecutionAgent(Agent):
             await self._cancel(event, track)
         if _filled(track) > known or any(member.state is OrderStatus.FILLED for member in track.family()):
             reason = "the order that it replaces filled before it could be canceled"
-            self._outdated[track.symbol] = proposal.decided_at, reason
+            self._outdated[track.strategy, track.symbol] = proposal.decided_at, reason
         elif track.is_open:
             reason = "the order that it replaces could not be canceled yet"
-            self._outdated[track.symbol] = proposal.decided_at, reason
+            self._outdated[track.strategy, track.symbol] = proposal.decided_at, reason
 
     async def _cancel(self, event: Event, track: OrderTrack) -> None:
         """Ask for the cancel, then wait until the broker's record says that the order is closed."""
@@ -258,6 +260,8 @@ class ExecutionAgent(Agent):
     async def _on_trading_state(self, event: Event) -> None:
         change = event.payload
         assert isinstance(change, TradingStateChanged)
+        if change.strategy:
+            return  # risk refuses what that one proposes; the others go on
         if change.state is not TradingState.REDUCING:  # which may have been said before a halt that is known already
             self._halted = change.state is TradingState.HALTED
 
@@ -314,6 +318,7 @@ class ExecutionAgent(Agent):
             price=price,
             timestamp=timestamp,
             purpose=track.purpose,
+            strategy=track.strategy,
         )
         await self.publish(FillRecorded(fill=fill), event)
 

@@ -56,10 +56,13 @@ def next_state(current: OrderState, reported: OrderState) -> OrderState:
         return current
     return reported
 
-# %% ../../nbs/agents/04_tracking.ipynb #bd1dcc54
-@dataclass(slots=True)
+# %% ../../nbs/agents/04_tracking.ipynb #52c9edce
+@dataclass(slots=True, eq=False)
 class OrderTrack:
-    """What is known of one order of ours: the parent, or one leg, of what one request became."""
+    """What is known of one order: the parent, one leg, or one successor of what one request became.
+
+    Whether it is ours or, external, somebody else's on the same account.
+    """
 
     client_order_id: str
     symbol: str
@@ -67,6 +70,7 @@ class OrderTrack:
     purpose: Purpose
     correlation_id: str
     state: OrderState = LocalState.PLANNED
+    strategy: str = ""  # whose it is, in a session of several
     order_id: str | None = None
     reported_qty: Decimal = Decimal(0)  # shares, cumulative, as the broker says
     filled_qty: Decimal = Decimal(0)  # shares, the sum of the fills recorded
@@ -78,11 +82,36 @@ class OrderTrack:
     cancel_wanted: bool = False
     number: int = 0  # in the order of planning
     legs: "list[OrderTrack]" = field(default_factory=list)
+    external: bool = False
+    reported_value: Decimal = Decimal(0)  # USD, quantity × average price as the broker says
+    replaced_by: str | None = None  # the broker's id of what took its place
+    predecessor: "OrderTrack | None" = field(default=None, repr=False)
+    successor: "OrderTrack | None" = field(default=None, repr=False)
+    carries: bool = True  # whether the broker's cumulative figures go on from the predecessor's
 
     @property
     def is_open(self) -> bool:
-        """Whether it may still fill, as far as we know."""
+        """Whether it, or what replaced it, may still fill, as far as we know."""
+        if self.state is OrderStatus.REPLACED and not self.external:
+            return self.successor is None or self.successor.is_open
         return self.state not in TERMINAL and self.state is not LocalState.NOT_SENT
+
+    @property
+    def current(self) -> "OrderTrack":
+        """Itself, or the last that took its place."""
+        if self.state is OrderStatus.REPLACED and self.successor is not None:
+            return self.successor.current
+        return self
+
+    @property
+    def known_as(self) -> str:
+        """The client order id under which its fills are told: that of the first of its line."""
+        return self.client_order_id if self.predecessor is None else self.predecessor.known_as
+
+    @property
+    def carried_qty(self) -> Decimal:
+        """Shares that its predecessors filled and that the broker counts as its own."""
+        return self.predecessor.reported_qty if self.predecessor is not None and self.carries else Decimal(0)
 
     @property
     def is_unresolved(self) -> bool:
@@ -90,9 +119,26 @@ class OrderTrack:
         return self.state in {LocalState.SENT, LocalState.UNKNOWN}
 
     def family(self) -> "Iterator[OrderTrack]":
-        """This order and its legs."""
+        """This order, what replaced it, and its legs."""
         yield self
-        yield from self.legs
+        if self.successor is not None:
+            yield from self.successor.family()
+        for leg in self.legs:
+            yield from leg.family()
+
+    def succeed(self, order: Order) -> "OrderTrack":
+        """Enter the order that took this one's place."""
+        self.successor = OrderTrack(
+            order.client_order_id,
+            order.symbol,
+            order.side,
+            self.purpose,
+            self.correlation_id,
+            LocalState.SENT,
+            self.strategy,
+            predecessor=self,
+        )
+        return self.successor
 
     def observe(
         self,
@@ -102,16 +148,37 @@ class OrderTrack:
         """Take in a record of the broker's."""
         self.order_id = order.id
         self.state = next_state(self.state, order.status)
-        self.reported_qty = max(self.reported_qty, order.filled_qty)
+        self.replaced_by = self.replaced_by or order.replaced_by
+        if order.filled_qty < self.carried_qty:
+            self.carries = False
+        if order.filled_qty >= self.reported_qty:
+            self.reported_qty = order.filled_qty
+            self.reported_value = order.filled_qty * (order.filled_avg_price or Decimal(0))
         self.mark_behind(now)
+        if self.successor is not None:
+            self.successor.mark_behind(now)
         for leg in order.legs:
-            track = next((known for known in self.legs if known.order_id == leg.id), None)
-            if track is None:
-                track = OrderTrack(
-                    leg.client_order_id, leg.symbol, leg.side, self.purpose, self.correlation_id, LocalState.SENT
-                )
-                self.legs.append(track)
-            track.observe(leg, now)
+            self._leg(leg).observe(leg, now)
+
+    def _leg(self, leg: Order) -> "OrderTrack":
+        """The leg that a record is about, entered where it is new."""
+        known = {member.order_id: member for member in self.family()}
+        if leg.id in known:
+            return known[leg.id]
+        if leg.replaces in known:
+            return known[leg.replaces].succeed(leg)
+        track = OrderTrack(
+            leg.client_order_id,
+            leg.symbol,
+            leg.side,
+            self.purpose,
+            self.correlation_id,
+            LocalState.SENT,
+            self.strategy,
+            external=self.external,
+        )
+        self.legs.append(track)
+        return track
 
     def admit(
         self,
@@ -122,7 +189,9 @@ class OrderTrack:
         cumulative: Decimal | None = None,  # shares filled after this execution, where the message says so
     ) -> bool:
         """Count a fill, and say whether it is a new one. qty: shares, unsigned; price: USD a share."""
-        if execution_id in self.executions or self.filled_qty + qty > self.reported_qty:
+        if cumulative is not None and cumulative - qty < self.carried_qty:
+            self.carries = False
+        if execution_id in self.executions or self.filled_qty + self.carried_qty + qty > self.reported_qty:
             return False
         if cumulative is not None and cumulative <= self.repaired_qty:
             return False  # part of what was taken from the broker's record while this message was under way
@@ -134,7 +203,7 @@ class OrderTrack:
 
     def mark_behind(self, now: datetime) -> None:
         """Note since when the broker reports more than the fills add up to."""
-        if self.filled_qty >= self.reported_qty:
+        if self.filled_qty + self.carried_qty >= self.reported_qty:
             self.behind_since = None
         elif self.behind_since is None:
             self.behind_since = now
@@ -144,13 +213,17 @@ class OrderTrack:
         order: Order,  # the broker's record, freshly looked up
     ) -> tuple[Decimal, Decimal] | None:
         """The quantity (shares) and price (USD) of what the broker has filled and we have not; None for nothing."""
-        qty = order.filled_qty - self.filled_qty
+        before = self.predecessor
+        if before is not None and before.state not in TERMINAL:
+            return None  # what it filled last is not known yet, and may be counted here
+        carried = Decimal(0) if before is None or not self.carries else before.reported_value
+        qty = order.filled_qty - self.filled_qty - self.carried_qty
         if qty <= 0 or order.filled_avg_price is None:
             return None
-        price = (order.filled_avg_price * order.filled_qty - self.filled_value) / qty
+        price = (order.filled_avg_price * order.filled_qty - self.filled_value - carried) / qty
         return qty, round(price, AVERAGE_PRICE_DECIMALS)
 
-# %% ../../nbs/agents/04_tracking.ipynb #1da75b58
+# %% ../../nbs/agents/04_tracking.ipynb #7ba1880f
 class OrderBook:
     """Every order of a session, by client order id and by the broker's id."""
 
@@ -158,6 +231,7 @@ class OrderBook:
         self._tracks: dict[str, OrderTrack] = {}
         self._by_id: dict[str, OrderTrack] = {}
         self._open: dict[str, OrderTrack] = {}
+        self._adopted: dict[str, OrderTrack] = {}
 
     def __contains__(self, client_order_id: str) -> bool:
         return client_order_id in self._tracks
@@ -170,15 +244,30 @@ class OrderBook:
             request.side,
             request.purpose,
             correlation_id,
+            strategy=request.strategy,
             number=len(self._tracks),
         )
         self._tracks[track.client_order_id] = self._open[track.client_order_id] = track
         return track
 
-    def adopt(self, order: Order, correlation_id: str) -> OrderTrack:
+    def adopt(
+        self,
+        order: Order,
+        correlation_id: str,
+        *,
+        now: datetime | None = None,  # given: what it has filled so far is in our positions already
+    ) -> OrderTrack:
         """Enter an order that somebody else placed on this account: its fills count, and we leave it alone."""
-        track = OrderTrack(order.client_order_id, order.symbol, order.side, "entry", correlation_id, LocalState.UNKNOWN)
-        self._by_id[order.id] = track
+        track = OrderTrack(
+            order.client_order_id, order.symbol, order.side, "entry", correlation_id, LocalState.UNKNOWN, external=True
+        )
+        self._by_id[order.id] = self._adopted[order.id] = track
+        if now is not None:
+            self.observe(track, order, now)
+            for member in track.family():
+                member.filled_qty, member.filled_value = member.reported_qty, member.reported_value
+                member.repaired_qty = member.reported_qty
+                member.mark_behind(now)
         return track
 
     def get(self, client_order_id: str) -> OrderTrack | None:
@@ -186,25 +275,43 @@ class OrderBook:
         return self._tracks.get(client_order_id)
 
     def find(self, order: Order) -> OrderTrack | None:
-        """The order, or leg, that a record of the broker's is about; None for one that is not ours."""
+        """The order, or leg, that a record of the broker's is about; None for one that is not known."""
         return self._by_id.get(order.id) or self._tracks.get(order.client_order_id)
+
+    def replaced(self, order: Order) -> OrderTrack | None:
+        """The order of ours that a record's order took the place of; None where it did not."""
+        before = None if order.replaces is None else self._by_id.get(order.replaces)
+        return None if before is None or before.external else before
+
+    def follow(self, order: Order) -> OrderTrack | None:
+        """As `find`, but an order that took the place of one of ours is entered as its successor."""
+        track, before = self.find(order), self.replaced(order)
+        if track is None and before is not None:
+            track = self._by_id[order.id] = before.succeed(order)
+        return track
 
     def observe(self, track: OrderTrack, order: Order, now: datetime) -> None:
         """Take in a record about a tracked order and remember the ids that it brings."""
         for leg in order.legs:
             early = self._by_id.get(leg.id)
-            if early is not None and early not in track.legs:  # adopted before its order was known to be ours
-                early.purpose = track.purpose
+            if early is not None and early not in track.family():  # adopted before its order was known
+                early.purpose, early.strategy, early.external = track.purpose, track.strategy, track.external
+                self._adopted.pop(leg.id, None)
                 track.legs.append(early)
         track.observe(order, now)
         self._by_id.update((member.order_id, member) for member in track.family() if member.order_id is not None)
-        if track.client_order_id in self._tracks:
-            self._open[track.client_order_id] = track
+        ours = self._tracks.get(track.known_as)
+        if ours is not None:
+            self._open[ours.client_order_id] = ours
 
     def suspects(self, looks_max: int) -> list[OrderTrack]:
         """Orders that the broker did not have when they were looked for, fewer times than looks_max, and may yet get."""
         tracks = self._tracks.values()
         return [track for track in tracks if track.state is LocalState.NOT_SENT and 0 < track.absent < looks_max]
+
+    def externals(self) -> list[OrderTrack]:
+        """Orders of others that may still fill."""
+        return [track for track in self._adopted.values() if track.is_open]
 
     def working(self) -> list[OrderTrack]:
         """Orders that may still fill, or whose fills are not all recorded, in the order of their planning."""
