@@ -320,7 +320,7 @@ async def test_day_start_moves_with_the_session(stage: Stage) -> None:
     await stage.say(closed(3), fill_of(propose("c-1").request, "x-1", Decimal(100)), account(90_000))
     assert agent._account.day_start == 100_000
     await stage.say(closed(4))
-    assert agent._account.day_start == 100_000 and agent._equity < 100_000
-    equity = agent._equity
+    assert agent._account.day_start == 100_000 and agent._account.equity < 100_000
+    equity = agent._account.equity
     await stage.say(closed(5))
     assert agent._account.day_start == equity
