@@ -31,6 +31,7 @@ ROOMS: list[set[str]] = [
     {"research", "bus", "journal", "broker"},
     {"agents"},
     {"session"},
+    {"observe"},
     {"runs", "app"},
 ]
 # Narrower than the order of the rows: what a room may import beside errors, clock, trading and its own.

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCE', 'ANSWERS_MAX', 'LAST_LOOKS', 'T', 'stop_on_signals', 'SessionResult', 'Session', 'run_session']
 
-# %% ../../nbs/session/03_session.ipynb #1275d855
+# %% ../../nbs/session/03_session.ipynb #dde13904
 import asyncio
 import platform
 import signal
@@ -29,13 +29,15 @@ from ..broker.port import Broker, MarketData
 from ..bus.bus import InProcessBus
 from ..clock.clock import Clock, WallClock
 from ..clock.ids import Ids, UniqueIds
-from ..clock.sessions import NEW_YORK, TIMEFRAME_SECONDS
+from ..clock.sessions import NEW_YORK, TIMEFRAME_SECONDS, TradingCalendar
 from ..config.settings import Settings
 from ..errors.taxonomy import BadData, Halted, Misused, Retryable
 from ..journal.journal import SqliteJournal
 from ..market.bars import Bars, Provenance, window
 from ..market.history import load_bars
 from ..market.store import BarStore
+from .companions import Companion, SessionParts, accompanied
+from .control import ControlFile
 from .drivers import RECOVERY_PAUSE_S, STOPPED, Desk, Driver, Progress
 from .orders import ORDER_EVENTS, Refusal, equity_curve, order_records, refusals
 from .reconcile import reconcile
@@ -267,7 +269,7 @@ class Session:
             await agent.stop()
         return found, account
 
-# %% ../../nbs/session/03_session.ipynb #eefd95e0
+# %% ../../nbs/session/03_session.ipynb #9a1cdabd
 def _versions() -> dict[str, str]:
     """What the numbers of a session rest on; a replay by another version names the two."""
     python = platform.python_version()
@@ -369,6 +371,7 @@ async def run_session(
     journal_path: Path | str | None = None,  # None: a new temporary folder
     progress: Progress | None = None,  # called after every bar
     resume: bool = False,  # go on with the session that journal_path holds; one that ended gives its result again
+    companions: Iterable[Companion] = (),  # what looks at the session from beside it
 ) -> SessionResult:
     """Run a session to its end, or until SIGINT or SIGTERM; raises TraderError where it cannot begin or go on."""
     settings = settings or Settings()
@@ -397,10 +400,10 @@ async def run_session(
         past=past,
     )
     with bind_session(inputs.session_id):
-        return await _run(inputs)
+        return await _run(inputs, companions)
 
 
-async def _run(inputs: SessionInputs) -> SessionResult:
+async def _run(inputs: SessionInputs, companions: Iterable[Companion]) -> SessionResult:
     wall, stop = WallClock(), asyncio.Event()
     started_at, began = wall.now(), wall.monotonic()
     container = session_container(inputs)
@@ -419,17 +422,28 @@ async def _run(inputs: SessionInputs) -> SessionResult:
                         raise Misused(
                             "Another process went on with this session meanwhile. Look at it, then try again."
                         )
-                    await session.open(agents, desk, driver, history, journal.read())
-                    reason, failure = _ending(inputs.past) or await _drive(driver, stop)
-                    try:
-                        found, account = await session.close(agents, desk, driver, reason)
-                        positions = await broker.positions()
-                    except Exception as worse:
-                        if failure is None:
-                            raise
-                        failure.add_note(f"Its end could not be put in order either: {worse}")
-                    if failure is not None:
-                        raise failure
+                    beside = SessionParts(
+                        inputs,
+                        agents,
+                        await container.get(InProcessBus),
+                        broker,
+                        journal,
+                        clock,
+                        await container.get(TradingCalendar),
+                        await container.get(ControlFile),
+                    )
+                    async with accompanied(beside, companions):
+                        await session.open(agents, desk, driver, history, journal.read())
+                        reason, failure = _ending(inputs.past) or await _drive(driver, stop)
+                        try:
+                            found, account = await session.close(agents, desk, driver, reason)
+                            positions = await broker.positions()
+                        except Exception as worse:
+                            if failure is None:
+                                raise
+                            failure.add_note(f"Its end could not be put in order either: {worse}")
+                        if failure is not None:
+                            raise failure
                     health = tuple(agent.health() for agent in agents.all())
             finally:
                 await broker.stop()
