@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.servers import PostgresServer, RedisServer
+
 from trader_lib.app.cli import main
 from trader_lib.broker.connection import AlpacaAccess
 from trader_lib.config.sections import ResilienceSettings
@@ -72,3 +74,19 @@ def trader(
         return code, out, err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A Redis on a free port that keeps nothing; the test is skipped where there is none."""
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
+    """A PostgreSQL on a free port over a new cluster; the test is skipped where there is none."""
+    server = PostgresServer(tmp_path_factory.mktemp("postgres"))
+    yield server
+    server.stop()

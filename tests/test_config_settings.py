@@ -56,7 +56,7 @@ def test_process_environment_and_dot_env_of_the_working_folder_are_read(tmp_path
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("TRADER_", "APCA_"))}
     environ |= {"TRADER_BUS__QUEUE_MAX": "9", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environ, capture_output=True, text=True)
-    assert done.stdout.strip() == "{'queue_max': 9, 'put_timeout_s': 2.0}", done.stderr
+    assert done.stdout.strip() == "{'queue_max': 9, 'put_timeout_s': 2.0, 'url': None}", done.stderr
 
 
 def test_nobody_else_reads_the_environment():

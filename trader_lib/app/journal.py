@@ -6,7 +6,7 @@
 __all__ = ['BROKEN', 'ROWS_MAX', 'journal', 'Run', 'Folder', 'Json', 'COLUMNS', 'open_journal', 'show_verification', 'verify',
            'event_row', 'show', 'export', 'moment_or_number', 'other_version', 'show_replay', 'replay']
 
-# %% ../../nbs/app/07_journal.ipynb #4604f39a
+# %% ../../nbs/app/07_journal.ipynb #decf5b4d
 import asyncio
 import sys
 from datetime import UTC, datetime, time
@@ -20,7 +20,7 @@ from ..errors.taxonomy import Misused
 
 if TYPE_CHECKING:
     from trader_lib.journal.chain import Verification
-    from trader_lib.journal.journal import SqliteJournal
+    from trader_lib.journal.opening import AnyJournal
     from trader_lib.session.replay import Divergence, ReplayResult
     from trader_lib.strategy.contract import Strategy
     from trader_lib.trading.events import Event, Payload
@@ -36,19 +36,20 @@ Run = Annotated[
 Folder = Annotated[str | None, Parameter(name="--runs", help="Folder of the run folders. [./runs]")]
 Json = Annotated[bool, Parameter(negative=(), help="Print JSON.")]
 
-# %% ../../nbs/app/07_journal.ipynb #3e407018
-def open_journal(run: str, folder: str | None) -> "SqliteJournal":
+# %% ../../nbs/app/07_journal.ipynb #ca04684b
+def open_journal(run: str, folder: str | None) -> "AnyJournal":
     """The journal of a run, or at a path, opened for reading; raises Misused where there is none."""
     from trader_lib.config.settings import load_settings
-    from trader_lib.journal.journal import SqliteJournal
+    from trader_lib.journal.opening import journal_exists
+    from trader_lib.journal.opening import open_journal as open_at
     from trader_lib.runs.store import RunStore
 
     if Path(run).is_file():
-        return SqliteJournal(run, read_only=True)
+        return open_at(run)
     found = RunStore(folder or load_settings(None).runs.path).find(run)
-    if not found.journal.exists():
+    if not journal_exists(found.journal):
         raise Misused(f"The run {found.name} has no journal: only sessions write one. Try latest-paper.")
-    return SqliteJournal(found.journal, read_only=True)
+    return open_at(found.journal)
 
 # %% ../../nbs/app/07_journal.ipynb #66d49086
 def show_verification(path: Path, found: "Verification", *, as_json: bool = False) -> int:
@@ -166,7 +167,7 @@ def export(
     say(f"{count:,} events in {to}")
     return 0
 
-# %% ../../nbs/app/07_journal.ipynb #976ceaa5
+# %% ../../nbs/app/07_journal.ipynb #168bae3c
 def moment_or_number(text: str | None) -> int | datetime | None:
     """`--until` as the number of an event, or as a moment; a day means its end, and no zone means UTC."""
     if text is None or text.isdecimal():
@@ -182,7 +183,7 @@ def moment_or_number(text: str | None) -> int | datetime | None:
     return when if when.tzinfo else when.replace(tzinfo=UTC)
 
 
-def other_version(opened: "SqliteJournal", strategy: str | None, params: dict[str, object]) -> "Strategy | None":
+def other_version(opened: "AnyJournal", strategy: str | None, params: dict[str, object]) -> "Strategy | None":
     """The version that is asked for, on top of what was recorded; None where none is."""
     if strategy is None and not params:
         return None

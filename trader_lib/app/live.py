@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LIMITS', 'OWN', 'limit_refusals', 'is_rehearsal', 'reported_account', 'check_live']
 
-# %% ../../nbs/app/09_live.ipynb #f2562381
+# %% ../../nbs/app/09_live.ipynb #6cbd8db8
 from collections.abc import Mapping
 
 from alpaca.trading.models import TradeAccount
@@ -14,7 +14,7 @@ from ..broker.connection import AlpacaAccess
 from ..config.settings import Settings, explain
 from ..errors.alpaca import from_alpaca
 from ..errors.taxonomy import BadData, Misconfigured, TraderError
-from ..journal.journal import SqliteJournal
+from ..journal.opening import open_journal
 from ..runs.parameters import RunParameters
 from ..runs.store import RunFolder, RunStore
 from ..trading.events import SessionStarted
@@ -35,14 +35,14 @@ def limit_refusals(settings: Settings, given: Mapping[str, object]) -> list[str]
             refused.append(f"The limit {name} has to be yours ({set_by}): set {row.variable}, or give --{option}.")
     return refused
 
-# %% ../../nbs/app/09_live.ipynb #c35704f8
+# %% ../../nbs/app/09_live.ipynb #ec4361d8
 def is_rehearsal(run: RunFolder, asked: RunParameters) -> bool:
     """Whether a run is a reconciled paper session of what is asked for."""
     try:
         result = run.result()
         if result.data is None or result.reconciliation is None or not result.reconciliation.ok:
             return False
-        with SqliteJournal(run.journal, read_only=True) as journal:
+        with open_journal(run.journal) as journal:
             begun = [event.payload for event in journal.last([SessionStarted])]
     except (BadData, TraderError):
         return False

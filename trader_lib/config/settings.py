@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Profile', 'PREFIX', 'ALIASES', 'SETTING_NAMES', 'Settings', 'load_settings', 'SettingRow', 'explain']
 
-# %% ../../nbs/config/01_settings.ipynb #4eb4b291
+# %% ../../nbs/config/01_settings.ipynb #5ca0a83c
 import os
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
@@ -30,14 +30,16 @@ from trader_lib.config.sections import (
     ExchangeSettings,
     JournalSettings,
     LoggingSettings,
+    MonitoringSettings,
     NotifySettings,
     ResilienceSettings,
     RiskSettings,
     RunSettings,
+    TelemetrySettings,
 )
 from ..errors.taxonomy import Misconfigured, did_you_mean
 
-# %% ../../nbs/config/01_settings.ipynb #61cd631f
+# %% ../../nbs/config/01_settings.ipynb #8f97debf
 Profile = Literal["research", "paper", "live"]
 
 PREFIX = "TRADER_"
@@ -72,6 +74,8 @@ class Settings(BaseSettings):
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
     runs: RunSettings = Field(default_factory=RunSettings)
     notify: NotifySettings = Field(default_factory=NotifySettings)
+    monitoring: MonitoringSettings = Field(default_factory=MonitoringSettings)
+    telemetry: TelemetrySettings = Field(default_factory=TelemetrySettings)
 
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
 

@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['ensure_resumable', 'asked_for']
 
-# %% ../../nbs/runs/12_resume.ipynb #4e435137
+# %% ../../nbs/runs/12_resume.ipynb #dbe59229
 from typing import Any, cast
 
 import orjson
 
 from ..errors.taxonomy import BadData, Misused
-from ..journal.journal import SqliteJournal
+from ..journal.opening import journal_exists, open_journal
 from .result import Kind
 from .store import RunFolder
 from ..session.control import lock_path, who_runs
 from ..trading.events import SessionEnded
 
-# %% ../../nbs/runs/12_resume.ipynb #fd31536f
+# %% ../../nbs/runs/12_resume.ipynb #09db6ab0
 def ensure_resumable(run: RunFolder) -> None:
     """Raise Misused for a run that is no session, that has ended, or that still runs."""
     if run.kind != "paper":
@@ -26,9 +26,9 @@ def ensure_resumable(run: RunFolder) -> None:
     if alive:
         who = f" (process {runner.pid} on {runner.host})" if runner else ""
         raise Misused(f"{run.name} still runs{who}. Wait for its end, or end it, then resume.")
-    if not run.journal.is_file() or not run.result_file.is_file() or run.result().status == "failed":
+    if not journal_exists(run.journal) or not run.result_file.is_file() or run.result().status == "failed":
         return
-    with SqliteJournal(run.journal, read_only=True) as journal:
+    with open_journal(run.journal) as journal:
         for event in journal.read(types=[SessionEnded]):
             assert isinstance(event.payload, SessionEnded)
             raise Misused(f"{run.name} has ended already: {event.payload.reason}. There is nothing to resume.")

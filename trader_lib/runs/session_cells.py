@@ -6,7 +6,7 @@
 __all__ = ['BOUNDED', 'session_settings', 'bars_to_come', 'progress_teller', 'journal_bars', 'equity_by_bar', 'exposure_by_bar',
            'session_statistics', 'price_piece', 'worth_piece', 'health_piece', 'risk_piece']
 
-# %% ../../nbs/runs/09_session_cells.ipynb #5602eb01
+# %% ../../nbs/runs/09_session_cells.ipynb #fae50bcd
 from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..agents.contract import AgentHealth
 from ..config.settings import Settings, load_settings
-from ..journal.journal import SqliteJournal
+from ..journal.opening import open_journal
 from ..market.bars import Bars, window
 from ..research.plots import equity_figure, price_figure
 from ..research.report import Piece, note, table, words
@@ -63,10 +63,10 @@ def progress_teller(
 
     return closed
 
-# %% ../../nbs/runs/09_session_cells.ipynb #d927f6d0
+# %% ../../nbs/runs/09_session_cells.ipynb #b9ac843e
 def journal_bars(result: SessionResult) -> Bars | None:
     """The bars that closed during a session, from its journal; None if none did."""
-    with SqliteJournal(result.journal_path, read_only=True) as journal:
+    with open_journal(result.journal_path) as journal:
         rows = [
             {"symbol": symbol, "timestamp": event.payload.at, **bar.model_dump()}
             for event in journal.read(types=[BarsClosed])
@@ -135,7 +135,7 @@ def health_piece(health: tuple[AgentHealth, ...]) -> Piece:
     rows = [(one.agent, one.state, one.handled, one.failed, one.missed, one.restarts, one.reason) for one in health]
     return table(columns, rows)
 
-# %% ../../nbs/runs/09_session_cells.ipynb #357c5de3
+# %% ../../nbs/runs/09_session_cells.ipynb #9edbd0bc
 BOUNDED = tuple(
     check.name
     for check in Check
@@ -148,7 +148,7 @@ def risk_piece(result: SessionResult) -> Piece:
     passed, failed = Counter[str](), Counter[str]()
     nearest: dict[str, CheckOutcome] = {}
     decided = approved = 0
-    with SqliteJournal(result.journal_path, read_only=True) as journal:
+    with open_journal(result.journal_path) as journal:
         for event in journal.read(types=[RiskDecided]):
             assert isinstance(event.payload, RiskDecided)
             decided, approved = decided + 1, approved + event.payload.approved

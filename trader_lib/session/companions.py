@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Companion', 'PATIENCE_S', 'SessionParts', 'companion_name', 'accompanied']
 
-# %% ../../nbs/session/10_companions.ipynb #04c5fa05
+# %% ../../nbs/session/10_companions.ipynb #e33f4bce
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -20,14 +20,14 @@ from ..bus.bus import InProcessBus
 from ..clock.clock import Clock
 from ..clock.sessions import TradingCalendar
 from ..config.settings import Settings
-from ..journal.journal import SqliteJournal
+from ..journal.chain import Journal
 from .control import ControlFile
 from .spec import SessionSpec
 from .wiring import Agents, SessionInputs
 from ..telemetry.log import get_logger
 from ..trading.events import Event
 
-# %% ../../nbs/session/10_companions.ipynb #c9047611
+# %% ../../nbs/session/10_companions.ipynb #8ae2007a
 @dataclass(frozen=True)
 class SessionParts:
     """What a companion is given: the very parts that trade, to read and to listen to.
@@ -40,7 +40,7 @@ class SessionParts:
     agents: Agents
     bus: InProcessBus
     broker: Broker
-    journal: SqliteJournal
+    journal: Journal
     clock: Clock
     calendar: TradingCalendar
     control: ControlFile

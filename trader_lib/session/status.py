@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAILURES_MAX', 'COMMANDS_MAX', 'LATEST', 'ORDERS', 'SessionStatus', 'StatusFold', 'session_status']
 
-# %% ../../nbs/session/12_status.ipynb #871573d2
+# %% ../../nbs/session/12_status.ipynb #168623b3
 from collections import deque
 from collections.abc import Set
 from dataclasses import asdict, dataclass
@@ -16,7 +16,7 @@ from typing import Any
 
 from ..clock.clock import Clock, WallClock
 from ..errors.taxonomy import Misused
-from ..journal.journal import SqliteJournal
+from ..journal.opening import journal_exists, open_journal
 from .control import ControlFile, Runner, lock_path, who_runs
 from trader_lib.trading.events import (
     AgentFailed,
@@ -95,7 +95,7 @@ class SessionStatus:
             shown[name] = None if shown[name] is None else decimal_text(shown[name])
         return shown
 
-# %% ../../nbs/session/12_status.ipynb #1bcf1ff0
+# %% ../../nbs/session/12_status.ipynb #0f616f84
 class StatusFold:
     """What a session's events come to, as far as they were taken."""
 
@@ -201,7 +201,7 @@ def _asked(control: ControlFile, obeyed: Set[str]) -> TradingState | None:
 
 
 def _silence(journal_path: Path, clock: Clock) -> float | None:
-    """Seconds since anything was written; what is committed first goes to the file beside the journal."""
+    """Seconds since anything was written, None where the journal is no file; what is committed goes to the one beside it first."""
     files = [journal_path, journal_path.with_name(f"{journal_path.name}-wal")]
     moments = [file.stat().st_mtime for file in files if file.exists()]
     return max(0.0, clock.now().timestamp() - max(moments)) if moments else None
@@ -217,7 +217,7 @@ def _told(event: Event) -> str:
         case _:
             return f"{when} {event.type}"
 
-# %% ../../nbs/session/12_status.ipynb #6d0e4d4c
+# %% ../../nbs/session/12_status.ipynb #72769643
 LATEST = (SessionStarted, SessionEnded, Reconciled, BarsClosed, PortfolioChanged)
 ORDERS = (OrderIntended, OrderAcknowledged, OrderAdopted, OrderFailed, TradeUpdated)
 
@@ -227,11 +227,11 @@ def session_status(journal_path: Path, clock: Clock | None = None) -> SessionSta
 
     Raises Misused where no session has begun there.
     """
-    if not journal_path.is_file():
+    if not journal_exists(journal_path):
         raise Misused(
             f"There is no session in {journal_path.parent}: it has no journal. `trader runs list` shows runs."
         )
-    with SqliteJournal(journal_path, read_only=True) as journal:
+    with open_journal(journal_path) as journal:
         events = [event for kind in LATEST for event in journal.last([kind])]
         worth = next((event.seq for event in events if isinstance(event.payload, PortfolioChanged)), 0)
         events += journal.last([OperatorCommand], COMMANDS_MAX) + journal.last([TradingStateChanged], COMMANDS_MAX)
