@@ -8,7 +8,6 @@ import pytest
 from hypothesis import settings
 
 from tests.servers import PostgresServer, RedisServer
-
 from trader_lib.app.cli import main
 from trader_lib.broker.connection import AlpacaAccess
 from trader_lib.config.sections import ResilienceSettings

@@ -85,8 +85,18 @@ class PostgresServer:
     def start(self) -> None:
         with self.log.open("ab") as output:
             self._process = subprocess.Popen(
-                [*self._as, self.binaries / "postgres", "-D", self.data, "-p", str(self.port), "-h", "127.0.0.1"]
-                + ["-k", "", "-c", "max_connections=40"],
+                [
+                    *self._as,
+                    self.binaries / "postgres",
+                    "-D",
+                    self.data,
+                    "-p",
+                    str(self.port),
+                    "-h",
+                    "127.0.0.1",
+                    "-k",
+                    "",
+                ],
                 stdout=output,
                 stderr=output,
             )
