@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['app', 'runs', 'Json', 'Profile', 'Folder', 'Session', 'Reason', 'check_port', 'extra_parameters', 'backtest', 'paper',
-           'live', 'exchange', 'list_', 'show', 'compare', 'kill', 'reduce', 'resume', 'status', 'config', 'doctor',
-           'demo', 'strategies', 'main']
+           'live', 'run_', 'exchange', 'list_', 'show', 'compare', 'kill', 'reduce', 'resume', 'status', 'config',
+           'doctor', 'demo', 'strategies', 'main']
 
-# %% ../../nbs/app/04_cli.ipynb #2277c9fa
+# %% ../../nbs/app/04_cli.ipynb #5436cb6d
 import asyncio
 import getpass
+import json as json_module
 import socket
 import sys
 import traceback
 from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from os import environ
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from cyclopts import App, CycloptsError, Parameter
@@ -30,7 +32,9 @@ from trader_lib.app.options import (
     WhatOptions,
     given_parameters,
     setting_overrides,
+    strategy_params,
 )
+from .scheduling import schedule
 from ..errors.taxonomy import Interrupted, Misconfigured, Misused, RunFailed, TraderError
 
 if TYPE_CHECKING:
@@ -57,13 +61,14 @@ runs = App(
 )
 app.command(runs)
 app.command(journal)
+app.command(schedule)
 app.command(replay)
 
 Json = Annotated[bool, Parameter(negative=(), help="Print JSON.")]
 Profile = Annotated[Literal["research", "paper", "live"] | None, Parameter(help="Settings profile. [research]")]
 Folder = Annotated[str | None, Parameter(name="--runs", help="Folder of the run folders. [./runs]")]
 
-# %% ../../nbs/app/04_cli.ipynb #98976a33
+# %% ../../nbs/app/04_cli.ipynb #acebf65c
 def _run(
     kind: "Kind",
     given: dict[str, object],
@@ -241,6 +246,77 @@ def live(
     return _resume("live", resume, how, account)
 
 
+@app.command(name="run")
+def run_(
+    notebook: Annotated[str, Parameter(help="backtest, paper, or the path of a notebook with a cell of parameters.")],
+    /,
+    *,
+    param: Annotated[
+        tuple[str, ...], Parameter(name=("--param", "-p"), negative=(), help="A parameter: -p symbols=AAPL,IBM.")
+    ] = (),
+    parameters: Annotated[Path | None, Parameter(help="JSON file of parameters; -p wins over it.")] = None,
+    how: HowOptions | None = None,
+) -> int:
+    r"""Run a parameterised notebook as papermill does, supervised, and leave a run folder with its report.
+
+    `trader schedule` and Kubernetes run their jobs so.
+
+    Example: trader run review.ipynb -p day=2026-11-20
+    """
+    given = {**_from_file(parameters), **strategy_params(param)}
+    if notebook in {"backtest", "paper"}:
+        extra = {name: given.pop(key) for key, name in (("broker", "kind"), ("transport", "transport")) if key in given}
+        kind: Kind = "backtest" if notebook == "backtest" else "paper"
+        if kind == "backtest" and extra:
+            raise Misused("A backtest takes neither broker nor transport.")
+        chosen = how or HowOptions()
+        given |= {name: value for name in ("seed", "profile") if (value := getattr(chosen, name)) is not None}
+        return _run(kind, given, how, extra)
+    return _run_own(Path(notebook), given, how)
+
+
+def _from_file(path: Path | None) -> dict[str, object]:
+    if path is None:
+        return {}
+    try:
+        found = json_module.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise Misused(f"{path} is not a JSON file of parameters ({error}).") from None
+    if not isinstance(found, dict):
+        raise Misused(f"{path} should hold an object of parameters by name.")
+    return found
+
+
+def _run_own(notebook: Path, given: dict[str, object], how: HowOptions | None) -> int:
+    """Run a notebook of the user's own."""
+    from trader_lib.app.console import progress_bar, say
+    from trader_lib.app.views import show_run
+    from trader_lib.config.settings import load_settings
+    from trader_lib.runs.runner import run_notebook
+    from trader_lib.runs.store import RunFolder, RunStore
+
+    chosen = how or HowOptions()
+    settings = load_settings(chosen.profile, overrides=setting_overrides(how))
+    try:
+        with progress_bar("notebook") as report:
+            run = run_notebook(
+                "notebook",
+                given,
+                store=RunStore(settings.runs.path),
+                template=notebook,
+                timeout_s=settings.runs.timeout_s,
+                report=report,
+                said=say,
+            )
+    except (RunFailed, Interrupted) as error:
+        stopped = error.context.get("run")
+        if isinstance(stopped, RunFolder):
+            show_run(stopped, as_json=chosen.json)
+        raise
+    show_run(run, as_json=chosen.json)
+    return 0
+
+
 @app.command
 def exchange(
     *,
@@ -268,7 +344,7 @@ def exchange(
     serve_exchange(asked, settings, as_json=chosen.json)
     return 0
 
-# %% ../../nbs/app/04_cli.ipynb #a79d5ebf
+# %% ../../nbs/app/04_cli.ipynb #78ad40cb
 def _store(folder: str | None, profile: str | None = None) -> "RunStore":
     from trader_lib.config.settings import load_settings
     from trader_lib.runs.store import RunStore
@@ -279,7 +355,9 @@ def _store(folder: str | None, profile: str | None = None) -> "RunStore":
 @runs.command(name="list")
 def list_(
     *,
-    kind: Annotated[Literal["backtest", "paper", "live"] | None, Parameter(help="Only runs of this kind.")] = None,
+    kind: Annotated[
+        Literal["backtest", "paper", "live", "notebook"] | None, Parameter(help="Only runs of this kind.")
+    ] = None,
     limit: Annotated[int, Parameter(help="At most so many. [20]")] = 20,
     folder: Folder = None,
     json: Json = False,

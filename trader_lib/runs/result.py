@@ -22,11 +22,11 @@ from ..errors.taxonomy import BadData
 from ..trading.order_list import OrderRecord
 from ..trading.orders import Number
 
-# %% ../../nbs/runs/00_result.ipynb #48953759
+# %% ../../nbs/runs/00_result.ipynb #ccbb8333
 RESULT_MIME = "application/vnd.trader.result+json"
 PROGRESS_MIME = "application/vnd.trader.progress+json"
 
-Kind = Literal["backtest", "paper", "live"]
+Kind = Literal["backtest", "paper", "live", "notebook"]
 Status = Literal["running", "completed", "failed", "interrupted"]
 
 # %% ../../nbs/runs/00_result.ipynb #4c37bb99

@@ -21,7 +21,7 @@ from .result import Failure, Kind, RunResult, Status, versions
 from .store import RunFolder, RunStore, write_atomic
 from .templates import check_names, template_path
 
-# %% ../../nbs/runs/05_runner.ipynb #069cc891
+# %% ../../nbs/runs/05_runner.ipynb #0538368d
 def readable(error: ValidationError, known: Mapping[str, object] | None = None) -> str:
     """What is wrong with some parameters, one sentence each, without their values."""
     sentences = []
@@ -29,7 +29,8 @@ def readable(error: ValidationError, known: Mapping[str, object] | None = None) 
         name = ".".join(str(part) for part in problem["loc"])
         what = problem["msg"].removeprefix("Value error, ").rstrip(".")
         hint = did_you_mean(name, known or {}) if problem["type"] == "extra_forbidden" else ""
-        sentences.append(f"{name}: {what}.{hint}" if name else f"{what}.")
+        told = what if what.endswith("?") else f"{what}."
+        sentences.append(f"{name}: {told}{hint}" if name else told)
     return " ".join(sentences)
 
 
@@ -49,7 +50,7 @@ def kernel_environment() -> dict[str, str]:
     quiet = {"PYTHONWARNINGS": "ignore", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     return {**quiet, **os.environ, "PLOTLY_RENDERER": "plotly_mimetype"}
 
-# %% ../../nbs/runs/05_runner.ipynb #a7b45b10
+# %% ../../nbs/runs/05_runner.ipynb #5f5e04ab
 RUN_FOLDER = "run_folder"
 RESUME = "resume"
 
@@ -60,7 +61,7 @@ def run_notebook(
     *,
     store: RunStore,
     check: Callable[[Mapping[str, object]], object] | None = None,  # refuses parameters before anything is made
-    template: Path | None = None,  # the kind's own unless given
+    template: Path | None = None,  # the kind's own unless given; a user's own notebook, where the kind is notebook
     timeout_s: float = 3600.0,
     report: Callable[[Any], None] = lambda progress: None,  # takes Progress
     said: Callable[[str], None] = lambda words: None,  # takes what the user should be told
@@ -132,7 +133,7 @@ def _conclude(
             error=outcome.error or outcome.ending,
             message=_why(outcome),
         )
-    elif not left:
+    elif not left and kind != "notebook":  # one of the user's own need not leave a result
         failure = Failure(error="NoResult", message="the notebook displayed no result")
     status: Status = "completed"
     if outcome.interrupted or outcome.ending == "stopped" or left.get("status") == "interrupted":

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'template_path', 'Parameter', 'template_parameters', 'check_names', 'sync_templates']
 
-# %% ../../nbs/runs/02_templates.ipynb #134a4b0c
+# %% ../../nbs/runs/02_templates.ipynb #d8f0f62a
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +23,9 @@ TEMPLATES: Mapping[Kind, str] = {
 
 
 def template_path(kind: Kind) -> Path:
-    """Where the template of a kind of run lies in the installed package."""
+    """Where the template of a kind of run lies in the installed package; raises Misused for a kind without one."""
+    if kind not in TEMPLATES:
+        raise Misused("A run of kind notebook needs a notebook. Name one.")
     return Path(str(resources.files("trader_lib.runs").joinpath("templates", TEMPLATES[kind])))
 
 # %% ../../nbs/runs/02_templates.ipynb #9f490515
