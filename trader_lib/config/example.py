@@ -13,11 +13,13 @@ from pydantic.fields import FieldInfo
 
 from .settings import Settings, explain
 
-# %% ../../nbs/config/02_example.ipynb #5a8395bf
+# %% ../../nbs/config/02_example.ipynb #0ff2c7fe
 _HEAD = """\
 # Settings of trader_lib. Copy this file to .env and remove the # before what you want to change.
 # The environment wins over .env, .env over the profile, the profile over the defaults shown here; `none` unsets.
 # `trader config` shows what is in force and where it comes from. Never commit .env.
+# A value may lie in a file: TRADER_BROKER__SECRET_KEY_FILE=/run/secrets/key; and TRADER_SECRETS_DIR names a folder of
+# files that are named like these variables, which .env and the environment win over.
 """
 
 
