@@ -7,7 +7,7 @@ __all__ = ['app', 'runs', 'Json', 'Profile', 'Folder', 'Session', 'Reason', 'che
            'live', 'run_', 'exchange', 'list_', 'show', 'compare', 'kill', 'reduce', 'resume', 'status', 'config',
            'doctor', 'demo', 'strategies', 'main']
 
-# %% ../../nbs/app/04_cli.ipynb #5436cb6d
+# %% ../../nbs/app/04_cli.ipynb #b28ab77d
 import asyncio
 import getpass
 import json as json_module
@@ -25,6 +25,7 @@ from rich.console import Console
 
 from .. import __version__
 from .journal import journal, replay
+from .notify import notify, summary
 from trader_lib.app.options import (
     CostOptions,
     HowOptions,
@@ -63,6 +64,8 @@ app.command(runs)
 app.command(journal)
 app.command(schedule)
 app.command(replay)
+app.command(notify)
+app.command(summary)
 
 Json = Annotated[bool, Parameter(negative=(), help="Print JSON.")]
 Profile = Annotated[Literal["research", "paper", "live"] | None, Parameter(help="Settings profile. [research]")]
