@@ -41,7 +41,7 @@ async def after_each_close(calendar: TradingCalendar, clock: Clock, tell: Callab
             await clock.sleep(min(left, LOOK_S))
         tell(trading_day(close))
 
-# %% ../../nbs/observe/24_telling.ipynb #29f4a6c0
+# %% ../../nbs/observe/24_telling.ipynb #97a2606d
 def notifications(
     ways: Sequence[Channel] | None = None,  # None: those of the settings
     clock: Clock | None = None,  # people's, not the session's; None: the wall's
@@ -57,7 +57,7 @@ def notifications(
             return
         wall = clock or WallClock()
         notifier = Notifier(found, settings, clock=wall, seed=parts.spec.seed)
-        journal = parts.inputs.journal_path
+        journal, known = parts.inputs.journal_path, parts.bus.last_seq
         tasks: set[asyncio.Task[None]] = set()
 
         def at_close(day: date) -> None:
@@ -75,7 +75,7 @@ def notifications(
             finally:
                 if days is not None:
                     days.cancel()
-                if settings.summary:
+                if settings.summary and parts.bus.last_seq > known:
                     parts.journal.commit()
                     await _tell_day(notifier, journal, None, wall)
                 for task in tasks:
