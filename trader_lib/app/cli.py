@@ -509,7 +509,7 @@ def status(
 
     return show_status(session_run(_store(folder), run), as_json=json)
 
-# %% ../../nbs/app/04_cli.ipynb #2dedd18b
+# %% ../../nbs/app/04_cli.ipynb #efcef51f
 @app.command
 def config(*, profile: Profile = None, json: Json = False) -> int:
     """Print the effective settings and where each came from; secrets are masked.
@@ -528,7 +528,12 @@ def config(*, profile: Profile = None, json: Json = False) -> int:
 
 
 @app.command
-def doctor(*, profile: Profile = None, json: Json = False) -> int:
+def doctor(
+    *,
+    profile: Profile = None,
+    offline: Annotated[bool, Parameter(negative=(), help="Do not ask the broker.")] = False,
+    json: Json = False,
+) -> int:
     """Check everything that a run needs, and say what to do about what is missing.
 
     Example: trader doctor
@@ -536,7 +541,7 @@ def doctor(*, profile: Profile = None, json: Json = False) -> int:
     from trader_lib.app.console import print_json, print_table
     from trader_lib.app.doctor import diagnose
 
-    found = diagnose(profile)
+    found = diagnose(profile, offline=offline)
     if json:
         print_json([finding.document() for finding in found])
     else:

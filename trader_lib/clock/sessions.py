@@ -39,7 +39,7 @@ class TradingSession:
         """The stamp of this session's daily bar: midnight in New York, in UTC."""
         return datetime.combine(self.date, time(), NEW_YORK).astimezone(UTC)
 
-# %% ../../nbs/clock/02_sessions.ipynb #08d4bb35
+# %% ../../nbs/clock/02_sessions.ipynb #b034a637
 @cache
 def _schedule(name: str) -> tuple[list[date], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     import exchange_calendars  # half a second, and pandas
@@ -67,6 +67,11 @@ class TradingCalendar:
         self.name = name
         self._dates, self._stamps, self._opens, self._closes = _schedule(name)
         self._days = np.array(self._dates, dtype="datetime64[D]")
+
+    @property
+    def horizon(self) -> date:
+        """The last session that is known."""
+        return self._dates[-1]
 
     def sessions(self, start: date, end: date) -> list[TradingSession]:
         """Return the sessions from one date to another, both included."""
