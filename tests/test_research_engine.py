@@ -28,8 +28,8 @@ from trader_lib.research.ledger import (
     Rules,
 )
 from trader_lib.risk.checks import RecentOrders, decide
-from trader_lib.risk.limits import Limits
-from trader_lib.risk.rules import RiskFacts, pending_exposure
+from trader_lib.risk.limits import Limits, SymbolLimits
+from trader_lib.risk.rules import HALTED, RiskFacts, margin_of, pending_exposure, pending_margin, state_after_close
 from trader_lib.session.session import run_session
 from trader_lib.session.spec import SessionSpec
 from trader_lib.strategy.contract import Strategy
@@ -96,7 +96,7 @@ class Reference:
         self.orders: list[Order] = []
         self.working: list[Order] = []
         self.refusals: list[tuple[int, int, tuple[str, ...]]] = []
-        self.state, self.day_start = 0, self.cash
+        self.state, self.day_start, self.peak = 0, self.cash, self.cash
         self.curve: list[float] = []
 
     def run(self, weights: np.ndarray, start: int) -> None:
@@ -114,11 +114,23 @@ class Reference:
             self.planner.on_close(close)
             self.equity = equity(self.cash, self.planner.positions, self.mark)
             self.curve.append(self.equity)
+            self.peak = max(self.peak, self.equity)
+            before = self.state
+            self.state = state_after_close(before, self.equity, self.day_start, self.peak, self.limits.values())
             self.decide(t, weights[t])
+            if before != HALTED and self.state == HALTED:
+                self.withdraw()
             if self.market.ends_session[t]:
                 self.day_start = self.equity
         for order in self.working:
             order.end("canceled")
+
+    def withdraw(self) -> None:
+        for order in self.working:
+            if not order.exit:
+                order.end("canceled")
+                self.planner.on_order_closed(self.symbols[order.s], "entry")
+        self.working = [order for order in self.working if order.exit]
 
     def match(self, t: int) -> None:
         used = dict.fromkeys(range(len(self.symbols)), 0.0)
@@ -202,8 +214,6 @@ class Reference:
         decision = decide(request, facts, self.limits)
         if not decision.approved:
             self.refusals.append((t, s, decision.refused_by))
-            if decision.breached:
-                self.state = 1
             return False
         self.recent.record(request, now)
         nan = math.nan
@@ -226,17 +236,23 @@ class Reference:
     def facts(self, s: int, request: OrderRequest, now: datetime) -> RiskFacts:
         held = self.planner.positions
         long, short, gross = exposure(held, self.mark)
-        reserved, pending = 0.0, 0.0
+        reserved, pending, margin, wash = 0.0, 0.0, margin_of(held, self.mark), False
         for order in self.working:
             reserved = round_to(reserved + reserved_cost(order.cost, order.qty, order.remaining), 2)
             if not order.exit:
                 gross = pending_exposure(gross, order.side, order.remaining, held[order.s], self.mark[order.s])
+                margin = pending_margin(margin, order.side, order.remaining, held[order.s], self.mark[order.s])
                 pending += order.side * order.remaining if order.s == s else 0.0
+            pairs = request.order_class is OrderClass.OCO or len(order.legs) == 2
+            wash = wash or (order.s == s and not pairs and self.meets(request, order))
         side = 1 if request.side is OrderSide.BUY else -1
         return RiskFacts(
             state=self.state,
+            exits_pass=True,
             restricted=request.symbol in self.limits.restricted,
-            allow_short=self.limits.allow_short and may_short(self.equity, self.multiplier),
+            capability=0,
+            wash_trade=wash,
+            allow_short=self.limits.of(request.symbol).allow_short and may_short(self.equity, self.multiplier),
             duplicate_age_s=self.recent.duplicate_age_s(request, now),
             orders_in_window=self.recent.count(now),
             reference_price=float(self.mark[s]),
@@ -244,13 +260,23 @@ class Reference:
             position_qty=float(held[s]),
             pending_qty=pending,
             gross_exposure=gross,
+            margin_used=margin,
             buying_power=buying_power(self.cash, self.equity, long, short, reserved, self.multiplier),
             order_cost=order_cost(
                 side, to_float(request.qty), held[s], float(self.mark[s]), to_float(request.limit_price)
             ),
             equity=self.equity,
             day_start_equity=self.day_start,
+            peak_equity=self.peak,
         )
+
+    def meets(self, request: OrderRequest, other: Order) -> bool:
+        if (other.side > 0) == (request.side is OrderSide.BUY):
+            return False
+        if other.legs[0].kind != 1 or request.type is not OrderType.LIMIT:
+            return True
+        buyer, seller = to_float(request.limit_price), other.legs[0].limit
+        return buyer >= seller if other.side < 0 else seller >= buyer
 
 
 def random_market(rng: np.random.Generator) -> Market:
@@ -300,7 +326,10 @@ def random_rules(rng: np.random.Generator) -> tuple[Costs, Limits, SizingRules, 
         max_position_qty=some(rng, None, None, 500),
         max_position_notional=some(rng, None, 40_000),
         max_gross_exposure=some(rng, None, 2.0, 0.8),
+        max_margin_used=some(rng, 1.0, 1.0, 0.3),
         max_daily_loss=some(rng, None, None, 0.02),
+        max_drawdown=some(rng, None, None, 0.03),
+        symbols=some(rng, {}, {}, {"AAA": SymbolLimits(max_order_qty=150, allow_short=False)}),
         max_orders=some(rng, 200, 2),
         throttle_window_s=some(rng, 60.0, 200.0, 86_400.0),
         duplicate_window_s=some(rng, None, 1.0, 86_400.0),
@@ -332,11 +361,11 @@ def both(seed: int) -> tuple[Reference, object, Market]:
     reference.run(weights, start)
     rules = Rules(
         costs.rates(),
-        limits.values(),
+        limits.table(reference.symbols),
         sizing,
         exits.rates() if exits else NO_EXITS,
         np.array([symbol in limits.restricted for symbol in reference.symbols]),
-        limits.allow_short,
+        np.array([limits.of(symbol).allow_short for symbol in reference.symbols]),
         float(multiplier),
     )
     return reference, run(market, weights, rules, start=start, starting_cash=cash), market
@@ -405,10 +434,10 @@ def test_random_markets_reach_every_corner() -> None:
         seen |= {"partial" for order in reference.orders for leg in order.legs if len(leg.fills) > 1}
         seen |= {"short" for order in reference.orders if not order.exit and order.side < 0}
         seen |= {name for *_, names in reference.refusals for name in names}
-        seen |= {"reducing"} if simulation.state == 1 else set()
+        seen |= {("active", "reducing", "halted")[simulation.state]}
     assert seen >= {"filled", "canceled", "expired", "oco", "oco stop", "oco limit", "partial", "short", "reducing"}
     assert seen >= {"RESTRICTED", "SHORT_SALE", "THROTTLE", "ORDER_QTY", "ORDER_NOTIONAL", "POSITION_QTY"}
-    assert seen >= {"POSITION_NOTIONAL", "GROSS_EXPOSURE", "BUYING_POWER", "DAILY_LOSS", "TRADING_STATE"}
+    assert seen >= {"POSITION_NOTIONAL", "GROSS_EXPOSURE", "BUYING_POWER", "DAILY_LOSS", "TRADING_STATE", "MARGIN", "DRAWDOWN", "halted"}
 
 
 def test_plain_decimals_are_exact_over_the_border() -> None:
@@ -427,7 +456,7 @@ def test_tables_grow_with_the_run(seed: int) -> None:
     weights = random_weights(rng, market)
     exits = ProtectiveExits(stop_loss=0.03, take_profit=0.05).rates()
     never = np.zeros(n, np.bool_)
-    rules = Rules(Costs().rates(), Limits().values(), SizingRules(), exits, never, True, 2.0)
+    rules = Rules(Costs().rates(), Limits().table(SYMBOLS[:n]), SizingRules(), exits, never, ~never, 2.0)
     roomy = run(market, weights, rules)
     tight = run(market, weights, rules, table_rows=1)
     assert len(roomy.orders) > 4 and tight.orders.tobytes() == roomy.orders.tobytes()
@@ -439,8 +468,9 @@ def test_refusals_beyond_the_bound_are_counted_not_kept() -> None:
     flat = np.full((rows, 1), 100.0)
     closed_s = 1e9 + 60.0 * np.arange(rows)
     market = Market(flat, flat, flat, flat, flat, closed_s, np.zeros(rows, np.bool_))
-    limits = Limits(max_order_qty=1).values()
-    rules = Rules(Costs().rates(), limits, SizingRules(), NO_EXITS, np.zeros(1, np.bool_), True, 2.0)
+    limits = Limits(max_order_qty=1).table(SYMBOLS[:1])
+    never = np.zeros(1, np.bool_)
+    rules = Rules(Costs().rates(), limits, SizingRules(), NO_EXITS, never, ~never, 2.0)
     simulation = run(market, np.full((rows, 1), 0.5), rules)
     assert simulation.refused == rows and len(simulation.refusals) == REFUSALS_KEPT
     assert not len(simulation.orders)

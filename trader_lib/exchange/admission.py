@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Admission']
 
-# %% ../../nbs/exchange/05_admission.ipynb #9378b1b4
+# %% ../../nbs/exchange/05_admission.ipynb #26528533
 import math
 from collections.abc import Container, Mapping, Sequence
 from decimal import Decimal
@@ -14,9 +14,11 @@ from . import refusals
 from ..trading.account import may_short, order_cost
 from .book import BookOrder, Ledger
 from ..trading.numbers import CASH_DECIMALS, QTY_DECIMALS, round_to, to_decimal, to_float
-from ..trading.orders import SIDE_SIGN, OrderClass, OrderRequest, OrderType, TimeInForce
+from ..trading.capability import capability_refusal
+from ..trading.orders import ORDER_TYPE_CODE, SIDE_SIGN, OrderClass, OrderRequest, TimeInForce
+from ..trading.wash import would_wash
 
-# %% ../../nbs/exchange/05_admission.ipynb #1f2078fc
+# %% ../../nbs/exchange/05_admission.ipynb #bd2cff5a
 class Admission:
     """The checks in front of the book.
 
@@ -89,20 +91,22 @@ class Admission:
         elif request.order_class is OrderClass.OCO:
             raise refusals.unprocessable("oco orders must be exit orders")
         elif signed < 0:
-            if request.is_fractional:
-                raise refusals.unprocessable("fractional orders cannot be sold short")
+            if refused := capability_refusal(request.asked(short=True)):
+                raise refusals.unprocessable(refused)
             if not may_short(self._ledger.equity, float(self._ledger.multiplier)):
                 raise refusals.cannot_short(request.symbol)
 
     def _check_wash_trade(self, request: OrderRequest) -> None:
         """Two orders of one account must not be able to trade with each other."""
         for other in self._working:
-            if other.symbol != request.symbol or other.request.side is request.side:
-                continue
-            if OrderClass.OCO in (other.request.order_class, request.order_class):
-                continue
-            if other.type is OrderType.LIMIT and request.type is OrderType.LIMIT:
-                assert other.limit_price is not None and request.limit_price is not None
-                if (request.limit_price - other.limit_price) * SIDE_SIGN[request.side] < 0:
-                    continue
-            raise refusals.wash_trade(other.id)
+            if other.symbol == request.symbol and would_wash(
+                SIDE_SIGN[request.side],
+                ORDER_TYPE_CODE[request.type],
+                to_float(request.limit_price),
+                request.order_class is OrderClass.OCO,
+                other.sign,
+                ORDER_TYPE_CODE[other.type],
+                to_float(other.limit_price),
+                other.request.order_class is OrderClass.OCO,
+            ):
+                raise refusals.wash_trade(other.id)

@@ -6,7 +6,7 @@
 __all__ = ['ORDER_FIELDS', 'REPLACEABLE', 'parse_order', 'parse_number', 'parse_replacement', 'parse_moment', 'parse_day',
            'parse_limit']
 
-# %% ../../nbs/exchange/09_requests.ipynb #eb433fff
+# %% ../../nbs/exchange/09_requests.ipynb #1c063980
 from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal, InvalidOperation
@@ -18,9 +18,10 @@ from ..clock.ids import Ids
 from ..clock.sessions import NEW_YORK
 from . import refusals
 from .messages import Json
+from ..trading.capability import capability_refusal
 from ..trading.orders import OrderRequest
 
-# %% ../../nbs/exchange/09_requests.ipynb #93124092
+# %% ../../nbs/exchange/09_requests.ipynb #48e56dd2
 ORDER_FIELDS = ("symbol", "side", "type", "time_in_force", "client_order_id")
 
 
@@ -28,8 +29,6 @@ def parse_order(body: object, ids: Ids) -> OrderRequest:
     """The order that a client's JSON asks for. ids: names it where the client did not. Raises Rejected."""
     if not isinstance(body, dict):
         raise refusals.bad_request("request body format is invalid", status=400)
-    if body.get("extended_hours"):
-        raise refusals.unprocessable("extended hours orders are not supported by this exchange")
     fields: Json = {name: body[name] for name in ORDER_FIELDS if body.get(name) is not None}
     fields.setdefault("client_order_id", ids.new())
     for name in ("qty", "notional", "limit_price", "stop_price"):
@@ -42,9 +41,13 @@ def parse_order(body: object, ids: Ids) -> OrderRequest:
         if (body.get("stop_loss") or {}).get("limit_price") is not None:
             raise refusals.unprocessable("stop_loss.limit_price is not supported by this exchange")
     try:
-        return OrderRequest.model_validate(fields)
+        request = OrderRequest.model_validate(fields)
     except ValidationError as error:
         raise refusals.refusal_of(error) from None
+    if body.get("extended_hours"):
+        refused = capability_refusal(request.asked(extended_hours=True))
+        raise refusals.unprocessable(refused or "extended hours orders are not supported by this exchange")
+    return request
 
 
 def parse_number(name: str, value: object) -> Decimal | None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIDES', 'TYPES', 'STATUSES', 'PURPOSES', 'Refusal', 'BacktestResult', 'market_of', 'backtest']
 
-# %% ../../nbs/research/05_backtest.ipynb #5b0e2318
+# %% ../../nbs/research/05_backtest.ipynb #a2922632
 from dataclasses import dataclass
 from datetime import date, datetime
 from decimal import Decimal
@@ -24,7 +24,7 @@ from ..market.bars import Bars, window
 from .engine import Simulation, run
 from .ledger import CANCELED, EXPIRED, FILLED, OCO_LIMIT, Market, Rules
 from .statistics import portfolio_of, statistics
-from ..risk.checks import RiskDecision, outcomes
+from ..risk.checks import About, RiskDecision, outcomes
 from ..risk.limits import Limits
 from ..risk.rules import CHECK_COUNT, Check, OrderFacts, RiskFacts, check_order
 from ..strategy.contract import Strategy, target_weights
@@ -71,7 +71,7 @@ class Refusal:
         """One sentence for each check that failed."""
         return tuple(check.reason for check in self.decision.checks if not check.passed)
 
-# %% ../../nbs/research/05_backtest.ipynb #9ad8cd26
+# %% ../../nbs/research/05_backtest.ipynb #12102014
 @dataclass(frozen=True)
 class BacktestResult:
     """What a backtest did and what it was worth. Series are by bar, UTC; money in USD."""
@@ -216,14 +216,17 @@ class BacktestResult:
         passed = np.zeros(CHECK_COUNT, dtype=np.bool_)
         observed, bound = np.zeros(CHECK_COUNT), np.zeros(CHECK_COUNT)
         stop = np.nan if row["leg"] == OCO_LIMIT else float(row["stop"])
-        order = OrderFacts(int(row["side"]), float(row["qty"]), int(row["type"]), float(row["limit"]), stop)
+        order = OrderFacts(
+            int(row["side"]), float(row["qty"]), int(row["type"]), float(row["limit"]), stop, bool(row["exit"])
+        )
         figures: dict[str, Any] = {name: float(row[name]) for name in RiskFacts._fields}
         figures["state"] = int(row["state"])
-        figures["restricted"], figures["allow_short"] = bool(row["restricted"]), bool(row["allow_short"])
+        figures |= {name: bool(row[name]) for name in ("exits_pass", "restricted", "allow_short", "wash_trade")}
+        figures["capability"] = int(row["capability"])
         facts = RiskFacts(**figures)
-        check_order(order, facts, self.limits.values(), passed, observed, bound)
         symbol = self.bars.symbols[row["symbol"]]
-        checks = outcomes(passed, observed, bound, symbol, facts.reference_price)
+        check_order(order, facts, self.limits.of(symbol).values(), passed, observed, bound)
+        checks = outcomes(passed, observed, bound, About(symbol, facts.reference_price))
         return Refusal(
             decided_at=self.bars.at(row["decided"]),
             symbol=symbol,
@@ -272,7 +275,7 @@ class BacktestResult:
 def _price(value: float) -> Decimal | None:
     return None if np.isnan(value) else to_decimal(value, PRICE_DECIMALS)
 
-# %% ../../nbs/research/05_backtest.ipynb #15854150
+# %% ../../nbs/research/05_backtest.ipynb #22e5cc91
 def market_of(bars: Bars, calendar: TradingCalendar | None = None) -> Market:
     """The bars as the engine takes them, with close times and session ends from the calendar (NYSE unless given)."""
     calendar = calendar or TradingCalendar()
@@ -318,13 +321,13 @@ def backtest(
     starting_cash = float(to_decimal(float(cash), CASH_DECIMALS))
     rules = Rules(
         costs=costs.rates(),
-        limits=limits.values(),
+        limits=limits.table(cut.symbols),
         sizing=SizingRules(
             bool(sizing.fractional), float(sizing.min_trade), float(sizing.leverage), bool(sizing.margin)
         ),
         exits=strategy.exits.rates() if strategy.exits is not None else NO_EXITS,
         restricted=np.array([symbol in limits.restricted for symbol in cut.symbols], dtype=np.bool_),
-        allow_short=limits.allow_short,
+        allow_short=np.array([limits.of(symbol).allow_short for symbol in cut.symbols], dtype=np.bool_),
         multiplier=float(multiplier),
     )
     weights = np.ascontiguousarray(target_weights(strategy, cut))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Simulation', 'simulate', 'run']
 
-# %% ../../nbs/research/01_engine.ipynb #cfdd5431
+# %% ../../nbs/research/01_engine.ipynb #6f52ba87
 import math
 from typing import NamedTuple
 
@@ -37,7 +37,8 @@ from trader_lib.research.ledger import (
     submit,
     sweep_ended,
 )
-from ..risk.rules import CHECK_COUNT
+from ..risk.limits import limits_at
+from ..risk.rules import CHECK_COUNT, HALTED, margin_of, state_after_close
 from ..strategy.exits import exit_due, exit_prices, update_extreme
 from ..strategy.planner import book_fill
 from ..strategy.sizing import desired_order, plan_orders
@@ -98,7 +99,7 @@ def _write_fill(
     fills[n]["qty"], fills[n]["price"], fills[n]["fee"] = qty, price, fee
     book.counts[FILLS] = n + 1
 
-# %% ../../nbs/research/01_engine.ipynb #d0fcf915
+# %% ../../nbs/research/01_engine.ipynb #c55cb21b
 @compiled_part
 def _expire(book: Book, orders: Table) -> None:
     for k in range(book.counts[WORKING]):
@@ -106,7 +107,15 @@ def _expire(book: Book, orders: Table) -> None:
             end_order(orders, book.working[k], EXPIRED)
     sweep_ended(book, orders)
 
-# %% ../../nbs/research/01_engine.ipynb #7a84473b
+
+@compiled_part
+def _withdraw(book: Book, orders: Table) -> None:
+    for k in range(book.counts[WORKING]):
+        if orders[book.working[k]]["exit"] == 0:
+            end_order(orders, book.working[k], CANCELED)
+    sweep_ended(book, orders)
+
+# %% ../../nbs/research/01_engine.ipynb #7d12d3cb
 @compiled_part
 def _refresh(book: Book, plan: Plan, orders: Table) -> None:
     """Write what is working and resting into the plan's arrays."""
@@ -126,6 +135,7 @@ def _act(
     cash: float,
     worth: float,
     day_start: float,
+    peak: float,
     market: Market,
     rules: Rules,
     book: Book,
@@ -136,7 +146,7 @@ def _act(
     """Carry out a plan: cancel, then check and submit sells, buys, exits, and exits of refused targets."""
     n = len(book.qty)
     long, short, gross = exposure(book.qty, book.mark)
-    money = Money(cash, worth, day_start, long, short, gross)
+    money = Money(cash, worth, day_start, peak, long, short, gross, margin_of(book.qty, book.mark))
     canceled = False
     for s in range(n):
         if plan.cancel_exit[s]:
@@ -175,7 +185,7 @@ def _act(
         if not (math.isnan(stop) and math.isnan(limit)) and not exit_due(book.qty[s], market.close[t, s], stop, limit):
             submit(t, s, -book.qty[s], limit, stop, money, market, rules, book, plan, orders, refusals)
 
-# %% ../../nbs/research/01_engine.ipynb #b6396f9e
+# %% ../../nbs/research/01_engine.ipynb #b045fbfd
 class Simulation(NamedTuple):
     """What happened in a run."""
 
@@ -275,7 +285,8 @@ def simulate(
     start on. Returns the tables of orders and fills, longer where that was needed. See `run` for the ordinary way in.
     """
     rows, n = market.close.shape
-    cash, day_start = starting_cash, starting_cash
+    cash, day_start, peak = starting_cash, starting_cash, starting_cash
+    limits = limits_at(rules.limits, 0)  # the thresholds are the account's, the same for every symbol
     qty, mark, blocked, close, closed_s = book.qty, book.mark, book.blocked, market.close, market.closed_s
     mark_s, counts = book.mark_s, book.counts
     ends_session, sizing, exits = market.ends_session, rules.sizing, rules.exits
@@ -298,6 +309,9 @@ def simulate(
             update_extreme(qty, close[t], book.extreme)
         worth = equity_of(cash, qty, mark)
         equity[t], cash_after[t] = worth, cash
+        peak = max(peak, worth)
+        before = counts[STATE]
+        counts[STATE] = state_after_close(before, worth, day_start, peak, limits)
         for s in range(n):
             positions[t, s] = qty[s]
         busy = counts[WORKING] > 0
@@ -330,7 +344,10 @@ def simulate(
             plan.limit,
         )
         if _wanted(plan.cancel_exit, plan.cancel_working, plan.order_qty, plan.stop, plan.limit):
-            _act(t, cash, worth, day_start, market, rules, book, plan, orders, refusals)
+            _act(t, cash, worth, day_start, peak, market, rules, book, plan, orders, refusals)
+            _refresh(book, plan, orders)
+        if before != HALTED and counts[STATE] == HALTED:
+            _withdraw(book, orders)
             _refresh(book, plan, orders)
         if ends_session[t]:
             day_start = worth

@@ -7,7 +7,7 @@ __all__ = ['OPEN', 'FILLED', 'CANCELED', 'EXPIRED', 'SIMPLE', 'OCO_LIMIT', 'OCO_
            'REFUSAL_ROW', 'Table', 'WORKING', 'ORDERS', 'FILLS', 'REFUSALS', 'STATE', 'Market', 'Rules', 'Book', 'Plan',
            'Money', 'end_order', 'sweep_ended', 'submit']
 
-# %% ../../nbs/research/00_ledger.ipynb #7dc214ad
+# %% ../../nbs/research/00_ledger.ipynb #7179613a
 import math
 from typing import NamedTuple
 
@@ -16,21 +16,20 @@ from numpy.typing import NDArray
 
 from ..trading.account import buying_power, may_short, order_cost, reserved_cost
 from ..exchange.matching import LIMIT, MARKET, STOP, CostRates
-from ..risk.limits import LimitValues
+from ..risk.limits import limits_at
 from trader_lib.risk.rules import (
-    ACTIVE,
     CHECK_COUNT,
-    REDUCING,
-    Check,
     OrderFacts,
     RiskFacts,
     check_order,
     in_window,
     pending_exposure,
+    pending_margin,
 )
 from ..strategy.exits import ExitRates
 from ..strategy.sizing import SizingRules
 from ..trading.numbers import CASH_DECIMALS, compiled_part, round_to
+from ..trading.wash import would_wash
 
 # %% ../../nbs/research/00_ledger.ipynb #6de9d53e
 OPEN, FILLED, CANCELED, EXPIRED = 0, 1, 2, 3
@@ -59,7 +58,7 @@ REFUSAL_ROW = np.dtype([*_ASKED, *[(name, np.float64) for name in RiskFacts._fie
 
 Table = NDArray[np.void]
 
-# %% ../../nbs/research/00_ledger.ipynb #c13b182c
+# %% ../../nbs/research/00_ledger.ipynb #858f9ac8
 class Market(NamedTuple):
     """Bars as arrays [time × symbol], with the calendar's answers [time]."""
 
@@ -76,11 +75,11 @@ class Rules(NamedTuple):
     """What holds during a run."""
 
     costs: CostRates
-    limits: LimitValues
+    limits: NDArray[np.float64]  # [symbol × limit], from `Limits.table`
     sizing: SizingRules
     exits: ExitRates
     restricted: NDArray[np.bool_]  # [symbol]
-    allow_short: bool
+    allow_short: NDArray[np.bool_]  # [symbol]
     multiplier: float
 
 
@@ -128,9 +127,11 @@ class Money(NamedTuple):
     cash: float
     equity: float
     day_start_equity: float
+    peak_equity: float
     long: float
     short: float
     gross: float
+    margin: float
 
 # %% ../../nbs/research/00_ledger.ipynb #33b82c9f
 @compiled_part
@@ -155,18 +156,18 @@ def sweep_ended(book: Book, orders: Table) -> None:
             book.target[orders[row]["symbol"]] = -1
     book.counts[WORKING] = kept
 
-# %% ../../nbs/research/00_ledger.ipynb #552938cb
+# %% ../../nbs/research/00_ledger.ipynb #08a03e0e
 @compiled_part
 def _pace(
     t: int, s: int, order: OrderFacts, market: Market, rules: Rules, book: Book, orders: Table
 ) -> tuple[float, float]:
     """Seconds since the latest identical order, and how many orders went out within the throttle window."""
-    now = market.closed_s[t]
+    now, limits = market.closed_s[t], limits_at(rules.limits, s)
     age, count = math.inf, 0.0
     for row in range(book.counts[ORDERS] - 1, -1, -1):
         then = market.closed_s[orders[row]["decided"]]
-        throttled = in_window(then, now, rules.limits.throttle_window_s)
-        doubled = in_window(then, now, rules.limits.duplicate_window_s)
+        throttled = in_window(then, now, limits.throttle_window_s)
+        doubled = in_window(then, now, limits.duplicate_window_s)
         if not (throttled or doubled):
             break
         if orders[row]["leg"] == OCO_STOP:
@@ -199,7 +200,8 @@ def _same(a: float, b: float) -> bool:
 def _facts(
     t: int, s: int, order: OrderFacts, money: Money, market: Market, rules: Rules, book: Book, orders: Table
 ) -> RiskFacts:
-    gross, reserved, pending = money.gross, 0.0, 0.0
+    gross, margin, reserved, pending, wash = money.gross, money.margin, 0.0, 0.0, False
+    pair = order.order_type == LIMIT and not math.isnan(order.stop_price)
     for k in range(book.counts[WORKING]):
         row = book.working[k]
         other, side, left = orders[row]["symbol"], orders[row]["side"], orders[row]["remaining"]
@@ -207,13 +209,22 @@ def _facts(
         reserved = round_to(reserved + held_back, CASH_DECIMALS)
         if orders[row]["exit"] == 0:
             gross = pending_exposure(gross, side, left, book.qty[other], book.mark[other])
+            margin = pending_margin(margin, side, left, book.qty[other], book.mark[other])
             if other == s:
                 pending = side * left
+        if other == s:
+            kind, limit, paired = orders[row]["type"], orders[row]["limit"], orders[row]["leg"] == OCO_LIMIT
+            wash = wash or would_wash(
+                order.side_sign, order.order_type, order.limit_price, pair, side, kind, limit, paired
+            )
     age, recent = _pace(t, s, order, market, rules, book, orders)
     return RiskFacts(
         book.counts[STATE],
+        True,
         rules.restricted[s],
-        rules.allow_short and may_short(money.equity, rules.multiplier),
+        rules.allow_short[s] and may_short(money.equity, rules.multiplier),
+        0,  # no order that the loop can make breaks a rule of the table; what the broker says of assets is not known
+        wash,
         age,
         recent,
         book.mark[s],
@@ -221,13 +232,15 @@ def _facts(
         book.qty[s],
         pending,
         gross,
+        margin,
         buying_power(money.cash, money.equity, money.long, money.short, reserved, rules.multiplier),
         order_cost(order.side_sign, order.qty, book.qty[s], book.mark[s], order.limit_price),
         money.equity,
         money.day_start_equity,
+        money.peak_equity,
     )
 
-# %% ../../nbs/research/00_ledger.ipynb #4fec301b
+# %% ../../nbs/research/00_ledger.ipynb #4e6260bd
 @compiled_part
 def submit(
     t: int,
@@ -251,10 +264,10 @@ def submit(
     is_oco = not math.isnan(limit) and not math.isnan(stop)
     is_exit = not math.isnan(limit) or not math.isnan(stop)
     kind = LIMIT if not math.isnan(limit) else MARKET if math.isnan(stop) else STOP
-    identity = OrderFacts(side, abs(signed_qty), kind, limit, stop)
+    identity = OrderFacts(side, abs(signed_qty), kind, limit, stop, is_exit)
     facts = _facts(t, s, identity, money, market, rules, book, orders)
-    order = OrderFacts(side, abs(signed_qty), kind, limit, math.nan) if is_oco else identity
-    approved = check_order(order, facts, rules.limits, plan.passed, plan.observed, plan.bound)
+    order = OrderFacts(side, abs(signed_qty), kind, limit, math.nan, is_exit) if is_oco else identity
+    approved = check_order(order, facts, limits_at(rules.limits, s), plan.passed, plan.observed, plan.bound)
     if not approved:
         _refuse(t, s, identity, facts, is_oco, is_exit, book, plan, refusals)
         return False
@@ -304,8 +317,6 @@ def _refuse(
     for check in range(CHECK_COUNT):
         if not plan.passed[check]:
             book.refused_by[check] += 1
-    if not plan.passed[Check.DAILY_LOSS] and book.counts[STATE] == ACTIVE:
-        book.counts[STATE] = REDUCING
     n = book.counts[REFUSALS]
     book.counts[REFUSALS] += 1
     if n >= REFUSALS_KEPT:
@@ -315,6 +326,9 @@ def _refuse(
     refusals[n]["exit"] = 1 if is_exit else 0
     refusals[n]["qty"], refusals[n]["limit"], refusals[n]["stop"] = order.qty, order.limit_price, order.stop_price
     refusals[n]["state"], refusals[n]["restricted"] = facts.state, facts.restricted
+    refusals[n]["exits_pass"], refusals[n]["capability"] = facts.exits_pass, facts.capability
+    refusals[n]["wash_trade"], refusals[n]["margin_used"] = facts.wash_trade, facts.margin_used
+    refusals[n]["peak_equity"] = facts.peak_equity
     refusals[n]["allow_short"], refusals[n]["duplicate_age_s"] = facts.allow_short, facts.duplicate_age_s
     refusals[n]["orders_in_window"], refusals[n]["reference_price"] = facts.orders_in_window, facts.reference_price
     refusals[n]["reference_age_s"], refusals[n]["position_qty"] = facts.reference_age_s, facts.position_qty

@@ -99,7 +99,7 @@ def payload_from_json(type_name: str, text: bytes | str) -> Payload:
     except ValidationError as error:
         raise BadData(f"An event of type {type_name!r} cannot be read: {error}", type=type_name) from error
 
-# %% ../../nbs/trading/05_events.ipynb #d58b35c4
+# %% ../../nbs/trading/05_events.ipynb #3f12df6a
 class SessionStarted(Input):
     """A session begins: everything it was started with, secrets excluded."""
 
@@ -195,8 +195,9 @@ class OrderAcknowledged(Input):
     """The broker has the order."""
 
     type: ClassVar[str] = "order_acknowledged"
-    client_order_id: str
+    client_order_id: str  # ours; the order's own differs where somebody replaced it
     order: Order
+    settled: bool = False  # told of an order that was replaced: its line has ended, and every fill is recorded
 
 
 class OrderFailed(Input):
@@ -225,7 +226,7 @@ class ClockTicked(Input):
     type: ClassVar[str] = "clock_ticked"
     at: Utc
 
-# %% ../../nbs/trading/05_events.ipynb #6dcca7a0
+# %% ../../nbs/trading/05_events.ipynb #25f8783a
 class TradingState(StrEnum):
     """What may be sent: everything, only what shrinks exposure, or only cancels."""
 
@@ -332,6 +333,9 @@ class TradingStateChanged(Output):
     type: ClassVar[str] = "trading_state_changed"
     state: TradingState
     reason: str
+    exits_pass: Annotated[bool, Field(exclude_if=lambda pass_: not pass_)] = (
+        False  # HALTED by a threshold: protective exits still go out
+    )
     strategy: Label = ""  # the one of several that it is about; the whole account without
 
 
