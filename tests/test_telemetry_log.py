@@ -100,7 +100,17 @@ def test_a_secret_reaches_neither_file_nor_terminal(tmp_path, capsys, terminal):
             assert spelling not in written, spelling
     rows = [json.loads(line) for line in text.splitlines()]
     assert len(rows) == 2 * len(doors()) + 5
-    assert set(rows[0]) == {"time", "level", "message", "agent", "correlation_id", "session_id", "extra", "exception"}
+    assert set(rows[0]) == {
+        "time",
+        "level",
+        "message",
+        "agent",
+        "correlation_id",
+        "trace_id",
+        "session_id",
+        "extra",
+        "exception",
+    }
     assert "raise_it(error)" in rows[0]["exception"]
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OnError', 'Recorder', 'Past', 'Bus', 'InProcessBus', 'Handler', 'Overloaded', 'Subscription']
 
-# %% ../../nbs/bus/01_bus.ipynb #991930e0
+# %% ../../nbs/bus/01_bus.ipynb #97a62f73
 import asyncio
 from collections.abc import Callable, Collection, Iterable
 from datetime import datetime
@@ -16,6 +16,7 @@ from ..clock.clock import Clock
 from ..clock.ids import Ids
 from ..errors.taxonomy import Misused
 from ..telemetry.log import bind_correlation, get_logger
+from ..telemetry.tracing import handling
 from ..trading.events import Event, Payload
 
 _all_ = ["Handler", "Overloaded", "Subscription"]
@@ -79,7 +80,7 @@ class Bus(Protocol):
         """Stop delivering."""
         ...
 
-# %% ../../nbs/bus/01_bus.ipynb #6e748823
+# %% ../../nbs/bus/01_bus.ipynb #6320e184
 class InProcessBus:
     """Events between the agents of one process.
 
@@ -305,7 +306,7 @@ class InProcessBus:
         while subscription in self._tasks:  # a handler may swallow its cancellation
             event = await subscription.take()
             try:
-                with bind_correlation(event.correlation_id):
+                with bind_correlation(event.correlation_id), handling(subscription.name, event):
                     await subscription.handler(event)
                 subscription.handled += 1
             except asyncio.CancelledError as error:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from ..trading.events import ENVELOPE, Event, Payload, canonical_row
 
-# %% ../../nbs/journal/00_chain.ipynb #fcd28f33
+# %% ../../nbs/journal/00_chain.ipynb #b7faa9f3
 @dataclass(frozen=True, slots=True)
 class Verification:
     """What a check of the whole chain found."""
@@ -30,6 +30,11 @@ class Journal(Protocol):
     @property
     def last_seq(self) -> int:
         """The number of the last event, 0 for an empty journal."""
+        ...
+
+    @property
+    def committed_seq(self) -> int:
+        """The number of the last event that survives this process."""
         ...
 
     def append(self, event: Event) -> None:

@@ -6,7 +6,7 @@
 __all__ = ['Durability', 'SCHEMA_VERSION', 'READ_ROWS', 'BUSY_TIMEOUT_S', 'SCHEMA', 'INSERT', 'SELECT', 'SELECT_LAST',
            'WRITE_HEAD', 'P', 'R', 'SqliteJournal', 'NO_HASH', 'Journal', 'Verification']
 
-# %% ../../nbs/journal/01_journal.ipynb #b0d9f332
+# %% ../../nbs/journal/01_journal.ipynb #fa4f4640
 import sqlite3
 from collections.abc import Callable, Collection, Iterator
 from functools import wraps
@@ -18,6 +18,7 @@ import orjson
 
 from ..errors.taxonomy import BadData, InvariantBroken, Misconfigured, Misused
 from .chain import NO_HASH, Journal, Verification, chain_hash, row_fault
+from ..telemetry.tracing import span
 from ..trading.events import ENVELOPE, Event, Payload
 
 _all_ = ["NO_HASH", "Journal", "Verification"]
@@ -94,7 +95,7 @@ def _translated(method: "Callable[Concatenate[SqliteJournal, P], R]") -> "Callab
 
     return translated
 
-# %% ../../nbs/journal/01_journal.ipynb #1f138933
+# %% ../../nbs/journal/01_journal.ipynb #f66626c2
 class SqliteJournal:
     """A journal in one SQLite file.
 
@@ -159,6 +160,11 @@ class SqliteJournal:
         return self._seq
 
     @property
+    def committed_seq(self) -> int:
+        """The number of the last event that survives this process."""
+        return self._committed
+
+    @property
     def last_hash(self) -> str:
         """The last link of the chain; keep it elsewhere to prove later that nothing was cut off."""
         return self._hash
@@ -182,8 +188,9 @@ class SqliteJournal:
     def commit(self) -> None:
         """Make everything appended so far survive; does nothing where nothing was."""
         if self._seq != self._committed:
-            self._write(WRITE_HEAD, (self._seq, self._hash))
-            self._write("COMMIT")
+            with span("journal commit"):
+                self._write(WRITE_HEAD, (self._seq, self._hash))
+                self._write("COMMIT")
             self._committed = self._seq
 
     def _write(self, statement: str, values: tuple[Any, ...] = ()) -> None:

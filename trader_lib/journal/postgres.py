@@ -57,7 +57,7 @@ RECONNECTS_MAX = 40  # attempts to reach a server that went away
 RECONNECT_PAUSE_S = 0.25  # between two of them
 LOCK_TRIES_MAX = 20  # until whoever wrote before has let go, a pause apart
 
-# %% ../../nbs/journal/03_postgres.ipynb #fced056a
+# %% ../../nbs/journal/03_postgres.ipynb #43f9a799
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -185,6 +185,11 @@ class PostgresJournal:
     def last_seq(self) -> int:
         """The number of the last event, 0 for an empty journal; a reader's is as of when it opened."""
         return self._seq
+
+    @property
+    def committed_seq(self) -> int:
+        """The number of the last event that survives this process."""
+        return self._committed[0]
 
     @property
     def last_hash(self) -> str:

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['T', 'Endpoint', 'within', 'Policy', 'policies', 'GuardHealth', 'Guard', 'Guards']
 
-# %% ../../nbs/resilience/03_guard.ipynb #798ee77d
+# %% ../../nbs/resilience/03_guard.ipynb #4b6b0dc9
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
@@ -20,6 +21,7 @@ from ..errors.taxonomy import OutcomeUnknown, RateLimited, Rejected, Retryable, 
 from .breaker import BreakerState, CircuitBreaker, CircuitOpen
 from .rate_limit import RateLimiter
 from .reads import with_retries
+from ..telemetry.tracing import span
 
 T = TypeVar("T")
 
@@ -98,7 +100,7 @@ def policies(settings: ResilienceSettings) -> dict[Endpoint, Policy]:
         ),
     }
 
-# %% ../../nbs/resilience/03_guard.ipynb #b1521a11
+# %% ../../nbs/resilience/03_guard.ipynb #23242d5e
 _STATES: dict[BreakerState, Literal["ok", "degraded", "down"]] = {
     "closed": "ok",
     "half_open": "degraded",
@@ -114,6 +116,7 @@ class GuardHealth:
     state: Literal["ok", "degraded", "down"]
     calls: int  # asked for
     sent: int  # attempts that went out
+    retried: int  # attempts after the first of a call
     answered: int  # attempts that were answered, refusals included
     failed: int  # attempts that were not
     timed_out: int  # of the failed
@@ -124,7 +127,7 @@ class GuardHealth:
     in_flight: int  # now
     last_error: str  # "" where there was none
 
-# %% ../../nbs/resilience/03_guard.ipynb #ab3dbb2f
+# %% ../../nbs/resilience/03_guard.ipynb #f05034d3
 class Guard:
     """Makes the calls of one class.
 
@@ -138,7 +141,7 @@ class Guard:
         self._name, self._policy, self._limiter, self._clock, self._rng = name, policy, limiter, clock, rng
         self._breaker = CircuitBreaker(name, clock, failures_max=policy.breaker_failures, open_s=policy.breaker_open_s)
         self._places = asyncio.Semaphore(policy.concurrent_max)
-        self._calls = self._sent = self._answered = self._failed = 0
+        self._calls = self._sent = self._retried = self._answered = self._failed = 0
         self._timed_out = self._limited = self._crowded = self._in_flight = 0
         self._last_error = ""
 
@@ -154,31 +157,37 @@ class Guard:
         OutcomeUnknown where another did; otherwise what the last attempt raised.
         """
         self._calls += 1
-        policy = self._policy
         try:
-            if policy.attempts is None:
-                return await self._once(attempt, urgent)
-            return await with_retries(
-                lambda: self._once(attempt, urgent),
-                attempts=policy.attempts,
-                base_s=policy.backoff_base_s,
-                cap_s=policy.backoff_cap_s,
-                budget_s=policy.budget_s,
-                clock=self._clock,
-                rng=self._rng,
-                unless=CircuitOpen,
-            )
+            with span(f"broker {self._name}"):
+                return await self._call(attempt, urgent)
         except Exception as error:
             self._last_error = f"{type(error).__name__}: {error}"
             raise
 
-    async def _once(self, attempt: Callable[[], Awaitable[T]], urgent: bool) -> T:
+    async def _call(self, attempt: Callable[[], Awaitable[T]], urgent: bool) -> T:
+        policy = self._policy
+        if policy.attempts is None:
+            return await self._once(attempt, urgent)
+        numbers = itertools.count()
+        return await with_retries(
+            lambda: self._once(attempt, urgent, again=next(numbers) > 0),
+            attempts=policy.attempts,
+            base_s=policy.backoff_base_s,
+            cap_s=policy.backoff_cap_s,
+            budget_s=policy.budget_s,
+            clock=self._clock,
+            rng=self._rng,
+            unless=CircuitOpen,
+        )
+
+    async def _once(self, attempt: Callable[[], Awaitable[T]], urgent: bool, again: bool = False) -> T:
         self._breaker.check()
         await self._find_place()
         try:
             await self._respect_limit(urgent)
             ticket = self._breaker.enter()
             self._sent += 1
+            self._retried += again
             self._in_flight += 1
             try:
                 return await self._send(attempt, ticket)
@@ -255,6 +264,7 @@ class Guard:
             state=_STATES[self._breaker.state],
             calls=self._calls,
             sent=self._sent,
+            retried=self._retried,
             answered=self._answered,
             failed=self._failed,
             timed_out=self._timed_out,

@@ -13,7 +13,7 @@ from email.utils import parsedate_to_datetime
 from ..clock.clock import Clock
 from ..errors.taxonomy import Misused, RateLimited
 
-# %% ../../nbs/resilience/02_rate_limit.ipynb #34d17f17
+# %% ../../nbs/resilience/02_rate_limit.ipynb #3b7fe589
 PAUSE_S = 5.0  # after a 429 that names no time
 _NOTHING_S = 1e-6  # a virtual clock counts microseconds
 _DATE_S = 1.5  # an HTTP date counts seconds, so that the same reset seems to move
@@ -39,6 +39,14 @@ class RateLimiter:
     def limit(self) -> int:
         """Calls in a window, as configured or as the broker says, whichever is less."""
         return self._limit
+
+    @property
+    def headroom(self) -> int:
+        """Calls that may go now without a wait, where none are left to others."""
+        if self.wait_s() > 0:
+            return 0
+        left = self._limit - len(self._taken)
+        return max(0, left if self._remaining is None else min(left, self._remaining))
 
     def wait_s(self, reserve: int = 0) -> float:
         """Seconds until a call may go that leaves `reserve` calls to others; 0 for now."""
