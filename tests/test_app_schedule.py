@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import nbformat
@@ -253,3 +254,30 @@ def test_run_takes_a_notebook_of_ones_own_and_the_templates(trader: Trader, tmp_
     assert code == 0 and json.loads(out)["data"]["symbols"] == ["IBM"]
     code, out, _ = trader("runs", "list", "--kind", "notebook", "--json")
     assert code == 0 and len(json.loads(out)) == 2
+
+
+def test_a_failed_job_reaches_the_webhook(trader: Trader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hook)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("TRADER_NOTIFY__WEBHOOK_URL", f"http://127.0.0.1:{server.server_port}/hook")
+    write_notebook(tmp_path / "hello.ipynb", "n = 1", "raise ValueError('no data today')")
+    (tmp_path / "jobs.toml").write_text(FILE.format(n=7))
+    job = read_jobs(tmp_path / "jobs.toml").jobs[0]
+    Firings(tmp_path / "s.sqlite", "before").take(job, CLOCK.now() - timedelta(minutes=1))
+    code, _, err = trader("schedule", "run", "jobs.toml", "--once", "--store", "s.sqlite")
+    server.shutdown()
+    server.server_close()
+    assert code == 5 and "no data today" in err
+    assert len(told) == 1 and "A scheduled job needs you" in told[0] and "no data today" in told[0]
