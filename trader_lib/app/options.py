@@ -6,7 +6,7 @@
 __all__ = ['WHAT', 'ACCOUNT', 'RISK', 'HOW', 'WhatOptions', 'CostOptions', 'LimitOptions', 'HowOptions', 'strategy_params',
            'given_parameters', 'setting_overrides']
 
-# %% ../../nbs/app/01_options.ipynb #4acc0a81
+# %% ../../nbs/app/01_options.ipynb #3176577b
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 from cyclopts import Group, Parameter
 from pydantic import BaseModel
 
+from ..config.sections import symbol_bounds
 from ..errors.taxonomy import Misused
 from ..exchange.costs import Costs
 from ..risk.limits import Limits
@@ -33,7 +34,7 @@ def _told(model: type[BaseModel], name: str, group: Group) -> Parameter:
     """An option that is explained by the model it ends up in."""
     return Parameter(group=group, help=_sentence(model.model_fields[name].description or name))
 
-# %% ../../nbs/app/01_options.ipynb #affb578c
+# %% ../../nbs/app/01_options.ipynb #90184a70
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class WhatOptions:
@@ -88,10 +89,15 @@ class LimitOptions:
     max_position_notional: Annotated[float | None, _told(Limits, "max_position_notional", RISK)] = None
     max_gross_exposure: Annotated[float | None, _told(Limits, "max_gross_exposure", RISK)] = None
     price_collar: Annotated[float | None, _told(Limits, "price_collar", RISK)] = None
+    max_margin_used: Annotated[float | None, _told(Limits, "max_margin_used", RISK)] = None
     max_daily_loss: Annotated[float | None, _told(Limits, "max_daily_loss", RISK)] = None
+    max_drawdown: Annotated[float | None, _told(Limits, "max_drawdown", RISK)] = None
     max_orders: Annotated[int | None, _told(Limits, "max_orders", RISK)] = None
     restricted: Annotated[str | None, Parameter(group=RISK, help="Symbols that must not be traded: GME,AMC.")] = None
     allow_short: Annotated[bool | None, _told(Limits, "allow_short", RISK)] = None
+    symbol_limits: Annotated[
+        str | None, Parameter(group=RISK, help="Of single symbols: GME.max_order_qty=10,GME.allow_short=false.")
+    ] = None
 
 
 @Parameter(name="*")
@@ -107,7 +113,7 @@ class HowOptions:
     timeout: Annotated[float | None, Parameter(group=HOW, help="Longest time for the run, in seconds. [3600]")] = None
     json: Annotated[bool, Parameter(group=HOW, negative=(), help="Print the result as JSON.")] = False
 
-# %% ../../nbs/app/01_options.ipynb #858686dd
+# %% ../../nbs/app/01_options.ipynb #4d394e36
 def strategy_params(pairs: Sequence[str]) -> dict[str, object]:
     """`["fast=10", "slow=50"]` as `{"fast": 10, "slow": 50}`.
 
@@ -149,6 +155,11 @@ def given_parameters(
     bounds = _given(limits or LimitOptions())
     if isinstance(bounds.get("restricted"), str):
         bounds["restricted"] = [word for word in str(bounds["restricted"]).split(",") if word]
+    if "symbol_limits" in bounds:
+        try:
+            bounds["symbols"] = symbol_bounds(bounds.pop("symbol_limits"))
+        except ValueError as error:
+            raise Misused(f"--symbol-limits {error}.") from None
     chosen = how or HowOptions()
     given |= {name: value for name in ("seed", "profile") if (value := getattr(chosen, name)) is not None}
     return given | ({"costs": account} if account else {}) | ({"limits": bounds} if bounds else {})

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LimitValues', 'SymbolLimits', 'Limits', 'limits_at']
 
-# %% ../../nbs/risk/00_limits.ipynb #853e3cdf
+# %% ../../nbs/risk/00_limits.ipynb #655cac9b
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +34,7 @@ class LimitValues(NamedTuple):
     throttle_window_s: float
     duplicate_window_s: float
 
-# %% ../../nbs/risk/00_limits.ipynb #18fdb8ef
+# %% ../../nbs/risk/00_limits.ipynb #81cfc451
 class SymbolLimits(BaseModel):
     """Bounds of one symbol in place of the general ones; `None` for the general one."""
 
@@ -74,6 +74,22 @@ class Limits(BaseModel):
     @classmethod
     def _upper_case(cls, symbols: frozenset[str]) -> frozenset[str]:
         return frozenset(symbol.strip().upper() for symbol in symbols)
+
+    @field_validator("symbols", mode="before")
+    @classmethod
+    def _by_symbol(cls, bounds: object) -> object:
+        if not isinstance(bounds, Mapping):
+            return bounds
+        nested: dict[str, object] = {}
+        for name, value in bounds.items():
+            symbol, dot, limit = str(name).rpartition(".")
+            if isinstance(value, Mapping | SymbolLimits) or not dot:
+                nested[str(name)] = value
+            else:  # GME.max_order_qty: 10, as the settings have it
+                own = nested.setdefault(symbol, {})
+                assert isinstance(own, dict), f"{symbol} is given in two ways"
+                own[limit] = value
+        return nested
 
     @field_validator("symbols")
     @classmethod
