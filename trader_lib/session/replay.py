@@ -6,9 +6,9 @@
 __all__ = ['FieldDifference', 'SCRIPTED', 'field_differences', 'Divergence', 'ReplayResult', 'recorded_spec', 'recorded_strategy',
            'divergence', 'replay']
 
-# %% ../../nbs/session/12_replay.ipynb #699f7855
+# %% ../../nbs/session/12_replay.ipynb #dbe3989c
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -21,15 +21,15 @@ from ..agents.contract import Agent
 from ..agents.execution import ExecutionAgent
 from ..agents.portfolio import PortfolioAgent
 from ..agents.risk import RiskAgent
-from ..agents.strategy import StrategyAgent
-from ..errors.taxonomy import BadData, Misused
+from ..agents.strategy import StrategyAgent, strategy_agent
+from ..errors.taxonomy import BadData, Misused, did_you_mean
 from ..journal.chain import Journal
 from ..market.bars import Bars
 from ..market.record import recorded_history
-from .spec import SessionSpec
+from .spec import Assignment, SessionSpec, title
 from .stage import Line, NotingBus, RecordedClock, RecordEnds, ScriptedBroker
+from .wiring import bounds, strategist
 from ..strategy.contract import Strategy
-from ..strategy.planner import Planner
 from trader_lib.trading.events import (
     AgentFailed,
     CancelProposed,
@@ -45,6 +45,7 @@ from trader_lib.trading.events import (
     TargetsDecided,
     utc_text,
 )
+from ..trading.portfolio import Commission, no_commission
 
 # %% ../../nbs/session/12_replay.ipynb #dc65081b
 FieldDifference = tuple[str, Any, Any]  # path, recorded, replayed
@@ -194,7 +195,7 @@ class ReplayResult:
             "notes": list(self.notes),
         }
 
-# %% ../../nbs/session/12_replay.ipynb #01c51673
+# %% ../../nbs/session/12_replay.ipynb #ff828b7a
 def recorded_spec(started: SessionStarted) -> SessionSpec:
     """The specification that a session was started with; raises BadData where this version cannot read it."""
     try:
@@ -208,30 +209,35 @@ def recorded_spec(started: SessionStarted) -> SessionSpec:
         ) from None
 
 
-def recorded_strategy(started: SessionStarted, spec: SessionSpec) -> Strategy:
-    """The strategy of a session, built again; raises Misused where it is not found, BadData where it is another one."""
-    strategy = spec.build_strategy()
-    if strategy.name != started.strategy:
+def recorded_strategy(started: SessionStarted, spec: SessionSpec) -> "Strategy | Mapping[str, Strategy]":
+    """The strategy of a session, or several by name, built again.
+
+    Raises Misused where one is not found, BadData where it is another one.
+    """
+    strategy = spec.build()
+    if title(strategy) != started.strategy:
         raise BadData(
             f"The session traded {started.strategy!r}, a strategy that was handed over as an object: the journal knows "
             "its name and parameters, not where its class is. Name it: --strategy FILE.py:CLASS."
         )
     return strategy
 
-# %% ../../nbs/session/12_replay.ipynb #c608a9c5
+# %% ../../nbs/session/12_replay.ipynb #970ee294
 SCRIPTED = (OrderAcknowledged, OrderFailed, FillRecorded, AgentFailed)  # what the execution agent says from answers
 
 
 class _Director:
     """Reads the journal, tells the agents, compares."""
 
-    def __init__(self, journal: Journal, strategy: Strategy | None, history: Bars | None) -> None:
+    def __init__(
+        self, journal: Journal, strategy: "Strategy | Mapping[str, Strategy] | None", history: Bars | None
+    ) -> None:
         self._journal, self._strategy, self._history = journal, strategy, history
         self._script: defaultdict[str, list[Event]] = defaultdict(list)
         self._routes: dict[type[Payload], list[Agent]] = {}
         self._lost: set[str] = set()  # agents whose record has ended
         self.started: SessionStarted | None = None
-        self.strategy: Strategy | None = None
+        self.strategy: Strategy | Mapping[str, Strategy] | None = None
         self.session_id = ""
         self.events = self.unfinished = self.unrepeated = 0
         self.last_at: datetime | None = None
@@ -283,23 +289,34 @@ class _Director:
         if history.content_hash != said.content_hash:
             raise BadData("These are not the bars that the session began with: their content has another hash.")
         self.strategy = self._strategy or recorded_strategy(started, spec)
-        for agent in self.cast(spec, self.strategy, history, started.stage != "simulated"):
+        for agent in self.cast(spec, spec.assignments(self.strategy), history, started.stage):
             await agent.start()
             self.agents[agent.name] = agent
             for kind in agent.consumes:
                 self._routes.setdefault(kind, []).append(agent)
 
-    def cast(self, spec: SessionSpec, strategy: Strategy, history: Bars, carry: bool) -> list[Agent]:
+    def cast(self, spec: SessionSpec, casting: Sequence[Assignment], history: Bars, stage: str) -> list[Agent]:
         """The agents, as the session wires them."""
         bus, clock = self._bus, self._clock
-        planner = Planner(history.symbols, spec.sizing, strategy.exits)
+        fee = spec.commission if stage == "simulated" else no_commission
+        stakes = {one.label: one.capital for one in casting if one.capital is not None}
         execution = ExecutionAgent(bus, clock, self._broker, self._broker.commit)
         self._broker.book = execution.book
         return [
-            StrategyAgent(bus, clock, strategy, history, planner, self.session_id, carry=carry),
-            RiskAgent(bus, clock, spec.limits, history),
+            *self.strategists(casting, history, stage, fee),
+            RiskAgent(bus, clock, spec.limits, history, bounds(casting), fee),
             execution,
-            PortfolioAgent(bus, clock),
+            PortfolioAgent(bus, clock, fee, stakes),
+        ]
+
+    def strategists(
+        self, casting: Sequence[Assignment], history: Bars, stage: str, fee: Commission
+    ) -> list[StrategyAgent]:
+        """The agents that carry a strategy."""
+        carry = stage != "simulated"
+        return [
+            strategist(one, self._bus, self._clock, history, self.session_id, carry=carry, commission=fee)
+            for one in casting
         ]
 
     async def _tell(self, event: Event) -> None:
@@ -382,12 +399,14 @@ def divergence(
     replayed = None if line is None else line.payload
     return Divergence(seq, agent, cause, recorded, replayed, tuple(fields), tuple(chain))
 
-# %% ../../nbs/session/12_replay.ipynb #7eeab673
+# %% ../../nbs/session/12_replay.ipynb #39170a40
 class _OtherDirector(_Director):
     """Asks another strategy at every bar, in the place of the one that traded."""
 
-    def __init__(self, journal: Journal, strategy: Strategy, history: Bars | None) -> None:
-        super().__init__(journal, strategy, history)
+    def __init__(self, journal: Journal, other: Strategy, of: str, history: Bars | None) -> None:
+        super().__init__(journal, None, history)
+        self._other, self._of = other, of
+        self._who = strategy_agent(of) if of else StrategyAgent.name
         self._recorded: defaultdict[str, list[Event]] = defaultdict(list)
 
     @property
@@ -395,25 +414,41 @@ class _OtherDirector(_Director):
         """Never before the end."""
         return False
 
-    def cast(self, spec: SessionSpec, strategy: Strategy, history: Bars, carry: bool) -> list[Agent]:
+    async def _cast(self, started: SessionStarted, said: HistoryLoaded) -> None:
+        spec = recorded_spec(started)
+        known = [share.name for share in spec.strategies]
+        if known and self._of not in known:
+            hint = did_you_mean(self._of, known)
+            raise Misused(
+                f"The session has several strategies, and another version is of one of them: {', '.join(known)}.{hint}"
+            )
+        if self._of and not known:
+            raise Misused(f"The session has one strategy, {started.strategy}: there is none called {self._of!r}.")
+        self._strategy = {name: self._other for name in known} if known else self._other
+        await super()._cast(started, said)
+        self.strategy = self._other
+
+    def cast(self, spec: SessionSpec, casting: Sequence[Assignment], history: Bars, stage: str) -> list[Agent]:
         """The strategy alone: what it is not asked about, the record tells."""
+        strategy = self._other
         if strategy.warmup > history.n + 1:
             self.notes.append(
                 f"{strategy.name} wants {strategy.warmup} bars, and {history.n} from before the start are on record: "
                 "until it has them, its targets are zero."
             )
-        return super().cast(spec, strategy, history, carry)[:1]
+        fee = spec.commission if stage == "simulated" else no_commission
+        return [*self.strategists([one for one in casting if one.label == self._of], history, stage, fee)]
 
     def compare(self, event: Event) -> None:
         """Keep what the strategy that traded said."""
-        if event.source == StrategyAgent.name and event.causation_id is not None:
+        if event.source == self._who and event.causation_id is not None:
             self._recorded[event.causation_id].append(event)
 
     def finish(self) -> None:
         """Pair what was decided at each bar with what would have been."""
         replayed: defaultdict[str, list[Line]] = defaultdict(list)
         causes: dict[str, int] = {}  # event that was handled: its number
-        for line in self._bus.said[StrategyAgent.name]:
+        for line in self._bus.said[self._who]:
             replayed[line.cause.id].append(line)
             causes[line.cause.id] = line.cause.seq
         for name, events in self._recorded.items():
@@ -429,9 +464,9 @@ class _OtherDirector(_Director):
                 self.compared[event.type] += 1
             else:
                 cause = None if line is None else line.cause
-                self.divergences.append(divergence(event.seq, StrategyAgent.name, cause, event, line, (), _essence))
+                self.divergences.append(divergence(event.seq, self._who, cause, event, line, (), _essence))
         for line in left.values():
-            self.divergences.append(divergence(line.cause.seq, StrategyAgent.name, line.cause, None, line))
+            self.divergences.append(divergence(line.cause.seq, self._who, line.cause, None, line))
 
 
 def _subject(payload: Payload) -> tuple[str, ...]:
@@ -451,13 +486,14 @@ def _essence(payload: Payload) -> dict[str, Any]:
         del said["request"]["client_order_id"]
     return said
 
-# %% ../../nbs/session/12_replay.ipynb #b0fbf2a1
+# %% ../../nbs/session/12_replay.ipynb #a2b35aa4
 async def replay(
     journal: Journal,
     *,
     until: int | datetime | None = None,  # the last event, by number or by when it was recorded
-    strategy: Strategy | None = None,  # as it was, where the journal cannot name its class
+    strategy: "Strategy | Mapping[str, Strategy] | None" = None,  # as it was, where the journal cannot name its class
     other: Strategy | None = None,  # another version: what would it have decided?
+    of: str = "",  # of which of several strategies it is another version
     history: Bars | None = None,  # the bars before the session's first, for a journal that does not hold them
 ) -> ReplayResult:
     """Feed the inputs of a journal to fresh agents and compare what they say with what is recorded.
@@ -466,14 +502,16 @@ async def replay(
     """
     if strategy is not None and other is not None:
         raise Misused("Give `strategy`, to replay what ran, or `other`, to ask another version; not both.")
-    director = _Director(journal, strategy, history) if other is None else _OtherDirector(journal, other, history)
+    director = _Director(journal, strategy, history) if other is None else _OtherDirector(journal, other, of, history)
     await director.run(until)
     started, played = director.started, director.strategy
     assert started is not None and played is not None
     return ReplayResult(
         session_id=director.session_id,
-        strategy=played.name,
-        params=played.model_dump(mode="json"),
+        strategy=title(played),
+        params=played.model_dump(mode="json")
+        if not isinstance(played, Mapping)
+        else {label: one.model_dump(mode="json") for label, one in played.items()},
         other=other is not None,
         events=director.events,
         last_at=director.last_at,

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SOURCE', 'ANSWERS_MAX', 'LAST_LOOKS', 'T', 'stop_on_signals', 'SessionResult', 'Session', 'run_session']
 
-# %% ../../nbs/session/03_session.ipynb #dde13904
+# %% ../../nbs/session/03_session.ipynb #7c6931ec
 import asyncio
 import platform
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
@@ -30,24 +30,35 @@ from ..bus.bus import InProcessBus
 from ..clock.clock import Clock, WallClock
 from ..clock.ids import Ids, UniqueIds
 from ..clock.sessions import NEW_YORK, TIMEFRAME_SECONDS, TradingCalendar
+from ..config.sections import JournalSettings
 from ..config.settings import Settings
 from ..errors.taxonomy import BadData, Halted, Misused, Retryable
-from ..journal.journal import SqliteJournal
+from ..journal.chain import Journal
+from ..journal.opening import journal_exists, open_journal
 from ..market.bars import Bars, Provenance, window
 from ..market.history import load_bars
 from ..market.store import BarStore
 from .companions import Companion, SessionParts, accompanied
 from .control import ControlFile
 from .drivers import RECOVERY_PAUSE_S, STOPPED, Desk, Driver, Progress
-from .orders import ORDER_EVENTS, Refusal, equity_curve, order_records, refusals
+from trader_lib.session.orders import (
+    ORDER_EVENTS,
+    Refusal,
+    equity_curve,
+    of_strategy,
+    order_records,
+    refusals,
+    strategy_curves,
+)
 from .reconcile import reconcile
 from .recovery import Recollection
-from .spec import SessionSpec
+from .spec import SessionSpec, session_name, title
 from .wiring import Agents, History, SessionInputs, session_container
 from ..strategy.contract import Strategy
 from ..telemetry.log import bind_session
 from trader_lib.trading.events import (
     AccountReported,
+    AssetsReported,
     BarsClosed,
     ClockTicked,
     Event,
@@ -97,7 +108,13 @@ def stop_on_signals(stop: asyncio.Event) -> Iterator[None]:
             loop.remove_signal_handler(number)
             signal.signal(number, before)
 
-# %% ../../nbs/session/03_session.ipynb #51ad12be
+# %% ../../nbs/session/03_session.ipynb #a716f787
+def _curve(rows: Sequence[tuple[datetime, Decimal, Decimal]]) -> pd.DataFrame:
+    index = pd.DatetimeIndex([at for at, _, _ in rows], name="timestamp", tz="UTC")
+    figures = [(float(equity), float(cash)) for _, equity, cash in rows]
+    return pd.DataFrame(figures, index=index, columns=["equity", "cash"], dtype="float64")
+
+
 @dataclass(frozen=True)
 class SessionResult:
     """A session that has ended, in good order or not.
@@ -125,7 +142,7 @@ class SessionResult:
     @cached_property
     def orders(self) -> list[OrderRecord]:
         """The order list, in the sequence of submission."""
-        with SqliteJournal(self.journal_path, read_only=True) as journal:
+        with open_journal(self.journal_path) as journal:
             return order_records(journal.read(types=ORDER_EVENTS))
 
     @property
@@ -133,27 +150,36 @@ class SessionResult:
         """The fingerprint of the order list."""
         return order_list_hash(self.orders)
 
+    def orders_of(self, strategy: str) -> list[OrderRecord]:
+        """The orders of one of several strategies, as the list of a backtest of it alone."""
+        return of_strategy(self.orders, strategy)
+
     @cached_property
     def refusals(self) -> list[Refusal]:
         """The orders that risk refused."""
-        with SqliteJournal(self.journal_path, read_only=True) as journal:
+        with open_journal(self.journal_path) as journal:
             return refusals(journal.read(types=[RiskDecided]))
 
     @cached_property
     def curve(self) -> pd.DataFrame:
         """Equity and cash, USD, at every closed bar."""
-        with SqliteJournal(self.journal_path, read_only=True) as journal:
+        with open_journal(self.journal_path) as journal:
             rows = equity_curve(journal.read(types=[BarsClosed, PortfolioChanged]))
-        index = pd.DatetimeIndex([at for at, _, _ in rows], name="timestamp", tz="UTC")
-        figures = [(float(equity), float(cash)) for _, equity, cash in rows]
-        return pd.DataFrame(figures, index=index, columns=["equity", "cash"], dtype="float64")
+        return _curve(rows)
+
+    @cached_property
+    def curves(self) -> dict[str, pd.DataFrame]:
+        """Equity and cash, USD, of each of several strategies at every closed bar."""
+        with open_journal(self.journal_path) as journal:
+            found = strategy_curves(journal.read(types=[BarsClosed, PortfolioChanged]))
+        return {label: _curve(rows) for label, rows in found.items()}
 
     @property
     def equity(self) -> "pd.Series[float]":
         """Equity at every closed bar, USD."""
         return self.curve["equity"]
 
-# %% ../../nbs/session/03_session.ipynb #8f948d65
+# %% ../../nbs/session/03_session.ipynb #34509f99
 class Session:
     """One session over wired parts. Use `run_session`."""
 
@@ -180,11 +206,11 @@ class Session:
         if past.started is None:
             await self._publish(
                 SessionStarted(
-                    strategy=inputs.strategy.name,
+                    strategy=title(inputs.strategy),
                     stage="simulated" if inputs.is_simulated else "paper" if inputs.settings.broker.paper else "live",
                     symbols=history.symbols,
                     timeframe=inputs.spec.timeframe,
-                    parameters=inputs.spec.values() | {"params": inputs.strategy.model_dump(mode="json")},
+                    parameters=inputs.spec.told(inputs.strategy),
                     versions=_versions(),
                     seed=inputs.spec.seed,
                 )
@@ -192,9 +218,14 @@ class Session:
         if past.history is None:
             await agents.market_data.announce(history, self._correlation_id)
         if past.account is None:
+            if inputs.capital and not inputs.is_simulated:
+                self._ensure_capital(await self._answer(driver, self._broker.account))
             for position in await self._answer(driver, self._broker.positions):
                 if f"opening:{position.symbol}" not in past.openings:
                     await self._adopt(position)
+            if not inputs.is_simulated:  # the embedded exchange trades whatever it has bars of
+                assets = await self._answer(driver, lambda: self._broker.assets(history.symbols))
+                await self._publish(AssetsReported(assets=tuple(assets.values())))
             await self._answer(driver, lambda: desk.report_account(self._correlation_id))
         await self._bus.idle()
         if past.ended is not None:
@@ -207,8 +238,27 @@ class Session:
                 + ". Cancel the open orders at the broker, then start again."
             )
 
+    def _ensure_capital(self, account: AccountReported) -> None:
+        total = sum(self._inputs.capital.values(), Decimal(0))
+        if total > account.equity:
+            raise Halted(
+                f"The strategies are given {total:,.2f} USD together, and the account is worth {account.equity:,.2f} USD. "
+                "Give them less."
+            )
+
+    def _owner(self, position: Position) -> str:
+        """The one of several strategies that takes a position over; "" for one that none of them trades."""
+        owners = [one.label for one in self._inputs.assignments if one.label and position.symbol in one.symbols]
+        if len(owners) > 1:
+            raise Halted(
+                f"The account holds {position.symbol} already, and {' and '.join(owners)} both trade it: whose it is "
+                "cannot be known. Close the position, or resume the session that opened it."
+            )
+        return owners[0] if owners else ""
+
     async def _adopt(self, position: Position) -> None:
         fill = Fill(
+            strategy=self._owner(position),
             execution_id=f"opening:{position.symbol}",
             order_id="opening",
             client_order_id="opening",
@@ -269,7 +319,7 @@ class Session:
             await agent.stop()
         return found, account
 
-# %% ../../nbs/session/03_session.ipynb #9a1cdabd
+# %% ../../nbs/session/03_session.ipynb #c4c6555a
 def _versions() -> dict[str, str]:
     """What the numbers of a session rest on; a replay by another version names the two."""
     python = platform.python_version()
@@ -287,7 +337,7 @@ def _lookback(spec: SessionSpec, warmup: int, today: date) -> date:
     return today - timedelta(days=sessions * 7 // 5 + 10)
 
 
-def _cut(spec: SessionSpec, settings: Settings, strategy: Strategy, bars: Bars | None) -> tuple[Bars, int]:
+def _cut(spec: SessionSpec, settings: Settings, warmup: int, bars: Bars | None) -> tuple[Bars, int]:
     """The bars that a simulated session plays, and the row at which trading begins."""
     if bars is None:
         bars = load_bars(
@@ -296,13 +346,13 @@ def _cut(spec: SessionSpec, settings: Settings, strategy: Strategy, bars: Bars |
             timeframe=spec.timeframe,
             start=spec.start,
             end=spec.end,
-            warmup=strategy.warmup,
+            warmup=warmup,
             adjustment=spec.adjustment,
             feed=spec.feed or settings.data.feed,
             seed=spec.seed,
             store=BarStore(settings.data.store_path) if spec.source == "store" else None,
         )
-    return window(bars.sel(spec.symbols), spec.start, spec.end, strategy.warmup)
+    return window(bars.sel(spec.symbols), spec.start, spec.end, warmup)
 
 
 async def _history(inputs: SessionInputs, data: MarketData, clock: Clock) -> Bars:
@@ -316,7 +366,7 @@ async def _history(inputs: SessionInputs, data: MarketData, clock: Clock) -> Bar
             spec.symbols, spec.timeframe, known.day(0), known.day(-1), adjustment=known.provenance.adjustment
         )
     today = _today(clock)
-    first, known_history = _lookback(spec, inputs.strategy.warmup, today), inputs.past.history
+    first, known_history = _lookback(spec, inputs.warmup, today), inputs.past.history
     if known_history is not None and known_history.first is not None:
         first = known_history.first.astimezone(NEW_YORK).date()
     history = await data.history(
@@ -341,11 +391,11 @@ def _as_recorded(history: Bars, recorded: HistoryLoaded) -> Bars:
     return found
 
 
-def _recall(journal_path: Path, *, resume: bool) -> Recollection:
+def _recall(journal_path: Path, settings: JournalSettings, *, resume: bool) -> Recollection:
     """What the journal holds already; raises Misused for a session that is not to be resumed."""
-    if not journal_path.is_file():
+    if not journal_exists(journal_path):
         return Recollection()
-    with SqliteJournal(journal_path) as journal:
+    with open_journal(journal_path, settings, read_only=False) as journal:
         if journal.last_seq == 0:
             return Recollection()
         if not resume:
@@ -367,7 +417,7 @@ async def run_session(
     settings: Settings | None = None,  # where orders go; None: the embedded exchange with all defaults
     *,
     bars: Bars | None = None,  # simulated only: play these instead of loading the source's
-    strategy: Strategy | None = None,  # instead of building the specification's
+    strategy: Strategy | Mapping[str, Strategy] | None = None,  # instead of building them; several by name
     journal_path: Path | str | None = None,  # None: a new temporary folder
     progress: Progress | None = None,  # called after every bar
     resume: bool = False,  # go on with the session that journal_path holds; one that ended gives its result again
@@ -375,14 +425,15 @@ async def run_session(
 ) -> SessionResult:
     """Run a session to its end, or until SIGINT or SIGTERM; raises TraderError where it cannot begin or go on."""
     settings = settings or Settings()
-    strategy = strategy or spec.build_strategy()
+    strategy = strategy or spec.build()
+    warmup = max(one.strategy.warmup for one in spec.assignments(strategy))
     simulated = settings.broker.kind == "simulated"
     if bars is not None and not simulated:
         raise Misused("Bars can be played by the embedded exchange only. Leave them out, or set broker.kind=simulated.")
-    played, start_index = _cut(spec, settings, strategy, bars) if simulated else (None, 0)
+    played, start_index = _cut(spec, settings, warmup, bars) if simulated else (None, 0)
     path = Path(journal_path or Path(mkdtemp(prefix="trader-")) / "journal.sqlite")
-    past = _recall(path, resume=resume)
-    session_id = spec.session_id(strategy, played) if simulated else f"{strategy.name}-{UniqueIds().new()}"
+    past = _recall(path, settings.journal, resume=resume)
+    session_id = spec.session_id(strategy, played) if simulated else f"{session_name(strategy)}-{UniqueIds().new()}"
     if simulated and past.session_id not in {"", session_id}:
         raise Misused(
             f"{path} holds the session {past.session_id}, and what was asked for is {session_id}: other parameters, or "
@@ -417,7 +468,7 @@ async def _run(inputs: SessionInputs, companions: Iterable[Companion]) -> Sessio
                 async with container(context={History: history}) as parts:
                     agents, driver = await parts.get(Agents), await parts.get(Driver)
                     desk = await parts.get(Desk)
-                    journal = await container.get(SqliteJournal)
+                    journal = await container.get(Journal)
                     if journal.last_seq != inputs.past.last_seq:
                         raise Misused(
                             "Another process went on with this session meanwhile. Look at it, then try again."

@@ -6,7 +6,7 @@
 __all__ = ['Outcome', 'Key', 'OrderFill', 'OrderRecord', 'order_list_hash', 'OrderDifference', 'OrderListComparison',
            'compare_order_lists']
 
-# %% ../../nbs/trading/04_order_list.ipynb #33037e71
+# %% ../../nbs/trading/04_order_list.ipynb #6e967d63
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Literal
 import orjson
 from pydantic import BaseModel, ConfigDict
 
-from .orders import Number, OrderSide, OrderStatus, OrderType, Purpose, TimeInForce, Utc
+from .orders import Label, Number, OrderSide, OrderStatus, OrderType, Purpose, TimeInForce, Utc
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# %% ../../nbs/trading/04_order_list.ipynb #c2d85f41
+# %% ../../nbs/trading/04_order_list.ipynb #c8ce4ff1
 class OrderFill(BaseModel):
     """One fill of an order."""
 
@@ -51,6 +51,7 @@ class OrderRecord(BaseModel):
     filled_qty: Number  # shares
     filled_avg_price: Number | None = None  # USD a share, None where nothing filled
     fills: tuple[OrderFill, ...] = ()
+    strategy: Label = ""  # whose it is, in a session of several strategies
 
 # %% ../../nbs/trading/04_order_list.ipynb #5801d27b
 def order_list_hash(records: Iterable[OrderRecord]) -> str:
@@ -60,9 +61,9 @@ def order_list_hash(records: Iterable[OrderRecord]) -> str:
         digest.update(orjson.dumps(record.model_dump(mode="json"), option=orjson.OPT_SORT_KEYS) + b"\n")
     return f"sha256:{digest.hexdigest()}"
 
-# %% ../../nbs/trading/04_order_list.ipynb #2ff4f766
+# %% ../../nbs/trading/04_order_list.ipynb #8bfc068c
 Outcome = Literal["matched", "different", "only_left", "only_right"]
-Key = tuple[datetime, str, str, OrderType, int]
+Key = tuple[str, datetime, str, str, OrderType, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +85,8 @@ class OrderDifference:
     def sentence(self) -> str:
         """What a person needs to know about this row."""
         order = self.order
-        name = (
-            f"{order.decided_at:%Y-%m-%d %H:%M}Z {order.symbol} {order.purpose} {order.side.value} {order.type.value}"
-        )
+        whose = f"{order.strategy}: " if order.strategy else ""
+        name = f"{whose}{order.decided_at:%Y-%m-%d %H:%M}Z {order.symbol} {order.purpose} {order.side.value} {order.type.value}"
         if self.left is None or self.right is None:
             return f"{name}: only {'right' if self.left is None else 'left'}"
         told = [f"{field} {_told(self.left, field)} | {_told(self.right, field)}" for field in self.fields]
@@ -175,10 +175,10 @@ def compare_order_lists(left: Sequence[OrderRecord], right: Sequence[OrderRecord
 
 
 def _keyed(records: Sequence[OrderRecord]) -> dict[Key, OrderRecord]:
-    seen: dict[tuple[datetime, str, str, OrderType], int] = defaultdict(int)
+    seen: dict[tuple[str, datetime, str, str, OrderType], int] = defaultdict(int)
     keyed: dict[Key, OrderRecord] = {}
     for record in records:
-        kind = (record.decided_at, record.symbol, record.purpose, record.type)
+        kind = (record.strategy, record.decided_at, record.symbol, record.purpose, record.type)
         keyed[(*kind, seen[kind])] = record
         seen[kind] += 1
     return keyed
