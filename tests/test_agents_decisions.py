@@ -31,6 +31,7 @@ from trader_lib.trading.events import (
     FillRecorded,
     OperatorCommand,
     OrderAcknowledged,
+    OrderAdopted,
     OrderFailed,
     OrderProposed,
     Payload,
@@ -324,3 +325,44 @@ async def test_day_start_moves_with_the_session(stage: Stage) -> None:
     equity = agent._account.equity
     await stage.say(closed(5))
     assert agent._account.day_start == equity
+
+
+async def test_order_of_somebody_else_counts_as_on_its_way_until_it_is_closed(stage: Stage) -> None:
+    agent = await judge(stage, max_position_qty=15, duplicate_window_s=None)
+    await stage.say(closed(3))
+    theirs = order_of(propose("by hand").request, "new")
+    await stage.say(OrderAdopted(order=theirs, remaining=Decimal(10)))
+    (decided,) = await stage.say(propose("c-1"))
+    assert [check.name for check in decided.checks if not check.passed] == ["POSITION_QTY"]
+    assert agent._account.working["by hand"].cost > 0
+    await stage.say(OrderAdopted(order=theirs, remaining=Decimal(0)))
+    (decided,) = await stage.say(propose("c-2"))
+    assert decided.approved
+
+
+async def test_order_of_somebody_else_over_an_amount_counts_by_the_last_close(stage: Stage) -> None:
+    agent = await judge(stage)
+    await stage.say(closed(3))
+    request = propose("by hand").request
+    theirs = order_of(request, "new", qty=None, notional=Decimal(1000))
+    await stage.say(OrderAdopted(order=theirs, remaining=None))
+    close = float(BARS.close[3, 1])
+    assert agent._account.working["by hand"].remaining == pytest.approx(1000 / close)
+    elsewhere = order_of(request, "new", symbol="FB", client_order_id="elsewhere")
+    unpriced = order_of(request, "new", qty=None, client_order_id="unpriced")
+    await stage.say(OrderAdopted(order=elsewhere, remaining=Decimal(1)), OrderAdopted(order=unpriced, remaining=None))
+    assert list(agent._account.working) == ["by hand"]
+
+
+async def test_order_that_was_replaced_is_on_its_way_until_its_line_has_ended(stage: Stage) -> None:
+    agent = await judge(stage)
+    await stage.say(closed(3), propose("c-1"))
+    request = propose("c-1").request
+    gone = order_of(request, "replaced", replaced_by="o-2")
+    await stage.say(TradeUpdated(event="replaced", order=gone, timestamp=NOW))
+    assert "c-1" in agent._account.working
+    follower = order_of(request, "filled", id="o-2", client_order_id="by hand", replaces=gone.id, filled_qty=6)
+    await stage.say(OrderAcknowledged(client_order_id="c-1", order=follower))
+    assert "c-1" in agent._account.working
+    await stage.say(OrderAcknowledged(client_order_id="c-1", order=follower, settled=True))
+    assert not agent._account.working

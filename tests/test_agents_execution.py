@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trader_lib.agents.execution import DUPLICATE_CODE, ExecutionAgent, Patience
+from trader_lib.agents.execution import DUPLICATE_CODE, REPLACEMENTS_MAX, ExecutionAgent, Patience
 from trader_lib.agents.tracking import LocalState
 from trader_lib.bus.bus import InProcessBus
 from trader_lib.clock.clock import VirtualClock
@@ -23,8 +23,10 @@ from trader_lib.trading.events import (
     FillRecorded,
     OperatorCommand,
     OrderAcknowledged,
+    OrderAdopted,
     OrderFailed,
     OrderIntended,
+    OrdersReported,
     Payload,
     RiskDecided,
     TradeUpdated,
@@ -91,6 +93,11 @@ class ScriptedBroker:
 
     async def order_by_client_id(self, client_order_id: str) -> Order | None:
         self.looked_up.append(client_order_id)
+        answer = self.records.pop(0) if self.records else None
+        return None if answer is None else _said(answer)
+
+    async def order(self, order_id: str) -> Order | None:
+        self.looked_up.append(order_id)
         answer = self.records.pop(0) if self.records else None
         return None if answer is None else _said(answer)
 
@@ -291,6 +298,12 @@ async def test_halted_sends_nothing_and_resumes(stage: Stage) -> None:
     assert not stage.broker.submitted and stage.outcomes == ["not_sent"]
     await stage.say(TradingStateChanged(state=TradingState.ACTIVE, reason="test"))
     await stage.approve(request("c-2"))
+    assert len(stage.broker.submitted) == 1
+
+
+async def test_halt_of_one_strategy_leaves_the_others_to_trade(stage: Stage) -> None:
+    await stage.say(TradingStateChanged(state=TradingState.HALTED, reason="test", strategy="one of several"))
+    await stage.approve()
     assert len(stage.broker.submitted) == 1
 
 
@@ -597,6 +610,200 @@ async def test_repaired_price_is_as_exact_as_the_brokers_average(stage: Stage) -
     stage.broker.records = [whole]
     await stage.say(ClockTicked(at=NOW))
     assert stage.heard(FillRecorded)[-1].fill.price == Decimal("101.111110")
+
+
+# ---- orders that others placed
+
+
+async def test_order_of_somebody_else_is_told_with_what_is_left_of_it(stage: Stage) -> None:
+    await stage.report("new", order_id="theirs")
+    await stage.fill("x-9", 3, 3, order_id="theirs")
+    await stage.report("canceled", "canceled", order_id="theirs", filled=3)
+    assert [told.remaining for told in stage.heard(OrderAdopted)] == [10, 7, 0]
+    assert [track.client_order_id for track in stage.agent.book.externals()] == []
+
+
+async def test_order_of_somebody_else_over_an_amount_says_that_nobody_knows_what_is_left(stage: Stage) -> None:
+    await stage.report("new", order_id="theirs", qty=None, notional=500)
+    assert [told.remaining for told in stage.heard(OrderAdopted)] == [None]
+
+
+async def test_report_of_an_open_order_of_somebody_else_counts_it_from_there(stage: Stage) -> None:
+    half = record("theirs", "partially_filled", 4)
+    await stage.say(OrdersReported(orders=(half,), counted=True))
+    assert stage.filled == 0 and stage.heard(OrderAdopted)[0].remaining == 6
+    await stage.fill("x-2", 2, 6, order_id="theirs")
+    assert stage.filled == 2 and stage.heard(OrderAdopted)[-1].remaining == 4
+    assert not stage.broker.canceled and not stage.heard(OrderAcknowledged)
+
+
+async def test_report_of_an_order_that_others_placed_meanwhile_counts_all_of_it(stage: Stage) -> None:
+    whole = record("theirs", "filled", 10)
+    await stage.say(OrdersReported(orders=(whole,)))
+    await stage.fill("x-1", 10, 10, order_id="theirs")  # the message itself, late
+    assert [fill.fill.qty for fill in stage.heard(FillRecorded)] == [10]
+    assert stage.heard(FillRecorded)[0].fill.execution_id == "repair:at-broker-theirs:10"
+
+
+async def test_report_of_a_fill_that_was_missed_is_repaired_once(stage: Stage) -> None:
+    await stage.approve()
+    whole = record(status="filled", filled=10)
+    await stage.say(OrdersReported(orders=(whole,)), OrdersReported(orders=(whole,)))
+    assert stage.filled == 10 and not stage.agent.book.working()
+
+
+async def test_report_of_an_order_that_was_given_up_cancels_it(stage: Stage) -> None:
+    stage.broker.answers = [OutcomeUnknown("timed out")]
+    await stage.approve()
+    assert stage.outcomes[-1] == "not_sent"
+    stage.broker.records = [record(status="canceled")]
+    await stage.say(OrdersReported(orders=(record(status="new"),)))
+    assert stage.broker.canceled == ["at-broker-c-1"] and not stage.agent.book.working()
+
+
+async def test_bracket_of_somebody_else_is_followed_leg_by_leg(stage: Stage) -> None:
+    profit = record("profit", "held", side="sell", type="limit", limit_price=110)
+    stop = record("stop", "held", side="sell", type="stop", stop_price=90)
+    await stage.report("new", order_id="theirs", order_class="bracket", legs=(profit, stop))
+    await stage.fill("x-1", 10, 10, order_id="theirs", order_class="bracket", legs=(profit, stop))
+    for leg in ("profit", "stop"):
+        await stage.report("new", order_id=leg, side="sell")
+    await stage.fill("x-2", 4, 4, order_id="profit", side="sell")
+    await stage.fill("x-3", 6, 10, order_id="profit", side="sell")
+    await stage.report("canceled", "canceled", order_id="stop", side="sell")
+    fills = [(fill.fill.client_order_id, fill.fill.side.value, fill.fill.qty) for fill in stage.heard(FillRecorded)]
+    assert fills == [("theirs", "buy", 10), ("profit", "sell", 4), ("profit", "sell", 6)]
+    assert not stage.agent.book.externals() and not stage.broker.canceled
+
+
+# ---- orders that others replaced
+
+
+def successor(status: str = "new", filled: float = 0, **fields: Any) -> Order:
+    return record("by-hand", status, filled, replaces="at-broker-c-1", **fields)
+
+
+def replaced(filled: float = 0, **fields: Any) -> Order:
+    return record(status="replaced", filled=filled, replaced_by="at-broker-by-hand", **fields)
+
+
+async def test_order_that_was_replaced_goes_on_under_our_name(stage: Stage) -> None:
+    await stage.approve()
+    await stage.fill("x-1", 4, 4)
+    await stage.say(TradeUpdated(event="replaced", order=replaced(4), timestamp=NOW))
+    await stage.say(TradeUpdated(event="new", order=successor(filled=4), timestamp=NOW))
+    track = stage.agent.book.get("c-1")
+    assert track is not None and track.is_open and stage.agent.book.working() == [track]
+    last = {"order": successor("filled", 10, filled_avg_price=Decimal(100)), "qty": Decimal(6), "price": Decimal(100)}
+    update = TradeUpdated(event="fill", execution_id="x-2", timestamp=NOW, **last)
+    await stage.say(update, update)
+    fills = [(fill.fill.client_order_id, fill.fill.qty) for fill in stage.heard(FillRecorded)]
+    assert fills == [("c-1", 4), ("c-1", 6)] and not stage.agent.book.working()
+    assert [said.client_order_id for said in stage.heard(OrderAcknowledged)] == ["c-1"] * 4
+
+
+async def test_replacement_that_the_stream_lost_is_found_at_a_tick_and_its_fills_are_repaired(stage: Stage) -> None:
+    await stage.approve()
+    await stage.fill("x-1", 4, 4)
+    whole = successor("filled", 10, filled_avg_price=Decimal("98.5"), filled_at=NOW)
+    stage.broker.records = [replaced(4), whole]
+    await stage.say(ClockTicked(at=NOW))
+    assert stage.broker.looked_up == ["c-1", "at-broker-by-hand"]
+    stage.clock.advance_to(stage.clock.now() + PATIENCE.grace)
+    stage.broker.records = [whole]
+    await stage.say(ClockTicked(at=NOW))
+    repaired = stage.heard(FillRecorded)[-1].fill
+    assert (repaired.client_order_id, repaired.qty, repaired.price) == ("c-1", 6, Decimal("97.5"))
+    assert stage.filled == 10 and not stage.agent.book.working()
+
+
+async def test_successor_that_is_open_is_left_alone(stage: Stage) -> None:
+    await stage.approve()
+    stage.broker.records = [replaced(), successor()]
+    await stage.say(ClockTicked(at=NOW))
+    stage.broker.open = [successor()]
+    await stage.say(ClockTicked(at=NOW))
+    assert stage.broker.looked_up == ["c-1", "at-broker-by-hand"] and not stage.broker.canceled
+    stage.broker.open, stage.broker.records = [], [successor("canceled")]
+    await stage.say(ClockTicked(at=NOW))
+    assert stage.broker.looked_up[-1] == "at-broker-by-hand" and not stage.agent.book.working()
+
+
+async def test_fill_of_a_successor_is_not_repaired_before_its_predecessor_is_known_to_have_ended(stage: Stage) -> None:
+    await stage.approve()
+    await stage.say(TradeUpdated(event="new", order=successor("partially_filled", 4), timestamp=NOW))
+    stage.clock.advance_to(stage.clock.now() + PATIENCE.grace)
+    stage.broker.open = [record(), successor("partially_filled", 4)]
+    stage.broker.records = [successor("partially_filled", 4)]
+    await stage.say(ClockTicked(at=NOW))
+    assert stage.filled == 0  # the four may be the first one's
+    stage.broker.open = [successor("partially_filled", 4)]
+    stage.broker.records = [replaced(4), successor("partially_filled", 4), record(status="replaced", filled=4)]
+    await stage.say(ClockTicked(at=NOW))
+    stage.clock.advance_to(stage.clock.now() + PATIENCE.grace)
+    stage.broker.records = [record(status="replaced", filled=4)]
+    await stage.say(ClockTicked(at=NOW))
+    assert [fill.fill.order_id for fill in stage.heard(FillRecorded)] == ["at-broker-c-1"] and stage.filled == 4
+
+
+async def test_cancel_that_meets_a_replacement_cancels_the_successor(stage: Stage) -> None:
+    await stage.approve()
+    stage.broker.cancels = [Rejected("gone", code=42210000, reason='order is already in "replaced" state')]
+    stage.broker.records = [replaced(), successor(), successor("canceled")]
+    await stage.say(cancel())
+    assert stage.broker.canceled == ["at-broker-c-1", "at-broker-by-hand"]
+    assert not stage.agent.book.working() and len(stage.heard(CancelIntended)) == 1
+
+
+async def test_replacement_without_an_end_is_followed_a_bounded_number_of_times(stage: Stage) -> None:
+    await stage.approve()
+    stage.broker.records = [replaced()]
+    stage.broker.records += [
+        record(
+            f"n-{n}", "replaced", id=f"n-{n}", replaces=f"n-{n - 1}" if n else "at-broker-c-1", replaced_by=f"n-{n + 1}"
+        )
+        for n in range(20)
+    ]
+    stage.broker.records[1] = record(
+        "n-0", "replaced", id="at-broker-by-hand", replaces="at-broker-c-1", replaced_by="n-1"
+    )
+    stage.broker.records[2] = record("n-1", "replaced", id="n-1", replaces="at-broker-by-hand", replaced_by="n-2")
+    await stage.say(ClockTicked(at=NOW))
+    assert len(stage.broker.looked_up) == REPLACEMENTS_MAX and stage.agent.book.working()
+
+
+async def test_stop_leg_that_was_moved_by_hand_still_belongs_to_its_pair(stage: Stage) -> None:
+    leg = record("stop", "held", type="stop", stop_price=90)
+    stage.broker.answers = [record(legs=(leg,), type="limit", limit_price=110, order_class="oco")]
+    await stage.approve(request(purpose="exit"))
+    gone = record("stop", "replaced", type="stop", stop_price=90, replaced_by="moved")
+    moved = record("moved", "held", id="moved", type="stop", stop_price=95, replaces="at-broker-stop")
+    await stage.say(TradeUpdated(event="replaced", order=gone, timestamp=NOW))
+    await stage.report("new", legs=(moved,), type="limit", limit_price=110, order_class="oco")
+    await stage.fill("x-1", 10, 10, order_id="moved", id="moved", replaces="at-broker-stop")
+    fill = stage.heard(FillRecorded)[0].fill
+    assert (fill.client_order_id, fill.purpose, fill.order_id) == ("stop", "exit", "moved")
+
+
+async def test_leg_that_fills_in_parts_and_ends_the_pair(stage: Stage) -> None:
+    leg = record("stop", "held", type="stop", stop_price=90)
+    stage.broker.answers = [record(legs=(leg,), type="limit", limit_price=110, order_class="oco")]
+    await stage.approve(request(purpose="exit"))
+    await stage.report("new", order_id="stop", type="stop", stop_price=90)
+    await stage.fill("x-1", 4, 4, order_id="stop")
+    await stage.fill("x-2", 6, 10, order_id="stop")
+    await stage.report("canceled", "canceled", type="limit", limit_price=110)
+    assert stage.filled == 10 and not stage.agent.book.working()
+
+
+async def test_pair_of_which_a_person_cancels_a_leg_ends(stage: Stage) -> None:
+    leg = record("stop", "held", type="stop", stop_price=90)
+    stage.broker.answers = [record(legs=(leg,), type="limit", limit_price=110, order_class="oco")]
+    await stage.approve(request(purpose="exit"))
+    await stage.report("canceled", "canceled", order_id="stop")
+    assert stage.agent.book.working()
+    await stage.report("canceled", "canceled")
+    assert not stage.agent.book.working() and stage.filled == 0
 
 
 async def test_patience_doubles_up_to_its_cap_and_obeys_the_broker() -> None:

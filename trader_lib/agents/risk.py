@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEVERITY', 'VITAL', 'ACCOUNT', 'ApprovedOrder', 'OpenOrder', 'Market', 'RiskBook', 'RiskAgent']
 
-# %% ../../nbs/agents/03_risk.ipynb #35c363da
+# %% ../../nbs/agents/03_risk.ipynb #f97f5e91
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -41,6 +41,7 @@ from ..trading import folding
 from trader_lib.trading.events import (
     AccountReported,
     AgentFailed,
+    AssetsReported,
     BarsClosed,
     CancelProposed,
     Event,
@@ -261,7 +262,7 @@ class RiskBook:
             return TradingState.HALTED, describe(Check.DRAWDOWN, False, drawdown, values.max_drawdown, nothing)
         return TradingState.REDUCING, describe(Check.DAILY_LOSS, False, daily, values.max_daily_loss, nothing)
 
-# %% ../../nbs/agents/03_risk.ipynb #a09c5e26
+# %% ../../nbs/agents/03_risk.ipynb #89aae966
 class RiskAgent(Agent):
     """Decides on every proposed order.
 
@@ -308,6 +309,7 @@ class RiskAgent(Agent):
         return {
             OrderProposed: self._on_proposal,
             BarsClosed: self._on_bars,
+            AssetsReported: self._on_assets,
             AccountReported: self._on_account,
             FillRecorded: self._on_fill,
             CancelProposed: self._on_cancel,
@@ -420,6 +422,11 @@ class RiskAgent(Agent):
             if not math.isnan(book.equity):
                 state, reason = book.breach()
                 await self._tighten(event, state, reason, owner, exits_pass=state is TradingState.HALTED)
+
+    async def _on_assets(self, event: Event) -> None:
+        report = event.payload
+        assert isinstance(report, AssetsReported)
+        self._market.assets = {asset.symbol: asset for asset in report.assets}
 
     async def _on_account(self, event: Event) -> None:
         report = event.payload

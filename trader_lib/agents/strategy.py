@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['order_request', 'StrategyAgent', 'strategy_agent', 'cash_after', 'last_closes']
 
-# %% ../../nbs/agents/02_strategy.ipynb #47492952
+# %% ../../nbs/agents/02_strategy.ipynb #32cc7509
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -40,8 +40,8 @@ from trader_lib.trading.events import (
 from ..trading.portfolio import Commission, Fill, no_commission
 from ..trading.numbers import CASH_DECIMALS, PRICE_DECIMALS, QTY_DECIMALS, round_to, to_decimal, to_float
 from trader_lib.trading.orders import (
+    ENDED_SHORT,
     SIDE_SIGN,
-    TERMINAL,
     Order,
     OrderClass,
     OrderRequest,
@@ -80,7 +80,7 @@ def order_request(action: PlannedAction, order_id: str, strategy: str = "") -> O
 def _price(price: float) -> Decimal | None:
     return None if math.isnan(price) else to_decimal(price, PRICE_DECIMALS)
 
-# %% ../../nbs/agents/02_strategy.ipynb #c00479a4
+# %% ../../nbs/agents/02_strategy.ipynb #32441436
 class StrategyAgent(Agent):
     """Decides at every closed bar.
 
@@ -285,16 +285,18 @@ class StrategyAgent(Agent):
         assert isinstance(acknowledged, OrderAcknowledged)
         for leg in acknowledged.order.legs:
             self._parents[leg.client_order_id] = acknowledged.client_order_id
-        self._observe(acknowledged.order)
+        self._observe(acknowledged.client_order_id, acknowledged.order)
+        if acknowledged.settled:
+            self._close(acknowledged.client_order_id)
 
     async def _on_trade_update(self, event: Event) -> None:
         update = event.payload
         assert isinstance(update, TradeUpdated)
-        self._observe(update.order)
+        self._observe(update.order.client_order_id, update.order)
 
-    def _observe(self, order: Order) -> None:
-        if order.status in TERMINAL and order.status is not OrderStatus.FILLED:
-            self._close(order.client_order_id)
+    def _observe(self, order_id: str, order: Order) -> None:
+        if order.status in ENDED_SHORT:
+            self._close(order_id)
 
     def _close(self, order_id: str) -> None:
         key = self._keys.get(order_id)

@@ -56,7 +56,7 @@ def next_state(current: OrderState, reported: OrderState) -> OrderState:
         return current
     return reported
 
-# %% ../../nbs/agents/04_tracking.ipynb #52c9edce
+# %% ../../nbs/agents/04_tracking.ipynb #37654842
 @dataclass(slots=True, eq=False)
 class OrderTrack:
     """What is known of one order: the parent, one leg, or one successor of what one request became.
@@ -107,6 +107,14 @@ class OrderTrack:
     def known_as(self) -> str:
         """The client order id under which its fills are told: that of the first of its line."""
         return self.client_order_id if self.predecessor is None else self.predecessor.known_as
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it took another's place, has ended, and every fill of the line is recorded."""
+        line: OrderTrack | None = self
+        while line is not None and line.behind_since is None:
+            line = line.predecessor
+        return line is None and self.predecessor is not None and not self.is_open
 
     @property
     def carried_qty(self) -> Decimal:

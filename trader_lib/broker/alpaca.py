@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['T', 'ORDERS_MAX', 'SETTLE_S', 'AlpacaBroker']
 
-# %% ../../nbs/broker/06_alpaca.ipynb #3e1644d0
+# %% ../../nbs/broker/06_alpaca.ipynb #7bf2ab63
 import asyncio
 import functools
 from collections.abc import Awaitable, Callable, Sequence
@@ -20,7 +20,7 @@ from alpaca.data.models import Bar
 from alpaca.trading.enums import QueryOrderStatus
 from alpaca.trading.models import Order as AlpacaOrder
 from alpaca.trading.models import TradeUpdate
-from alpaca.trading.requests import GetOrdersRequest
+from alpaca.trading.requests import GetOrderByIdRequest, GetOrdersRequest
 from alpaca.trading.requests import OrderRequest as AlpacaOrderRequest
 
 from .connection import AlpacaAccess
@@ -49,6 +49,7 @@ from ..market.history import alpaca_history
 from ..resilience.cache import TtlCache
 from ..resilience.guard import Guards
 from ..resilience.rate_limit import RateLimiter
+from ..telemetry.tracing import carried
 from ..trading.events import AccountReported
 from ..trading.orders import Order, OrderRequest
 from ..trading.portfolio import Position
@@ -57,7 +58,7 @@ T = TypeVar("T")
 ORDERS_MAX = 500
 SETTLE_S = 60.0  # after a session's close, for its last daily bar to come by itself
 
-# %% ../../nbs/broker/06_alpaca.ipynb #81594ea8
+# %% ../../nbs/broker/06_alpaca.ipynb #87b05220
 class AlpacaBroker:
     """A broker and a source of history over alpaca-py.
 
@@ -211,6 +212,14 @@ class AlpacaBroker:
         except NotFound:
             return None
 
+    async def order(self, order_id: str) -> Order | None:
+        """The order of that id, legs included, or None where Alpaca has none."""
+        try:
+            nested = GetOrderByIdRequest(nested=True)
+            return Order.from_alpaca(await self._read(self._client.get_order_by_id, order_id, nested))
+        except NotFound:
+            return None
+
     async def submit(self, request: OrderRequest) -> Order:
         """Send an order once; raises Rejected, RateLimited, Retryable where nothing left, or OutcomeUnknown."""
         sent = order_to_alpaca(request)
@@ -259,7 +268,14 @@ class AlpacaBroker:
 
     async def _asset(self, symbol: str) -> Asset:
         asset = await self._read(self._client.get_asset, symbol)
-        return Asset(asset.symbol, asset.tradable, asset.shortable, asset.fractionable, asset.marginable)
+        return Asset(
+            symbol=asset.symbol,
+            tradable=asset.tradable,
+            shortable=asset.shortable,
+            fractionable=asset.fractionable,
+            marginable=asset.marginable,
+            easy_to_borrow=asset.easy_to_borrow,
+        )
 
     async def history(
         self,
@@ -302,7 +318,7 @@ class AlpacaBroker:
         """One call on the pool of threads, its failure sorted."""
         self._loop = asyncio.get_running_loop()
         try:
-            return await self._loop.run_in_executor(self._pool, function, *arguments)
+            return await self._loop.run_in_executor(self._pool, carried(function), *arguments)
         except Exception as error:
             raise from_alpaca(error, order_post=order_post) from error
 

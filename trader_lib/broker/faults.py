@@ -69,7 +69,7 @@ class Submission:
     request: OrderRequest
     fate: Fate
 
-# %% ../../nbs/broker/10_faults.ipynb #d00bb8a8
+# %% ../../nbs/broker/10_faults.ipynb #68a7ad0b
 class FaultyBroker:
     """A broker, and its history, behind a bad connection. Not for lockstep, which counts every message.
 
@@ -141,8 +141,7 @@ class FaultyBroker:
 
     async def order(self, order_id: str) -> Order | None:
         """The order of that id, or None; raises Retryable."""
-        self._read()
-        return await self._broker.order(order_id)
+        return await self._read(self._broker.order(order_id))
 
     async def market_clock(self) -> MarketClock:
         """The broker's own clock; raises Retryable."""

@@ -39,7 +39,7 @@ def as_over_the_wire(error: Rejected, *, order_post: bool = False) -> TraderErro
     answer: APIError = APIError(body, requests.HTTPError(response=response))  # type: ignore[no-untyped-call]
     return from_alpaca(answer, order_post=order_post)
 
-# %% ../../nbs/broker/02_in_process.ipynb #f74d1084
+# %% ../../nbs/broker/02_in_process.ipynb #a1dead61
 def trade_update(event: OrderEvent) -> TradeUpdated:
     """What the exchange told of an order, as a broker's message."""
     return TradeUpdated(
@@ -110,6 +110,13 @@ class InProcessBroker:
         except NotFound:
             return None
 
+    async def order(self, order_id: str) -> Order | None:
+        """The order of that id, or None."""
+        try:
+            return self._exchange.order(order_id)
+        except NotFound:
+            return None
+
     async def submit(self, request: OrderRequest) -> Order:
         """Send an order; raises Rejected, or OutcomeUnknown for a client_order_id that was used before."""
         self._require_connection()
@@ -130,7 +137,10 @@ class InProcessBroker:
         for symbol in symbols:
             if symbol not in self._exchange.symbols:
                 raise as_over_the_wire(asset_not_found(symbol))
-        return {symbol: Asset(symbol, True, True, True, True) for symbol in symbols}
+        return {
+            symbol: Asset(symbol=symbol, tradable=True, shortable=True, fractionable=True, marginable=True)
+            for symbol in symbols
+        }
 
     def refresh(self) -> None:
         """Nothing is kept."""

@@ -64,7 +64,7 @@ def failure_again(said: AgentFailed) -> Exception:
     kind: type[Exception] = type(name if name.isidentifier() else "RecordedFailure", (Exception,), {})
     return kind(words)
 
-# %% ../../nbs/session/11_stage.ipynb #fe4c7643
+# %% ../../nbs/session/11_stage.ipynb #545c8044
 class ScriptedBroker:
     """The broker's side of the conversation, read from a script.
 
@@ -128,6 +128,13 @@ class ScriptedBroker:
         if said is not None:
             self._last_of_many(client_order_id)
             return None
+        raise TraderError("No answer is on record.")
+
+    async def order(self, order_id: str) -> Order | None:
+        """The order that was found under the broker's id; raises TraderError where no answer is on record."""
+        said = self._script[0].payload if self._script else None
+        if isinstance(said, OrderAcknowledged) and said.order.id == order_id:
+            return said.order
         raise TraderError("No answer is on record.")
 
     def _last_of_many(self, client_order_id: str) -> None:

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Finite', 'Figure', 'Kind', 'PAYLOADS', 'DiscrepancyKind', 'Resolution', 'ENVELOPE', 'utc_text', 'Payload', 'Input',
            'Output', 'payload_from_json', 'SessionStarted', 'BarRow', 'BarsClosed', 'HistoryLoaded', 'TradeUpdated',
-           'AccountReported', 'OrdersReported', 'OrderAcknowledged', 'OrderFailed', 'OperatorCommand', 'ClockTicked',
-           'TradingState', 'TargetsDecided', 'OrderProposed', 'CancelProposed', 'CheckOutcome', 'RiskDecided',
-           'OrderIntended', 'CancelIntended', 'FillRecorded', 'StrategyHoldings', 'PortfolioChanged',
+           'AssetsReported', 'AccountReported', 'OrdersReported', 'OrderAcknowledged', 'OrderFailed', 'OperatorCommand',
+           'ClockTicked', 'TradingState', 'TargetsDecided', 'OrderProposed', 'CancelProposed', 'CheckOutcome',
+           'RiskDecided', 'OrderIntended', 'CancelIntended', 'FillRecorded', 'StrategyHoldings', 'PortfolioChanged',
            'TradingStateChanged', 'OrderAdopted', 'Discrepancy', 'Reconciled', 'AgentFailed', 'SessionEnded', 'Event',
            'canonical_row']
 
-# %% ../../nbs/trading/05_events.ipynb #ca3a34ea
+# %% ../../nbs/trading/05_events.ipynb #23a33cd0
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -30,6 +30,7 @@ from pydantic import (
 )
 
 from ..errors.taxonomy import BadData, did_you_mean
+from .capability import Asset
 from .orders import Label, Number, Order, OrderRequest, Utc
 from .portfolio import Fill, FrozenMap, Position
 
@@ -99,7 +100,7 @@ def payload_from_json(type_name: str, text: bytes | str) -> Payload:
     except ValidationError as error:
         raise BadData(f"An event of type {type_name!r} cannot be read: {error}", type=type_name) from error
 
-# %% ../../nbs/trading/05_events.ipynb #3f12df6a
+# %% ../../nbs/trading/05_events.ipynb #2a97ee18
 class SessionStarted(Input):
     """A session begins: everything it was started with, secrets excluded."""
 
@@ -164,6 +165,13 @@ class TradeUpdated(Input):
     price: Number | None = None  # USD a share of this execution
     position_qty: Number | None = None  # shares held after it, signed
     timestamp: Utc
+
+
+class AssetsReported(Input):
+    """The broker says what may be done with the session's symbols."""
+
+    type: ClassVar[str] = "assets_reported"
+    assets: tuple[Asset, ...]
 
 
 class AccountReported(Input):
