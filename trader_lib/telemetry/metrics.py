@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from ..errors.taxonomy import InvariantBroken, did_you_mean
 
-# %% ../../nbs/telemetry/01_metrics.ipynb #109b1072
+# %% ../../nbs/telemetry/01_metrics.ipynb #888eccc0
 FAST_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 SLOW_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0)
 LABEL_SETS_MAX = 64  # of one metric
@@ -64,7 +64,9 @@ METRICS: tuple[Metric, ...] = (
         "trader_orders_total",
         "counter",
         "Orders that came to this outcome; one order may come to several, one after the other.",
-        {"outcome": "refused, intended, acknowledged, filled, canceled, expired, rejected, not_sent, unknown"},
+        {
+            "outcome": "refused, intended, acknowledged, filled, canceled, expired, replaced, rejected, not_sent, unknown"
+        },
     ),
     Metric("trader_fills_total", "counter", "Executions.", {"side": "buy, sell"}),
     Metric("trader_fills_notional_usd_total", "counter", "What was bought and sold, USD.", {"side": "buy, sell"}),
@@ -119,7 +121,7 @@ METRICS: tuple[Metric, ...] = (
         {"result": "hit, joined, miss"},
     ),
     Metric("trader_stream_age_seconds", "gauge", "Session time since a stream delivered anything.", _OF_STREAMS),
-    Metric("trader_stream_reconnects_total", "counter", "Times that a stream had to connect again.", _OF_STREAMS),
+    Metric("trader_stream_reconnects_total", "counter", "Times that a stream had to connect again."),
     Metric(
         "trader_reconciliation_age_seconds", "gauge", "Session time since the books were last laid beside the broker's."
     ),
