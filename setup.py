@@ -29,7 +29,17 @@ setup(
     python_requires=f">={settings['min_python']}",
     packages=find_packages(include=["trader_lib", "trader_lib.*"]),
     include_package_data=True,
-    package_data={"trader_lib": ["py.typed", "**/*.parquet", "**/*.ipynb", "**/*.json", "**/*.md", "**/*.toml"]},
+    package_data={
+        "trader_lib": [
+            "py.typed",
+            "**/*.parquet",
+            "**/*.ipynb",
+            "**/*.json",
+            "**/*.md",
+            "**/*.toml",
+            "observe/static/*",
+        ]
+    },
     install_requires=settings["requirements"].split(),
     extras_require=extras,
     entry_points={
