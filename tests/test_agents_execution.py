@@ -307,6 +307,37 @@ async def test_halt_of_one_strategy_leaves_the_others_to_trade(stage: Stage) -> 
     assert len(stage.broker.submitted) == 1
 
 
+def protection(client_order_id: str) -> OrderRequest:
+    return request(client_order_id).model_copy(update={"purpose": "exit", "side": OrderSide.SELL})
+
+
+async def test_halt_by_a_threshold_withdraws_entries_and_spares_exits(stage: Stage) -> None:
+    await stage.approve()
+    await stage.approve(protection("c-2"))
+    await stage.report("new", order_id="by-hand")  # somebody else's
+    stage.broker.records = [record(status="canceled")]
+    await stage.say(TradingStateChanged(state=TradingState.HALTED, reason="drawdown", exits_pass=True))
+    assert stage.broker.canceled == ["at-broker-c-1"]
+    await stage.approve(request("c-3"))
+    await stage.approve(protection("c-4"))
+    assert [order.client_order_id for order in stage.broker.submitted] == ["c-1", "c-2", "c-4"]
+    await stage.say(OperatorCommand(action="halt", reason="test", by="an operator"))
+    await stage.say(TradingStateChanged(state=TradingState.HALTED, reason="said before", exits_pass=True))
+    await stage.approve(protection("c-5"))
+    assert len(stage.broker.submitted) == 3
+
+
+async def test_a_strategy_s_threshold_withdraws_its_own_entries_only(stage: Stage) -> None:
+    await stage.approve(request("c-1").model_copy(update={"strategy": "one"}))
+    await stage.approve(request("c-2").model_copy(update={"strategy": "other"}))
+    stage.broker.records = [record(status="canceled")]
+    halted = TradingStateChanged(state=TradingState.HALTED, reason="drawdown", exits_pass=True, strategy="one")
+    await stage.say(halted)
+    assert stage.broker.canceled == ["at-broker-c-1"]
+    await stage.approve(request("c-3"))
+    assert len(stage.broker.submitted) == 3
+
+
 # ---- fills
 
 

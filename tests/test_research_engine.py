@@ -15,8 +15,9 @@ from trader_lib.clock.sessions import TradingCalendar
 from trader_lib.config.settings import Settings
 from trader_lib.exchange.costs import Costs
 from trader_lib.exchange.matching import commission, fill_price, fill_qty, match_oco, match_price
+from trader_lib.journal.journal import SqliteJournal
 from trader_lib.market.bars import Bars, Provenance, Timeframe
-from trader_lib.research.backtest import backtest
+from trader_lib.research.backtest import BacktestResult, backtest
 from trader_lib.research.engine import run
 from trader_lib.research.ledger import (
     CANCELED,
@@ -29,14 +30,23 @@ from trader_lib.research.ledger import (
 )
 from trader_lib.risk.checks import RecentOrders, decide
 from trader_lib.risk.limits import Limits, SymbolLimits
-from trader_lib.risk.rules import HALTED, RiskFacts, margin_of, pending_exposure, pending_margin, state_after_close
-from trader_lib.session.session import run_session
+from trader_lib.risk.rules import (
+    HALTED,
+    REDUCING,
+    RiskFacts,
+    margin_of,
+    pending_exposure,
+    pending_margin,
+    state_after_close,
+)
+from trader_lib.session.session import SessionResult, run_session
 from trader_lib.session.spec import SessionSpec
 from trader_lib.strategy.contract import Strategy
 from trader_lib.strategy.exits import NO_EXITS, ProtectiveExits, exit_due, exit_prices
 from trader_lib.strategy.planner import PlannedAction, Planner
 from trader_lib.strategy.sizing import SizingRules
 from trader_lib.trading.account import buying_power, may_short, order_cost, reserved_cost
+from trader_lib.trading.events import OrderIntended, TradingState, TradingStateChanged
 from trader_lib.trading.folding import cash_flow, equity, exposure, fold_fill
 from trader_lib.trading.numbers import round_to, to_decimal, to_float
 from trader_lib.trading.order_list import compare_order_lists
@@ -437,7 +447,16 @@ def test_random_markets_reach_every_corner() -> None:
         seen |= {("active", "reducing", "halted")[simulation.state]}
     assert seen >= {"filled", "canceled", "expired", "oco", "oco stop", "oco limit", "partial", "short", "reducing"}
     assert seen >= {"RESTRICTED", "SHORT_SALE", "THROTTLE", "ORDER_QTY", "ORDER_NOTIONAL", "POSITION_QTY"}
-    assert seen >= {"POSITION_NOTIONAL", "GROSS_EXPOSURE", "BUYING_POWER", "DAILY_LOSS", "TRADING_STATE", "MARGIN", "DRAWDOWN", "halted"}
+    assert seen >= {
+        "POSITION_NOTIONAL",
+        "GROSS_EXPOSURE",
+        "BUYING_POWER",
+        "DAILY_LOSS",
+        "TRADING_STATE",
+        "MARGIN",
+        "DRAWDOWN",
+        "halted",
+    }
 
 
 def test_plain_decimals_are_exact_over_the_border() -> None:
@@ -483,6 +502,9 @@ def test_same_question_same_answer(seed: int) -> None:
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
+BREACHING = [7, 10, 18, 24, 50]
+
+
 class Given(Strategy):
     """Weights and exits that are given, whatever the bars say."""
 
@@ -501,12 +523,13 @@ class Given(Strategy):
         return np.array(self.weights[: bars.n])
 
 
-@pytest.mark.parametrize("seed", [0, 5, 6, 13, 18])
-async def test_a_session_of_agents_places_the_same_orders(seed: int) -> None:
+async def in_both_engines(seed: int, **bounds: object) -> tuple[BacktestResult, SessionResult]:
+    """A random strategy, market and rules, in a backtest and in a session of agents; bounds replace the random ones."""
     rng = np.random.default_rng(seed)
     market = random_market(rng)
     weights = random_weights(rng, market)
     costs, limits, sizing, exits, multiplier = random_rules(rng)
+    limits = limits.model_copy(update=bounds)
     timeframe = "1Day" if rng.random() < 0.4 else "15Min"
     stamps = TradingCalendar().bar_stamps(date(2025, 11, 24), date(2026, 6, 1), timeframe)[: len(weights)]
     origin = Provenance("example", "none", Timeframe(timeframe), "raw", synthetic=True)
@@ -524,10 +547,53 @@ async def test_a_session_of_agents_places_the_same_orders(seed: int) -> None:
         **shared,
     )
     settings_ = Settings(broker={"kind": "simulated", "transport": "in_process"})
-    session = await run_session(spec, settings_, bars=bars, strategy=strategy)
+    return result, await run_session(spec, settings_, bars=bars, strategy=strategy)
+
+
+def assert_alike(result: BacktestResult, session: SessionResult) -> None:
     comparison = compare_order_lists(result.orders, session.orders)
     assert comparison.equal, comparison.summary()
     assert session.order_list_hash == result.order_list_hash and session.equity_end == result.equity_end
     ours = [(refusal.decided_at, refusal.symbol, refusal.checks, refusal.reasons) for refusal in result.refusals]
     theirs = [(refusal.decided_at, refusal.symbol, refusal.checks, refusal.reasons) for refusal in session.refusals]
     assert ours == theirs
+
+
+@pytest.mark.parametrize("seed", [0, 5, 6, 13, 18])
+async def test_a_session_of_agents_places_the_same_orders(seed: int) -> None:
+    assert_alike(*await in_both_engines(seed))
+
+
+def states(session: SessionResult) -> list[TradingStateChanged]:
+    with SqliteJournal(session.journal_path, read_only=True) as journal:
+        return [event.payload for event in journal.read(types=[TradingStateChanged])]
+
+
+@pytest.mark.parametrize("seed", BREACHING)
+async def test_a_drawdown_halts_both_engines_at_the_same_close(seed: int) -> None:
+    result, session = await in_both_engines(seed, max_drawdown=0.01, max_daily_loss=None)
+    assert_alike(result, session)
+    (halt,) = states(session)
+    assert result.simulation.state == HALTED and halt.state is TradingState.HALTED and halt.exits_pass
+
+
+@pytest.mark.parametrize("seed", BREACHING)
+async def test_a_day_s_loss_reduces_both_engines_at_the_same_close(seed: int) -> None:
+    result, session = await in_both_engines(seed, max_drawdown=None, max_daily_loss=0.003)
+    assert_alike(result, session)
+    (change,) = states(session)
+    assert result.simulation.state == REDUCING and change.state is TradingState.REDUCING
+
+
+async def test_after_a_halt_positions_are_still_protected_and_nothing_opens() -> None:
+    protected = 0
+    for seed in BREACHING:
+        _, session = await in_both_engines(seed, max_drawdown=0.01, max_daily_loss=None)
+        (halt,) = states(session)
+        with SqliteJournal(session.journal_path, read_only=True) as journal:
+            events = list(journal.read())
+        at = next(place for place, event in enumerate(events) if event.payload == halt)
+        later = [event.payload.request for event in events[at:] if isinstance(event.payload, OrderIntended)]
+        assert {request.purpose for request in later} <= {"exit"}
+        protected += len(later)
+    assert protected > 0

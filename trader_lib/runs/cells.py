@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['HEADLINES', 'asked_piece', 'asked_in_words', 'headline_piece', 'orders_piece', 'stamp_text', 'Refused',
-           'refusal_rows', 'refusals_piece', 'statistics_piece', 'reconciliation_piece', 'data_row', 'provenance_piece',
-           'publish', 'tell']
+           'refusal_rows', 'refusals_piece', 'strategies_piece', 'statistics_piece', 'reconciliation_piece', 'data_row',
+           'provenance_piece', 'publish', 'tell']
 
-# %% ../../nbs/runs/08_cells.ipynb #c3474e25
+# %% ../../nbs/runs/08_cells.ipynb #f9fc5ee1
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
@@ -28,18 +28,17 @@ from trader_lib.runs.result import (
     RefusalRow,
     RunResult,
     Status,
+    StrategyRow,
     versions,
 )
 from ..trading.order_list import OrderRecord
 from ..trading.orders import decimal_text
 
-# %% ../../nbs/runs/08_cells.ipynb #6b3c1b41
+# %% ../../nbs/runs/08_cells.ipynb #54fe0894
 def asked_piece(asked: RunParameters, *, real_time: bool = False) -> Piece:
     """The parameters of a run, costs and limits only where they bind; in real time, the bars are the broker's."""
-    strategy = asked.build_strategy()
     shown: dict[str, object] = {
-        "strategy": strategy.name,
-        "params": strategy.model_dump(),
+        **_strategies_asked(asked),
         "symbols": list(asked.symbols),
         "from": asked.start or ("its start" if real_time else "where the data begins"),
         "to": asked.end or ("its stop" if real_time else "where the data ends"),
@@ -55,18 +54,30 @@ def asked_piece(asked: RunParameters, *, real_time: bool = False) -> Piece:
     return facts(shown)
 
 
+def _strategies_asked(asked: RunParameters) -> dict[str, object]:
+    if not asked.strategies:
+        strategy = asked.build_strategy()
+        return {"strategy": strategy.name, "params": strategy.model_dump()}
+    return {
+        one.label: {"strategy": one.strategy.name, **one.strategy.model_dump(), "capital": float(one.capital or 0)}
+        for one in asked.assignments()
+    }
+
+
 def _binds(value: object) -> bool:
-    return not (value is None or value is True or value == frozenset())
+    return not (value is None or value is True or value == frozenset() or value == {})
 
 
 def asked_in_words(asked: RunParameters) -> str:
     """One line: strategy with parameters, symbols, dates."""
-    strategy = asked.build_strategy()
-    params = ", ".join(f"{name}={value}" for name, value in strategy.model_dump().items())
+    told = []
+    for one in asked.assignments():
+        params = ", ".join(f"{name}={value}" for name, value in one.strategy.model_dump().items())
+        told.append(f"{one.label}: {one.strategy.name}({params})" if one.label else f"{one.strategy.name}({params})")
     days = f"{asked.start or 'the first bar'} to {asked.end or 'the last bar'}"
-    return f"{strategy.name}({params}) on {', '.join(asked.symbols)}, {days}"
+    return f"{'; '.join(told)} on {', '.join(asked.symbols)}, {days}"
 
-# %% ../../nbs/runs/08_cells.ipynb #3a9321b9
+# %% ../../nbs/runs/08_cells.ipynb #f27f5d19
 HEADLINES = ("total_return", "annual_return", "sharpe_ratio", "max_drawdown", "win_rate")
 
 
@@ -133,6 +144,7 @@ def refusal_rows(refusals: Iterable[Refused]) -> list[RefusalRow]:
             qty=one.qty,
             checks=one.checks,
             reasons=one.reasons,
+            strategy=getattr(one, "strategy", ""),
         )
         for one in refusals
     ]
@@ -158,6 +170,44 @@ def refusals_piece(
         f"; the last {rows_max}:</p>" if len(refusals) > rows_max else ":</p>"
     )
     return Piece(summary.html + told + table(("Decided", "Symbol", "Side", "Qty#", "Reasons"), rows).html)
+
+
+def strategies_piece(rows: Sequence[StrategyRow]) -> Piece | None:
+    """Each of several strategies with its capital and what became of it; nothing where there is one."""
+    if not rows:
+        return None
+    columns = (
+        "Strategy",
+        "",
+        "Symbols",
+        "Capital#",
+        "Equity#",
+        "Return#",
+        "Max drawdown#",
+        "Orders#",
+        "Refused#",
+        "State",
+        "Agent",
+    )
+    return table(
+        columns,
+        [
+            (
+                row.name,
+                row.strategy,
+                ", ".join(row.symbols),
+                f"{row.capital:,.2f}",
+                f"{row.equity_end:,.2f}",
+                figure_text("total_return", row.total_return),
+                figure_text("max_drawdown", row.max_drawdown),
+                row.orders,
+                row.refused,
+                row.state,
+                row.health,
+            )
+            for row in rows
+        ],
+    )
 
 
 def statistics_piece(statistics: Mapping[str, Any]) -> Piece:
@@ -208,7 +258,7 @@ def provenance_piece(data: DataRow | None, order_list_hash: str, seed: int) -> P
     warning = note("These bars are synthetic: nothing was ever traded at these prices.", "bad").html
     return Piece((warning if data.synthetic else "") + facts(shown).html)
 
-# %% ../../nbs/runs/08_cells.ipynb #edaeb02c
+# %% ../../nbs/runs/08_cells.ipynb #f47c614c
 def publish(
     *,
     kind: Kind,
@@ -221,6 +271,7 @@ def publish(
     refusals: Iterable[RefusalRow] = (),
     reconciliation: ReconciliationRow | None = None,
     status: Status = "completed",
+    strategies: Sequence[StrategyRow] = (),  # of a session of several
 ) -> None:
     """Leave the result for the runner, which says when the run was started and ended."""
     from IPython.display import display as show
@@ -231,7 +282,7 @@ def publish(
         status=status,
         started_at=moment,
         ended_at=moment,
-        parameters=asked.values() | {"params": asked.build_strategy().model_dump(mode="json")},
+        parameters=asked.told(asked.build()),
         seed=asked.seed,
         versions=dict(versions()),
         data=data,
@@ -240,6 +291,7 @@ def publish(
         statistics={name: _statistic(value) for name, value in statistics.items()},
         equity_end=Decimal(f"{equity_end:.2f}"),
         refusals=tuple(refusals),
+        strategies=tuple(strategies),
         reconciliation=reconciliation,
     )
     show({RESULT_MIME: result.model_dump(mode="json")}, raw=True)  # type: ignore[no-untyped-call]

@@ -6,22 +6,23 @@
 __all__ = ['AUCTIONS', 'TYPES', 'CLASSES', 'CAPABILITIES', 'Asset', 'Asked', 'Capability', 'capability', 'capability_reason',
            'capability_refusal', 'capability_table']
 
-# %% ../../nbs/trading/02_capability.ipynb #587d9246
+# %% ../../nbs/trading/02_capability.ipynb #b128e8db
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from alpaca.trading.enums import OrderClass, OrderType, TimeInForce
+from pydantic import BaseModel, ConfigDict
 
-# %% ../../nbs/trading/02_capability.ipynb #97c35d00
+# %% ../../nbs/trading/02_capability.ipynb #fde9f626
 AUCTIONS = frozenset({TimeInForce.OPG, TimeInForce.CLS})
 TYPES = frozenset({OrderType.MARKET, OrderType.LIMIT, OrderType.STOP, OrderType.STOP_LIMIT})
 CLASSES = frozenset({OrderClass.SIMPLE, OrderClass.OCO})
 
 
-@dataclass(frozen=True, slots=True)
-class Asset:
+class Asset(BaseModel):
     """What may be done with a symbol at the broker."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     symbol: str
     tradable: bool
