@@ -2,12 +2,14 @@
 
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from trader_lib.trading.capability import capability_table
 from trader_lib.trading.numbers import to_decimal, to_float
 from trader_lib.trading.orders import (
     ORDER_TYPE_CODE,
@@ -124,3 +126,8 @@ def test_client_order_id_is_the_same_in_every_time_zone_and_unique_by_decision()
     }
     assert len(ids) == 96
     assert client_order_id("a", "x", "AAPL", local, "entry", 0) in ids
+
+
+def test_documentation_shows_the_table_of_capabilities_as_it_is() -> None:
+    shown = (Path(__file__).parents[1] / "docs" / "operations.md").read_text(encoding="utf-8")
+    assert capability_table() in shown, "put the output of capability_table() into docs/operations.md"
