@@ -6,7 +6,7 @@
 __all__ = ['BROKEN', 'ROWS_MAX', 'journal', 'Run', 'Folder', 'Json', 'COLUMNS', 'open_journal', 'show_verification', 'verify',
            'event_row', 'show', 'export', 'moment_or_number', 'other_version', 'show_replay', 'replay']
 
-# %% ../../nbs/app/07_journal.ipynb #decf5b4d
+# %% ../../nbs/app/07_journal.ipynb #e2fabb7b
 import asyncio
 import sys
 from datetime import UTC, datetime, time
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 
 from .options import strategy_params
-from ..errors.taxonomy import Misused
+from ..errors.taxonomy import Misused, did_you_mean
 
 if TYPE_CHECKING:
     from trader_lib.journal.chain import Verification
@@ -167,7 +167,7 @@ def export(
     say(f"{count:,} events in {to}")
     return 0
 
-# %% ../../nbs/app/07_journal.ipynb #168bae3c
+# %% ../../nbs/app/07_journal.ipynb #8aa27a8b
 def moment_or_number(text: str | None) -> int | datetime | None:
     """`--until` as the number of an event, or as a moment; a day means its end, and no zone means UTC."""
     if text is None or text.isdecimal():
@@ -183,7 +183,12 @@ def moment_or_number(text: str | None) -> int | datetime | None:
     return when if when.tzinfo else when.replace(tzinfo=UTC)
 
 
-def other_version(opened: "AnyJournal", strategy: str | None, params: dict[str, object]) -> "Strategy | None":
+def other_version(
+    opened: "AnyJournal",
+    strategy: str | None,
+    params: dict[str, object],
+    of: str = "",  # which of several strategies
+) -> "Strategy | None":
     """The version that is asked for, on top of what was recorded; None where none is."""
     if strategy is None and not params:
         return None
@@ -194,8 +199,15 @@ def other_version(opened: "AnyJournal", strategy: str | None, params: dict[str, 
     started = next((event.payload for event in opened.read(types=[SessionStarted])), SessionStarted())
     assert isinstance(started, SessionStarted)
     spec = recorded_spec(started)
-    same = strategy is None or strategy == spec.strategy
-    return build_strategy(strategy or spec.strategy, {**(spec.params if same else {}), **params})
+    recorded = next((share for share in spec.strategies if share.name == of), spec)
+    if spec.strategies and recorded is spec:
+        names = [share.name for share in spec.strategies]
+        raise Misused(
+            f"The session has several strategies: say with --of which one is to be another version, "
+            f"{', '.join(names)}.{did_you_mean(of, names)}"
+        )
+    same = strategy is None or strategy == recorded.strategy
+    return build_strategy(strategy or recorded.strategy, {**(recorded.params if same else {}), **params})
 
 
 def show_replay(result: "ReplayResult", run: str, *, as_json: bool = False) -> int:
@@ -271,6 +283,7 @@ def replay(
         tuple[str, ...],
         Parameter(name=("--param", "-p"), negative=(), help="Another value of a parameter: -p fast=8."),
     ] = (),
+    of: Annotated[str, Parameter(help="Which of several strategies is to be another version.")] = "",
     unverified: Annotated[bool, Parameter(negative=(), help="Replay even though the chain is broken.")] = False,
     folder: Folder = None,
     json: Json = False,
@@ -289,7 +302,7 @@ def replay(
         found = opened.verify()
         if not found.ok and not unverified:
             return show_verification(opened.path, found, as_json=json)
-        other = other_version(opened, strategy, strategy_params(param))
+        other = other_version(opened, strategy, strategy_params(param), of)
         with asyncio.Runner() as runner:
-            result = runner.run(replay_journal(opened, until=moment, other=other))
+            result = runner.run(replay_journal(opened, until=moment, other=other, of=of))
     return show_replay(result, run, as_json=json)

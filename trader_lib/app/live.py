@@ -35,7 +35,7 @@ def limit_refusals(settings: Settings, given: Mapping[str, object]) -> list[str]
             refused.append(f"The limit {name} has to be yours ({set_by}): set {row.variable}, or give --{option}.")
     return refused
 
-# %% ../../nbs/app/09_live.ipynb #ec4361d8
+# %% ../../nbs/app/09_live.ipynb #a0e0f52e
 def is_rehearsal(run: RunFolder, asked: RunParameters) -> bool:
     """Whether a run is a reconciled paper session of what is asked for."""
     try:
@@ -46,16 +46,12 @@ def is_rehearsal(run: RunFolder, asked: RunParameters) -> bool:
             begun = [event.payload for event in journal.last([SessionStarted])]
     except (BadData, TraderError):
         return False
-    wanted = {
-        "strategy": asked.strategy,
-        "params": asked.build_strategy().model_dump(mode="json"),
-        "symbols": list(asked.symbols),
-        "timeframe": asked.timeframe,
-    }
+    told = asked.told(asked.build())
+    wanted = {name: told.get(name) for name in ("strategy", "params", "strategies", "symbols", "timeframe")}
     at_paper = any(isinstance(payload, SessionStarted) and payload.stage == "paper" for payload in begun)
     return at_paper and all(result.parameters.get(name) == value for name, value in wanted.items())
 
-# %% ../../nbs/app/09_live.ipynb #0825e0ae
+# %% ../../nbs/app/09_live.ipynb #7b4bc5f4
 def reported_account(settings: Settings) -> str:
     """The number of the account that the settings' keys belong to; raises TraderError where the broker does not say."""
     client = AlpacaAccess.from_settings(settings.broker, settings.resilience).trading_client()
@@ -96,7 +92,7 @@ def check_live(
             refused.append(f"The broker does not say which account this is: {error.message}")
     if not any(is_rehearsal(run, asked) for run in store.runs("paper")):
         refused.append(
-            f"There is no reconciled paper session of {asked.strategy} with these parameters, symbols and time frame in "
+            f"There is no reconciled paper session of {asked.label} with these parameters, symbols and time frame in "
             f"{store.path}: run `trader paper --broker alpaca` first."
         )
     if refused:

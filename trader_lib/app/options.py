@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['WHAT', 'ACCOUNT', 'RISK', 'HOW', 'WhatOptions', 'CostOptions', 'LimitOptions', 'HowOptions', 'strategy_params',
-           'given_parameters', 'setting_overrides']
+           'given_parameters', 'read_strategies', 'setting_overrides']
 
-# %% ../../nbs/app/01_options.ipynb #3176577b
+# %% ../../nbs/app/01_options.ipynb #6cffde4a
 import json
-from collections.abc import Mapping, Sequence
+import tomllib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from ..config.sections import symbol_bounds
-from ..errors.taxonomy import Misused
+from ..errors.taxonomy import Misused, did_you_mean
 from ..exchange.costs import Costs
 from ..risk.limits import Limits
 
@@ -113,7 +115,7 @@ class HowOptions:
     timeout: Annotated[float | None, Parameter(group=HOW, help="Longest time for the run, in seconds. [3600]")] = None
     json: Annotated[bool, Parameter(group=HOW, negative=(), help="Print the result as JSON.")] = False
 
-# %% ../../nbs/app/01_options.ipynb #4d394e36
+# %% ../../nbs/app/01_options.ipynb #02384b0f
 def strategy_params(pairs: Sequence[str]) -> dict[str, object]:
     """`["fast=10", "slow=50"]` as `{"fast": 10, "slow": 50}`.
 
@@ -163,6 +165,46 @@ def given_parameters(
     chosen = how or HowOptions()
     given |= {name: value for name in ("seed", "profile") if (value := getattr(chosen, name)) is not None}
     return given | ({"costs": account} if account else {}) | ({"limits": bounds} if bounds else {})
+
+
+def read_strategies(path: Path) -> list[dict[str, object]]:
+    """The strategies that a TOML file lists, a table each, as `RunParameters` take them; raises Misused."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Misused(f"--strategies {path} cannot be read: {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise Misused(f"--strategies {path} is not TOML: {error}.") from None
+    shares = []
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise Misused(f"{path}: {name} belongs to no strategy. Begin each with its name in brackets: [trend].")
+        try:
+            shares.append(_share(name, table))
+        except Misused as error:
+            raise Misused(f"{path}: {error.message}") from None
+    if not shares:
+        raise Misused(f"{path} lists no strategy. Begin each with its name in brackets: [trend].")
+    return shares
+
+
+def _share(name: str, table: Mapping[str, object]) -> dict[str, object]:
+    from trader_lib.session.spec import StrategyShare
+
+    known: tuple[tuple[str, object, Collection[str]], ...] = (
+        (name, table, StrategyShare.model_fields.keys() - {"name"}),
+        (f"{name}.limits", table.get("limits"), Limits.model_fields),
+    )
+    for where, given, names in known:
+        for key in given if isinstance(given, Mapping) else ():
+            if key not in names:
+                raise Misused(f"[{where}] has no {key!r}.{did_you_mean(key, names)}")
+    try:
+        return StrategyShare.model_validate({"name": name, **table}).model_dump(mode="json")
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, (name, *first["loc"])))
+        raise Misused(f"{where}: {first['msg'].removeprefix('Value error, ')}.") from None
 
 
 def setting_overrides(how: HowOptions | None) -> Mapping[str, Mapping[str, object]]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from trader_lib.config.settings import Settings
     from trader_lib.market.bars import Bars
 
-# %% ../../nbs/runs/06_parameters.ipynb #d97c2f34
+# %% ../../nbs/runs/06_parameters.ipynb #8d3a2e5d
 class RunParameters(SessionSpec):
     """What a backtest and a session are asked for; raises ValidationError for values that make no sense."""
 
@@ -66,7 +66,7 @@ class RunParameters(SessionSpec):
             timeframe=self.timeframe,
             start=self.start,
             end=self.end,
-            warmup=self.build_strategy().warmup,
+            warmup=self.warmup,
             adjustment=self.adjustment,
             feed=self.feed or settings.data.feed,
             seed=self.seed,
@@ -80,7 +80,7 @@ class RunParameters(SessionSpec):
 
         real_time: the bars are still to come, so there are none to look at.
         """
-        self.build_strategy()
+        self.build()
         if self.source == "alpaca":
             history_client(settings)
             if not real_time and (self.start is None or self.end is None):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RESULT_MIME', 'PROGRESS_MIME', 'Kind', 'Status', 'Moment', 'VERSIONED', 'Part', 'DataRow', 'RefusalRow',
-           'ReconciliationRow', 'Failure', 'RunResult', 'read_result', 'result_schema', 'shipped_schema', 'versions']
+           'StrategyRow', 'ReconciliationRow', 'Failure', 'RunResult', 'read_result', 'result_schema', 'shipped_schema',
+           'versions']
 
 # %% ../../nbs/runs/00_result.ipynb #03fe9172
 import json
@@ -29,7 +30,7 @@ PROGRESS_MIME = "application/vnd.trader.progress+json"
 Kind = Literal["backtest", "paper", "live", "notebook"]
 Status = Literal["running", "completed", "failed", "interrupted"]
 
-# %% ../../nbs/runs/00_result.ipynb #4c37bb99
+# %% ../../nbs/runs/00_result.ipynb #0262178a
 class Part(BaseModel):
     """The manners of every part: immutable, closed, and silent about its input when it refuses it."""
 
@@ -63,6 +64,24 @@ class RefusalRow(Part):
     qty: Number
     checks: tuple[str, ...] = Field(description="names of the checks that failed")
     reasons: tuple[str, ...] = Field(description="one sentence a failed check, with its figures")
+    strategy: str = Field(default="", description="whose order it was, in a session of several strategies")
+
+
+class StrategyRow(Part):
+    """What one of several strategies of a session had and did."""
+
+    name: str = Field(description="its label")
+    strategy: str = Field(description="the strategy's own name")
+    symbols: tuple[str, ...]
+    capital: Number = Field(description="USD, a decimal, at the start")
+    equity_end: Number = Field(description="USD, a decimal, at the last close")
+    cash_end: Number = Field(description="USD, a decimal, at the last close")
+    total_return: float
+    max_drawdown: float = Field(description="the deepest fall from a peak, zero or negative")
+    orders: int
+    refused: int
+    state: str = Field(description="ACTIVE, REDUCING or HALTED, at the end")
+    health: str = Field(description="ok, degraded or down: of its agent, at the end")
 
 
 class ReconciliationRow(Part):
@@ -80,7 +99,7 @@ class Failure(Part):
     error: str = Field(description="class of the error")
     message: str = Field(description="one sentence or two")
 
-# %% ../../nbs/runs/00_result.ipynb #ebacb4f5
+# %% ../../nbs/runs/00_result.ipynb #f6873180
 class RunResult(Part):
     """What a run leaves for programs: `result.json`."""
 
@@ -98,6 +117,7 @@ class RunResult(Part):
     statistics: dict[str, float | int | str | None] = Field(default_factory=dict)
     equity_end: Number | None = Field(default=None, description="USD, a decimal, at the last close")
     refusals: tuple[RefusalRow, ...] = ()
+    strategies: tuple[StrategyRow, ...] = Field(default=(), description="sessions of several strategies only")
     reconciliation: ReconciliationRow | None = Field(default=None, description="sessions only")
     failure: Failure | None = Field(default=None, description="failed runs only")
 

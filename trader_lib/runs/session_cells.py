@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['BOUNDED', 'session_settings', 'bars_to_come', 'progress_teller', 'journal_bars', 'equity_by_bar', 'exposure_by_bar',
-           'session_statistics', 'price_piece', 'worth_piece', 'health_piece', 'risk_piece']
+           'session_statistics', 'strategy_rows', 'price_piece', 'worth_piece', 'health_piece', 'risk_piece']
 
-# %% ../../nbs/runs/09_session_cells.ipynb #fae50bcd
+# %% ../../nbs/runs/09_session_cells.ipynb #689bbe2e
 from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from ..agents.contract import AgentHealth
+from ..agents.strategy import strategy_agent
 from ..config.settings import Settings, load_settings
 from ..journal.opening import open_journal
 from ..market.bars import Bars, window
@@ -25,11 +27,12 @@ from ..risk.rules import Check
 from ..research.statistics import fills_of, portfolio_of, statistics
 from .cells import tell
 from .parameters import RunParameters
+from .result import StrategyRow
 from ..session.session import SessionResult
 from ..telemetry.log import configure_logging
-from ..trading.events import BarsClosed, CheckOutcome, RiskDecided
+from ..trading.events import BarsClosed, CheckOutcome, RiskDecided, TradingState, TradingStateChanged
 
-# %% ../../nbs/runs/09_session_cells.ipynb #1c29a7a7
+# %% ../../nbs/runs/09_session_cells.ipynb #7e3d8366
 def session_settings(
     profile: str | None,
     broker: str | None,  # simulated or alpaca; None: the settings'
@@ -48,7 +51,7 @@ def bars_to_come(asked: RunParameters, bars: Bars | None) -> int:
     """How many bars a session will trade, as far as that is known; 0 where it is not."""
     if bars is None:
         return asked.bars_max or 0
-    return bars.n - window(bars, asked.start, asked.end, asked.build_strategy().warmup)[1]
+    return bars.n - window(bars, asked.start, asked.end, asked.warmup)[1]
 
 
 def progress_teller(
@@ -63,7 +66,7 @@ def progress_teller(
 
     return closed
 
-# %% ../../nbs/runs/09_session_cells.ipynb #b9ac843e
+# %% ../../nbs/runs/09_session_cells.ipynb #2374aefb
 def journal_bars(result: SessionResult) -> Bars | None:
     """The bars that closed during a session, from its journal; None if none did."""
     with open_journal(result.journal_path) as journal:
@@ -114,6 +117,39 @@ def session_statistics(result: SessionResult, bars: Bars | None) -> dict[str, An
     portfolio = portfolio_of(closes, fills, float(result.spec.cash))
     figures: Mapping[str, Any] = statistics(portfolio, equity, exposure_by_bar(result, bars), fills)
     return {**figures, "orders": len(result.orders), "refused": len(result.refusals)}
+
+
+def strategy_rows(result: SessionResult) -> tuple[StrategyRow, ...]:
+    """What each of several strategies had and did, from the session's journal; nothing where there is one."""
+    with open_journal(result.journal_path) as journal:
+        states = {
+            event.payload.strategy: event.payload.state
+            for event in journal.read(types=[TradingStateChanged])
+            if isinstance(event.payload, TradingStateChanged)
+        }
+    health = {agent.agent: agent.state for agent in result.health}
+    rows = []
+    for one in result.spec.assignments() if result.curves else ():
+        assert one.capital is not None
+        curve = result.curves[one.label]
+        equity = pd.concat([pd.Series([float(one.capital)]), curve["equity"]])
+        rows.append(
+            StrategyRow(
+                name=one.label,
+                strategy=one.strategy.name,
+                symbols=one.symbols,
+                capital=one.capital,
+                equity_end=Decimal(f"{equity.iloc[-1]:.2f}"),
+                cash_end=Decimal(f"{curve['cash'].iloc[-1]:.2f}"),
+                total_return=equity.iloc[-1] / equity.iloc[0] - 1.0,
+                max_drawdown=float((equity / equity.cummax() - 1.0).min()),
+                orders=len(result.orders_of(one.label)),
+                refused=sum(no.strategy == one.label for no in result.refusals),
+                state=states.get(one.label, TradingState.ACTIVE).value,
+                health=health[strategy_agent(one.label)],
+            )
+        )
+    return tuple(rows)
 
 
 def price_piece(result: SessionResult, bars: Bars | None) -> Any:

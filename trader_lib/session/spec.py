@@ -86,7 +86,7 @@ class Assignment:
     capital: Decimal | None = None
     limits: Limits | None = None
 
-# %% ../../nbs/session/00_spec.ipynb #c7d6baf6
+# %% ../../nbs/session/00_spec.ipynb #349ed281
 Source = Literal["sample", "store", "synthetic", "alpaca"]
 
 
@@ -218,6 +218,11 @@ class SessionSpec(BaseModel):
     def label(self) -> str:
         """What is traded here, in a word or two: the strategy, or the names of several."""
         return " + ".join(share.name for share in self.strategies) or self.strategy
+
+    @property
+    def warmup(self) -> int:
+        """Bars that the strategies want to have seen before the first; raises Misused."""
+        return max(one.strategy.warmup for one in self.assignments())
 
     @property
     def sizing(self) -> SizingRules:
