@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['companions']
 
-# %% ../../nbs/observe/00_companions.ipynb #47f47e92
+# %% ../../nbs/observe/00_companions.ipynb #d2ec0d6b
 from ..config.settings import Settings
 from ..errors.taxonomy import Misconfigured
 from ..session.companions import Companion
@@ -19,8 +19,16 @@ def companions(settings: Settings) -> tuple[Companion, ...]:
             from trader_lib.observe.monitoring import monitoring
 
             found.append(monitoring)
+        if settings.telemetry.otlp_endpoint is not None:
+            from trader_lib.observe.traces import traces
+
+            found.append(traces)
     except ImportError as missing:
         raise Misconfigured(
             f"Monitoring and traces need more libraries ({missing.name}): pip install 'trader_lib[observe]'."
         ) from None
+    if settings.notify.is_on:
+        from trader_lib.observe.telling import notifications
+
+        found.append(notifications())
     return tuple(found)
