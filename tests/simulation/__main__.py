@@ -3,37 +3,53 @@
 from __future__ import annotations
 
 import argparse
+import gc
+import json
 import os
+import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 from loguru import logger
 
-from tests.simulation.world import Outcome, simulate
+from tests.simulation.mutations import MUTATIONS, Mutation
+from tests.simulation.plan import Plan, plan_of
+from tests.simulation.shrink import Shrinker
+from tests.simulation.world import Outcome, play, simulate
 
 SHOWN_MAX = 20
+SHRUNK_MAX = 3  # of the failing seeds of a run
 
 
-def _quietly(seed: int) -> Outcome:
+def _quietly(seed: int, mutation: Mutation | None = None) -> Outcome:
     logger.remove()
-    return simulate(seed)
+    gc.set_threshold(100_000, 20, 20)
+    return simulate(seed, mutation.patches if mutation else None)
 
 
-def outcomes(seeds: Iterable[int], processes: int) -> Iterator[Outcome]:
+def outcomes(seeds: Iterable[int], jobs: int, mutation: Mutation | None = None) -> Iterator[Outcome]:
     """Play seeds on several processes; the outcomes come in the sequence of the seeds."""
-    if processes == 1:
-        yield from map(_quietly, seeds)
+    play_one: Callable[[int], Outcome] = partial(_quietly, mutation=mutation)
+    if jobs == 1:
+        yield from map(play_one, seeds)
         return
-    with ProcessPoolExecutor(processes) as pool:
-        yield from pool.map(_quietly, seeds, chunksize=10)
+    with ProcessPoolExecutor(jobs) as pool:
+        yield from pool.map(play_one, seeds, chunksize=5)
 
 
-def command(seed: int) -> str:
-    """What repeats a seed."""
-    return f"python -m tests.simulation --seed {seed}"
+def command(plan: Plan | int, mutation: Mutation | None = None) -> str:
+    """What repeats a seed, or a plan that was made from one."""
+    plan = plan_of(plan) if isinstance(plan, int) else plan
+    words = ["python", "-m", "tests.simulation", "--seed", str(plan.seed)]
+    if changes := plan.changes():
+        words += ["--plan", json.dumps(changes, separators=(",", ":"))]
+    if mutation is not None:
+        words += ["--mutation", mutation.name]
+    return shlex.join(words)
 
 
 def summary(played: int, failed: int, totals: Counter[str], faults: Counter[str], wall_s: float) -> str:
@@ -44,29 +60,58 @@ def summary(played: int, failed: int, totals: Counter[str], faults: Counter[str]
     return "\n".join([*lines, "", f"{wall_s:.0f} s, {1000 * wall_s / max(played, 1):.0f} ms a seed"])
 
 
+def report(outcome: Outcome, plan: Plan, mutation: Mutation | None, *, shrunk: bool) -> None:
+    """Say what broke, and what repeats it; then the smallest that breaks like it."""
+    print(f"seed {outcome.seed} is broken; repeat it with: {command(plan, mutation)}")
+    for sentence in outcome.broken[:6]:
+        print(f"  {sentence}")
+    if shrunk:
+        small, left = Shrinker(lambda plan: play(plan, mutation.patches if mutation else None)).shrink(plan)
+        moments = "all" if small.only is None else len(small.only)
+        print(
+            f"  the smallest that breaks like it: {small.bars} bars of {', '.join(small.symbols)}, {moments} strokes "
+            f"of fate, {len(small.deaths)} deaths, {len(small.full)} full disks, {len(small.jumps)} clock jumps:\n"
+            f"  {command(small, mutation)}\n    {left.broken[0]}"
+        )
+    sys.stdout.flush()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
     parser.add_argument("--seed", type=int, help="play this one alone")
     parser.add_argument("--seeds", type=int, default=300, help="how many to play")
     parser.add_argument("--first", type=int, default=0, help="the first of them")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that play them")
+    parser.add_argument("--plan", type=json.loads, default={}, help="with --seed: what of its plan to change, as JSON")
+    parser.add_argument("--mutation", choices=[each.name for each in MUTATIONS], help="plant this bug")
+    parser.add_argument("--no-shrink", action="store_true", help="leave a failing seed as it is")
     asked = parser.parse_args()
-    seeds = [asked.seed] if asked.seed is not None else range(asked.first, asked.first + asked.seeds)
+    mutation = next((each for each in MUTATIONS if each.name == asked.mutation), None)
     began, failed, played = time.monotonic(), 0, 0
     totals: Counter[str] = Counter()
     faults: Counter[str] = Counter()
-    for outcome in outcomes(seeds, 1 if len(seeds) == 1 else asked.processes):
+    logger.remove()
+    plan = None if asked.seed is None else plan_of(asked.seed).changed(asked.plan)
+    found = (
+        outcomes(range(asked.first, asked.first + asked.seeds), asked.jobs, mutation)
+        if plan is None
+        else iter([play(plan, mutation.patches if mutation else None)])
+    )
+    for outcome in found:
         played += 1
         totals += Counter(
-            orders=outcome.orders, fills=outcome.fills, events=outcome.events, **{"fills repaired": outcome.repaired}
-        )
+            orders=outcome.orders, fills=outcome.fills, events=outcome.events, **{
+                "fills repaired": outcome.repaired,
+                "decisions and orders replayed": outcome.compared,
+                "starts after a death or a failure": outcome.restarts,
+            },
+        )  # fmt: skip
         faults += outcome.faults
         if outcome.broken:
             failed += 1
             if failed <= SHOWN_MAX:
-                print(f"seed {outcome.seed} is broken; repeat it with: {command(outcome.seed)}")
-                for sentence in outcome.broken[:6]:
-                    print(f"  {sentence}")
+                small = failed <= SHRUNK_MAX and not asked.no_shrink and not asked.plan
+                report(outcome, plan or plan_of(outcome.seed), mutation, shrunk=small)
     print(summary(played, failed, totals, faults, time.monotonic() - began))
     return 1 if failed else 0
 

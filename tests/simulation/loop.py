@@ -54,13 +54,14 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 class LoopClock:
-    """The clock of whoever runs on a VirtualLoop."""
+    """The clock of whoever runs on a VirtualLoop; its wall time may be wrong by some seconds, its sleep is not."""
 
     def __init__(self, start: datetime) -> None:
         self._start = start
+        self.wrong_s = 0.0
 
     def now(self) -> datetime:
-        return self._start + timedelta(seconds=self.monotonic())
+        return self._start + timedelta(seconds=self.monotonic() + self.wrong_s)
 
     def monotonic(self) -> float:
         return asyncio.get_running_loop().time()

@@ -1,10 +1,12 @@
-"""Bugs on purpose: execution agents that each get one thing wrong. The simulation has to catch every one of them."""
+"""Bugs on purpose: parts that each get one thing wrong. The simulation has to catch every one of them."""
 
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
+from typing import Any
 
 from trader_lib.agents.execution import ExecutionAgent
 from trader_lib.agents.tracking import LocalState, OrderTrack
@@ -206,21 +208,40 @@ class BooksTheOrderAsFilled(ExecutionAgent):
             await self.publish(FillRecorded(fill=fill), event)
 
 
-MUTATIONS: tuple[type[ExecutionAgent], ...] = (
-    ResendsOnTimeout,
-    ResendsUnderANewName,
-    TakesUnknownForRejected,
-    DropsUnknowns,
-    GivesUpLateOrders,
-    SkipsTheWriteAhead,
-    IntendsAfterwards,
-    CountsDoublesTwice,
-    TrustsTheStream,
-    TakesCumulativeForIncremental,
-    RepairsAtOnce,
-    CancelsAndForgets,
-    DropsFillsAfterTheEnd,
-    TurnsTimeBack,
-    BelievesTheFirstNo,
-    BooksTheOrderAsFilled,
+@dataclass(frozen=True)
+class Mutation:
+    """A part with a bug, and where it is put."""
+
+    part: type
+    where: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the bug."""
+        return self.part.__name__
+
+    @property
+    def patches(self) -> dict[str, Any]:
+        """What it takes the place of."""
+        return dict.fromkeys(self.where, self.part)
+
+
+EXECUTION = ("trader_lib.session.wiring.ExecutionAgent", "trader_lib.session.replay.ExecutionAgent")
+MUTATIONS: tuple[Mutation, ...] = (
+    Mutation(ResendsOnTimeout, EXECUTION),
+    Mutation(ResendsUnderANewName, EXECUTION),
+    Mutation(TakesUnknownForRejected, EXECUTION),
+    Mutation(DropsUnknowns, EXECUTION),
+    Mutation(GivesUpLateOrders, EXECUTION),
+    Mutation(SkipsTheWriteAhead, EXECUTION),
+    Mutation(IntendsAfterwards, EXECUTION),
+    Mutation(CountsDoublesTwice, EXECUTION),
+    Mutation(TrustsTheStream, EXECUTION),
+    Mutation(TakesCumulativeForIncremental, EXECUTION),
+    Mutation(RepairsAtOnce, EXECUTION),
+    Mutation(CancelsAndForgets, EXECUTION),
+    Mutation(DropsFillsAfterTheEnd, EXECUTION),
+    Mutation(TurnsTimeBack, EXECUTION),
+    Mutation(BelievesTheFirstNo, EXECUTION),
+    Mutation(BooksTheOrderAsFilled, EXECUTION),
 )

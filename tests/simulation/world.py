@@ -1,10 +1,12 @@
-"""One seed: a short session of the real agents, bus and journal behind a bad connection, and what must hold then."""
+"""One seed: a session that the composition root puts together, on a bad connection, a bad disk and a bad clock."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from collections import Counter, defaultdict
+import functools
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from decimal import Decimal
@@ -12,169 +14,43 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
-import numpy as np
+from dishka import AsyncContainer, Provider, Scope, from_context, make_async_container, provide
 
+from tests.simulation.checks import check
+from tests.simulation.disk import Died, Record, WatchedJournal
 from tests.simulation.loop import LoopClock, VirtualLoop
-from trader_lib.agents.execution import ExecutionAgent, Patience
+from tests.simulation.plan import WARMUP, Plan, calendar, days, plan_of
 from trader_lib.agents.market_data import MarketDataAgent
-from trader_lib.agents.monitor import MonitorAgent
-from trader_lib.agents.portfolio import PortfolioAgent
-from trader_lib.agents.risk import RiskAgent
-from trader_lib.agents.strategy import StrategyAgent
 from trader_lib.broker.faults import Faults, FaultyBroker
 from trader_lib.broker.in_process import InProcessBroker
+from trader_lib.broker.port import Broker, MarketData
 from trader_lib.bus.bus import InProcessBus
-from trader_lib.clock.ids import SeededIds, generator
+from trader_lib.clock.clock import Clock
+from trader_lib.clock.ids import Ids, SeededIds, generator
 from trader_lib.clock.sessions import TradingCalendar
 from trader_lib.config.settings import Settings, load_settings
+from trader_lib.errors.taxonomy import Halted, Misconfigured, Retryable, TraderError
 from trader_lib.exchange.book import OrderEvent
-from trader_lib.exchange.costs import Costs
 from trader_lib.exchange.engine import Exchange
-from trader_lib.journal.journal import SqliteJournal
-from trader_lib.market.bars import Bars
+from trader_lib.journal.chain import Journal
 from trader_lib.market.stamps import from_ns
-from trader_lib.market.synthetic import synthetic_bars
-from trader_lib.risk.limits import Limits
-from trader_lib.session.drivers import Desk, RealTimeDriver
-from trader_lib.session.session import Session
+from trader_lib.session import session as session_module
+from trader_lib.session.control import SessionLock
+from trader_lib.session.drivers import Desk, Driver, RealTimeDriver
+from trader_lib.session.session import SessionResult
 from trader_lib.session.spec import SessionSpec
-from trader_lib.session.wiring import Agents, SessionInputs
-from trader_lib.strategy.contract import Strategy
-from trader_lib.strategy.exits import ProtectiveExits
-from trader_lib.strategy.planner import Planner
-from trader_lib.trading.events import (
-    AgentFailed,
-    Event,
-    FillRecorded,
-    OrderAcknowledged,
-    OrderFailed,
-    OrderIntended,
-    Reconciled,
-    TradeUpdated,
-)
-from trader_lib.trading.orders import OrderRequest
+from trader_lib.session.wiring import AgentProvider, CoreProvider, History, SessionInputs
+from trader_lib.trading.orders import Order, OrderRequest
 
-SYMBOLS = ("AAA", "BBB")
-WARMUP = 3
-BARS = 24
-TICK_S = 15.0
 CALM = timedelta(seconds=150)  # after the last bar: the connection is good again, and all must come right
-LEVELS = np.array([0.0, 0.4, -0.3, 0.2, 0.0, 0.45])
+TICK_S = 15.0
+ROOM_S = 60.0  # after the calm: an operator makes room on the disk
+PATIENCE_S = 20.0  # before a session that could not begin or go on is started again
+LIVES_MAX = 60
 
-
-class Restless(Strategy):
-    """Changes its mind at about every second bar, for no reason but the prices."""
-
-    seed: int = 0
-    stop_loss: float | None = None
-    take_profit: float | None = None
-
-    @property
-    def warmup(self) -> int:
-        return WARMUP
-
-    @property
-    def exits(self) -> ProtectiveExits | None:
-        if self.stop_loss is None and self.take_profit is None:
-            return None
-        return ProtectiveExits(stop_loss=self.stop_loss, take_profit=self.take_profit)
-
-    def targets(self, bars: Bars) -> np.ndarray:
-        cents = np.round(bars.close * 100).astype(np.int64) + self.seed
-        mood = cents // 3 % 17
-        weights = LEVELS[mood % len(LEVELS)]
-        for row in range(1, bars.n):
-            keep = mood[row] >= 9
-            weights[row, keep] = weights[row - 1, keep]
-        return weights
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a seed stands for."""
-
-    seed: int
-    faults: Faults
-    strategy: Restless
-    costs: Costs
-    limits: Limits
-    very_late: bool  # orders arrive a minute after their sender has given up
-    to_the_end: bool  # the storm does not abate before the session closes
-
-
-def plan_of(seed: int) -> Plan:
-    """The world of a seed: some kinds of fault, each with its own strength, and a strategy."""
-    rng = generator(seed, "simulation/plan")
-
-    def chance(most: float) -> float:
-        return float(rng.uniform(0.02, most)) if rng.random() < 0.6 else 0.0
-
-    very_late = bool(rng.random() < 0.1)
-    faults = Faults(
-        submit_lost=chance(0.2),
-        submit_late=chance(0.15),
-        answer_lost=chance(0.25),
-        submit_limited=chance(0.2),
-        submit_slow=chance(0.2),
-        cancel_lost=chance(0.3),
-        cancel_answer_lost=chance(0.3),
-        read_fails=chance(0.25),
-        update_lost=chance(0.3),
-        update_late=chance(0.4),
-        update_doubled=chance(0.3),
-        mute=chance(0.06),
-        submit_late_s=60.0 if very_late else 8.0,
-    )
-    exits = bool(rng.random() < 0.5)
-    strategy = Restless(
-        seed=seed,
-        stop_loss=float(rng.uniform(0.0005, 0.003)) if exits else None,
-        take_profit=float(rng.uniform(0.0005, 0.003)) if exits and rng.random() < 0.7 else None,
-    )
-    costs = Costs(volume_share=float(rng.choice([0.02, 0.05, 0.2])), slippage_bps=float(rng.choice([0.0, 2.0])))
-    limits = Limits(max_order_qty=900, max_position_qty=1100, max_gross_exposure=1.2)
-    to_the_end = not very_late and bool(rng.random() < 0.25)
-    return Plan(seed, faults, strategy, costs, limits, very_late, to_the_end)
-
-
-@cache
-def _calendar() -> TradingCalendar:
-    return TradingCalendar()
-
-
-@cache
-def _settings() -> Settings:
-    return load_settings(environ={}, env_file=None)
-
-
-@cache
-def _days(variant: int) -> Bars:
-    """A morning of minutes; ten of them are enough, the strategy reads each differently."""
-    day = synthetic_bars(SYMBOLS, "2012-03-05", "2012-03-05", "1Min", variant, volatility=0.9, calendar=_calendar())
-    return day.head(WARMUP + BARS)
-
-
-class WatchedJournal(SqliteJournal):
-    """Knows which intents are safe on disk."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self._fresh: list[OrderIntended] = []
-        self.safe: dict[str, OrderIntended] = {}
-        self.failures: list[str] = []
-
-    def append(self, event: Event) -> None:
-        super().append(event)
-        if isinstance(event.payload, OrderIntended):
-            self._fresh.append(event.payload)
-        elif isinstance(event.payload, AgentFailed):
-            self.failures.append(f"{event.payload.agent}: {event.payload.error}")
-
-    def commit(self) -> None:
-        super().commit()
-        self.safe.update((intent.request.client_order_id, intent) for intent in self._fresh)
-        self._fresh.clear()
+Patches = Mapping[str, Any]  # what a planted bug puts in the place of what
 
 
 @dataclass
@@ -186,28 +62,174 @@ class Outcome:
     orders: int = 0
     fills: int = 0
     repaired: int = 0
-    unknown: int = 0
     events: int = 0
+    compared: int = 0  # decisions and orders that the replay gave again
+    restarts: int = 0
     faults: Counter[str] = field(default_factory=Counter)
+    struck: tuple[int, ...] = ()  # draws of fate that did harm
     journal_hash: str = ""
+
+    @property
+    def kind(self) -> str:
+        """What sort of thing did not hold first."""
+        return self.broken[0].partition(":")[0] if self.broken else ""
+
+
+class Wire(FaultyBroker):
+    """One life's connection; fate is drawn for all lives in one sequence."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        inner = InProcessBroker(world.exchange)
+        super().__init__(inner, Faults(), world.fate, world.clock, data=inner, before_submit=self._on_the_wire)
+        self.counts = world.outcome.faults
+        self.looked_up: set[str] = set()
+
+    def _strikes(self, name: str, probability: float) -> bool:
+        struck = super()._strikes(name, probability)
+        if struck and not self._world.may_strike():
+            self.counts[name] -= 1
+            return False
+        self._world.draws += not struck
+        return struck
+
+    def _fate(self, **probabilities: float) -> str | None:
+        fate = super()._fate(**probabilities)
+        if fate is not None and not self._world.may_strike():
+            self.counts[f"submit_{fate}"] -= 1
+            return None
+        self._world.draws += fate is None
+        return fate
+
+    async def order_by_client_id(self, client_order_id: str) -> Order | None:
+        self._refuse_the_dead()
+        found = await super().order_by_client_id(client_order_id)
+        self.looked_up.add(client_order_id)
+        return found
+
+    async def submit(self, request: OrderRequest) -> Order:
+        self._refuse_the_dead()
+        return await super().submit(request)
+
+    async def cancel(self, order_id: str) -> None:
+        self._refuse_the_dead()
+        await super().cancel(order_id)
+
+    def _refuse_the_dead(self) -> None:
+        if self._world.journal is not None and self._world.journal.is_dead:
+            raise Died
+
+    async def stop(self) -> None:
+        self.drop()
+
+    def _on_the_wire(self, request: OrderRequest) -> None:
+        self._world.on_the_wire(self, request)
+
+
+class _Follower(RealTimeDriver):
+    """The driver of a real market; with it the storm begins."""
+
+    world: World
+
+    async def run(self, stop: asyncio.Event) -> str:
+        self.world.storm()
+        return await super().run(stop)
+
+
+class StormProvider(Provider):
+    """The real parts, but for time, the connection and the disk."""
+
+    scope = Scope.APP
+    world = from_context(dict, scope=Scope.APP)  # {"world": World}: the context of one life
+
+    @provide
+    def clock(self, world: dict) -> Clock:  # type: ignore[type-arg]
+        return world["world"].clock  # type: ignore[no-any-return]
+
+    @provide
+    def ids(self, inputs: SessionInputs) -> Ids:
+        return SeededIds(f"{inputs.session_id}:{inputs.past.last_seq}")
+
+    @provide
+    async def journal(
+        self,
+        inputs: SessionInputs,
+        lock: SessionLock,
+        world: dict,  # type: ignore[type-arg]
+    ) -> AsyncIterator[Journal]:
+        journal = world["world"].open_journal(inputs.journal_path)
+        yield journal
+        journal.close()
+
+    @provide
+    def broker(self, world: dict) -> Broker:  # type: ignore[type-arg]
+        return world["world"].wire()  # type: ignore[no-any-return]
+
+    @provide
+    def data(self, broker: Broker) -> MarketData:
+        return broker  # type: ignore[return-value]
+
+    @provide(scope=Scope.REQUEST)
+    def driver(
+        self,
+        inputs: SessionInputs,
+        bus: InProcessBus,
+        clock: Clock,
+        broker: Broker,
+        data: MarketData,
+        calendar: TradingCalendar,
+        market_data: MarketDataAgent,
+        desk: Desk,
+        ids: Ids,
+        journal: Journal,
+        history: History,
+        world: dict,  # type: ignore[type-arg]
+    ) -> Driver:
+        driver = _Follower(
+            bus, clock, broker, data, calendar, market_data, desk, ids, journal.commit, history.symbols,
+            inputs.spec.timeframe, inputs.past.last_bar or history.at(history.n - 1), count=inputs.past.bars,
+            ends_at=world["world"].ends_at, wait_s=5.0, tick_s=TICK_S,
+        )  # fmt: skip
+        driver.world = world["world"]
+        return driver
+
+
+@cache
+def _template() -> AsyncContainer:
+    providers = (CoreProvider(), AgentProvider(), StormProvider())
+    return make_async_container(*providers, start_scope=Scope.RUNTIME, lock_factory=None)
+
+
+@cache
+def _settings() -> Settings:
+    broker = {"kind": "alpaca", "key_id": "simulated", "secret_key": "simulated"}
+    return load_settings(environ={}, env_file=None, overrides={"broker": broker})
 
 
 class World:
-    """Everything that a seed needs, wired by hand: the composition root's parts around another broker and clock."""
+    """A market that goes on whatever happens, and a session that is started again until it has ended."""
 
-    def __init__(self, plan: Plan | int, folder: Path, execution: type[ExecutionAgent] = ExecutionAgent) -> None:
-        self.plan = plan_of(plan) if isinstance(plan, int) else plan
-        self.outcome = Outcome(self.plan.seed)
-        self._folder = folder
-        self._execution = execution
+    def __init__(self, plan: Plan, folder: Path) -> None:
+        self.plan = plan
+        self.outcome = Outcome(plan.seed)
+        self.path = folder / "journal.sqlite"
         self.executions: list[OrderEvent] = []
+        self.largest_exposure = 0.0  # after an execution that added to a position, as a multiple of equity
+        self.fate = generator(plan.seed, "simulation/storm")
+        self.draws = 0
+        self.wires: list[Wire] = []
+        self.journal: WatchedJournal | None = None
+        self.calm = False
+        self.result: SessionResult | None = None
+        self.last_error: TraderError | None = None
 
     async def run(self) -> Outcome:
-        """Play the session, check, and say what did not hold."""
-        plan, bars, calendar = self.plan, _days(self.plan.seed % 10), _calendar()
-        spec = SessionSpec(
-            strategy="tests.simulation.world:Restless",
-            symbols=SYMBOLS,
+        """Play the session, through all its lives, check, and say what did not hold."""
+        plan, bars = self.plan, days(self.plan.seed % 10, self.plan.symbols, self.plan.bars)
+        self.bars = bars
+        self.spec = SessionSpec(
+            strategy="tests.simulation.plan:Restless",
+            symbols=plan.symbols,
             timeframe="1Min",
             source="synthetic",
             costs=plan.costs,
@@ -215,187 +237,185 @@ class World:
             seed=plan.seed,
             min_trade=0.02,
         )
-        session_id = f"simulation-{plan.seed}"
-        path = self._folder / "journal.sqlite"
-        inputs = SessionInputs(spec, _settings(), plan.strategy, bars, WARMUP, session_id, path)
-        exchange = self.exchange = Exchange(
-            bars, WARMUP, calendar=calendar, costs=plan.costs, ids=SeededIds(f"{session_id}/exchange")
-        )
-        exchange.on_order_event(lambda event: self.executions.append(event) if event.execution_id else None)
-        clock = LoopClock(exchange.now + timedelta(seconds=1))
-        journal = self.journal = WatchedJournal(path)
-        ids = SeededIds(session_id)
-        bus = InProcessBus(clock, ids, journal, session_id)
-        inner = InProcessBroker(exchange)
-        broker = self.broker = FaultyBroker(
-            inner,
-            Faults(),
-            generator(plan.seed, "simulation/storm"),
-            clock,
-            data=inner,
-            before_submit=self._on_the_wire,
-        )
-        history = bars.head(WARMUP)
-        market_data = MarketDataAgent(bus, clock, calendar, SYMBOLS, "1Min")
-        planner = Planner(SYMBOLS, spec.sizing, plan.strategy.exits)
-        agents = self.agents = Agents(
-            MonitorAgent(bus, clock),
-            PortfolioAgent(bus, clock, inputs.commission),
-            self._execution(bus, clock, broker, journal.commit, Patience()),
-            RiskAgent(bus, clock, plan.limits, history),
-            StrategyAgent(bus, clock, plan.strategy, history, planner, session_id),
-            market_data,
-        )
-        desk = Desk(bus, broker, ids)
-        closes = [from_ns(int(ns)) for ns in calendar.close_times(bars.times_ns, "1Min")[WARMUP:]]
-        driver = RealTimeDriver(
-            bus, clock, broker, broker, calendar, market_data, desk, ids, journal.commit, SYMBOLS, "1Min",
-            history.at(history.n - 1), ends_at=closes[-1] + CALM, wait_s=5.0, tick_s=TICK_S,
-        )  # fmt: skip
-        await broker.start()
-        session = Session(inputs, bus, broker, clock, ids)
-        market = asyncio.get_running_loop().create_task(self._play(closes, clock))
+        self.session_id = f"simulation-{plan.seed}"
+        exchange_ids = SeededIds(f"{self.session_id}/exchange")
+        self.exchange = Exchange(bars, WARMUP, calendar=calendar(), costs=plan.costs, ids=exchange_ids)
+        self.exchange.on_order_event(self._on_execution)
+        closes = [from_ns(int(ns)) for ns in calendar().close_times(bars.times_ns, "1Min")[WARMUP:]]
+        self.ends_at = closes[-1] + CALM
+        self.clock = LoopClock(self.exchange.now + timedelta(seconds=1))
+        self.record = Record(plan.deaths, plan.full, self.clock.monotonic, lambda: self._died.set())
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(_only_what_nobody_meant)
+        outside = [loop.create_task(self._play(closes)), loop.create_task(self._mistime())]
         try:
-            await session.open(agents, desk, driver, history, ())
-            broker.faults = plan.faults
-            await driver.run(asyncio.Event())
-            found, _ = await session.close(agents, desk, driver, "the end was reached")
-            await market
-            journal.commit()
-            self._check(found)
+            await self._live_on()
+            await outside[0]
+            await check(self)
         finally:
-            market.cancel()
-            await broker.stop()
-            await bus.close()
-            journal.close()
+            for task in outside:
+                task.cancel()
         return self.outcome
 
-    async def _play(self, closes: list[Any], clock: LoopClock) -> None:
-        """The market: a bar a minute, whatever anybody else does; after the last one, calm."""
+    # --- lives
+
+    async def _live_on(self) -> None:
+        for _ in range(LIVES_MAX):
+            self._died = asyncio.Event()
+            down_s = await self._live()
+            if down_s is None:
+                return
+            self.outcome.restarts += 1
+            await self.clock.sleep(down_s)
+        self.outcome.broken.append(f"never ended: it was started {LIVES_MAX} times ({self.last_error})")
+
+    async def _live(self) -> float | None:
+        """One life; says how long it stays dead, seconds, or None where the session has ended."""
+        loop = asyncio.get_running_loop()
+        before = asyncio.all_tasks()
+        life = loop.create_task(self._session())
+        dying = loop.create_task(self._died.wait())
+        await asyncio.wait({life, dying}, return_when=asyncio.FIRST_COMPLETED)
+        dying.cancel()
+        if self._died.is_set():
+            self.outcome.faults["died"] += 1
+            self.wires[-1].drop() if self.wires else None
+            under_way = {task for wire in self.wires for task in wire._under_way}
+            await asyncio.wait({life}, timeout=1.0)  # nothing that it does has an effect any more
+            for _ in range(3):
+                alive = asyncio.all_tasks() - before - under_way - {dying}
+                for task in alive:
+                    task.cancel()
+                if alive:
+                    await asyncio.wait(alive, timeout=10.0)
+            return self.record.down_s
+        try:
+            self.result = life.result()
+        except (Retryable, Halted) as error:
+            self.outcome.faults["start again"] += 1
+            self.last_error = error
+            return PATIENCE_S
+        except Misconfigured as error:
+            if not self.record.refused:
+                raise
+            self.outcome.faults["stopped by the disk"] += 1
+            self.last_error = error
+            stops = self.outcome.faults["stopped by the disk"]
+            return min(PATIENCE_S * 2.0 ** (stops - 1), 320.0)
+        return None
+
+    async def _session(self) -> SessionResult:
+        past = session_module._recall(self.path, _settings().journal, resume=True)
+        inputs = SessionInputs(
+            self.spec, _settings(), self.plan.strategy, None, 0, self.session_id, self.path, past=past
+        )
+        return await session_module._run(inputs, ())
+
+    def open_journal(self, path: Path) -> WatchedJournal:
+        self.journal = WatchedJournal(path, self.record)
+        return self.journal
+
+    def wire(self) -> Wire:
+        wire = Wire(self)
+        if self.plan.stormy_restart and self.wires:
+            wire.faults = Faults() if self.calm else self.plan.faults
+        self.wires.append(wire)
+        return wire
+
+    def storm(self) -> None:
+        """The connection turns as bad as it is planned."""
+        self.wires[-1].faults = Faults() if self.calm else self.plan.faults
+
+    def may_strike(self) -> bool:
+        """Whether the draw that did harm is one that may, and count it."""
+        self.draws += 1
+        if self.plan.only is not None and self.draws not in self.plan.only:
+            return False
+        self.outcome.struck += (self.draws,)
+        return True
+
+    # --- what goes on outside
+
+    async def _play(self, closes: Sequence[Any]) -> None:
+        """The market: a bar a minute, whatever anybody else does; after the last one, calm; then room on the disk."""
         for close in closes:
-            await clock.sleep((close - clock.now()).total_seconds())
+            await self.clock.sleep((close - self._truly()).total_seconds())
             self.exchange.advance()
         if not self.plan.to_the_end:
-            self.broker.faults = Faults()
+            self.calm = True
+            self.clock.wrong_s = 0.0
+            if self.wires:
+                self.wires[-1].faults = Faults()
+        await self.clock.sleep((CALM.total_seconds() + ROOM_S) if self.plan.full else 0.0)
+        self.record.room_made = True
 
-    # --- what must hold
+    async def _mistime(self) -> None:
+        for jump in sorted(self.plan.jumps):
+            await self.clock.sleep(jump.at_s - self.clock.monotonic())
+            if self.calm:
+                return
+            self.outcome.faults["clock jumped"] += 1
+            self.clock.wrong_s += jump.by_s
 
-    def _on_the_wire(self, request: OrderRequest) -> None:
+    def _truly(self) -> Any:
+        return self.clock.now() - timedelta(seconds=self.clock.wrong_s)
+
+    def _on_execution(self, event: OrderEvent) -> None:
+        if not event.execution_id:
+            return
+        self.executions.append(event)
+        side = 1 if event.order.side.value == "buy" else -1
+        if side * (event.position_qty or Decimal(0)) > 0:
+            account = self.exchange.account()
+            gross = account.long_market_value + abs(account.short_market_value)
+            self.largest_exposure = max(self.largest_exposure, float(gross / account.equity))
+
+    def on_the_wire(self, wire: Wire, request: OrderRequest) -> None:
+        """What must hold at the moment in which an order is sent."""
         broken, name = self.outcome.broken, request.client_order_id
-        if name not in self.journal.safe:
+        if name not in self.record.safe:
             broken.append(f"write-ahead: {name} was sent before its intent was on disk")
-        for earlier in self.broker.submissions:
-            if earlier.request.client_order_id == name and earlier.fate != "limited":
-                broken.append(f"sent twice: {name} was sent again after it was {earlier.fate}")
+        for other in self.wires:
+            for earlier in other.submissions:
+                if earlier.request.client_order_id == name and earlier.fate != "limited":
+                    if other is not wire and name in wire.looked_up:
+                        continue  # after a restart nobody knows whether it was sent; it was looked for first
+                    broken.append(f"sent twice: {name} was sent again after it was {earlier.fate}")
         held = {position.symbol: position.qty for position in self.exchange.positions()}.get(request.symbol, Decimal(0))
         reduces = held * request.signed_qty < 0 and abs(request.signed_qty) <= abs(held)
         bound = self.plan.limits.max_order_qty
         if bound is not None and not reduces and abs(request.signed_qty) > bound:
             broken.append(f"limit: {name} is over {request.qty} shares, {bound:g} allowed")
 
-    def _check(self, found: Reconciled) -> None:
-        outcome, exchange, broken = self.outcome, self.exchange, self.outcome.broken
-        events = list(self.journal.read())
-        fills = [event.payload.fill for event in events if isinstance(event.payload, FillRecorded)]
-        outcome.events, outcome.fills, outcome.faults = len(events), len(fills), self.broker.counts
-        outcome.repaired = sum(fill.execution_id.startswith("repair:") for fill in fills)
-        outcome.journal_hash = _fingerprint(events)
-        verification = self.journal.verify()
-        if not verification.ok:
-            broken.append(f"journal: {verification.reason}")
-        broken += [f"agent failed: {failure}" for failure in self.journal.failures]
-        broken += [f"reconciliation: {difference}" for difference in found.differences]
-        broken += [f"left open: {order.client_order_id}" for order in exchange.orders()]
-        broken += [f"down: {agent.name}" for agent in self.agents.all() if agent.health().state == "down"]
 
-        silent = _without_outcome(events)
-        broken += [f"unresolved: nobody knows what became of {name}" for name in sorted(silent)]
-        decisions: dict[Any, list[str]] = defaultdict(list)
-        placed = exchange.orders(open_only=False)
-        outcome.orders = len(placed)
-        for order in placed:
-            intent = self.journal.safe.get(order.client_order_id)
-            if intent is None:
-                broken.append(f"unexplained: {order.client_order_id} has no intent")
-                continue
-            key = order.symbol, intent.decided_at, intent.request.purpose
-            decisions[key].append(order.client_order_id)
-        broken += [f"doubled: {key} led to {names}" for key, names in decisions.items() if len(names) > 1]
-
-        if not self.plan.very_late:
-            given_up = {e.payload.client_order_id for e in events if _gives_up(e)}
-            early = sorted(given_up & {order.client_order_id for order in placed})
-            broken += [f"given up too early: {name} was said not to have been sent" for name in early]
-
-        theirs: dict[str, Decimal] = defaultdict(Decimal)
-        for execution in self.executions:
-            assert execution.qty is not None
-            theirs[execution.order.id] += execution.qty
-        ours: dict[str, Decimal] = defaultdict(Decimal)
-        for fill in fills:
-            ours[fill.order_id] += fill.qty
-        for order_id in sorted(theirs.keys() | ours.keys()):
-            if theirs[order_id] != ours[order_id]:
-                broken.append(f"fills: order {order_id} filled {theirs[order_id]}, we counted {ours[order_id]}")
-        names = Counter(fill.execution_id for fill in fills)
-        broken += [f"fills: {name} was counted {count} times" for name, count in names.items() if count > 1]
-
-        portfolio = self.agents.portfolio.portfolio
-        held = {position.symbol: position.qty for position in portfolio.held}
-        truth = {position.symbol: position.qty for position in exchange.positions()}
-        if held != truth:
-            broken.append(f"positions: we hold {held}, the exchange says {truth}")
-        cash = portfolio.cash + self.agents.portfolio.cash_drift  # as reported last
-        if cash != exchange.account().cash:
-            broken.append(f"cash: we report {cash}, the exchange {exchange.account().cash}")
-        drift = abs(self.agents.portfolio.cash_drift)
-        if drift > Decimal("0.01") * outcome.repaired:
-            broken.append(f"cash: our fills are {drift} USD away from the exchange's account")
-        peak = _largest_position(self.executions)
-        bound = Decimal(str(self.plan.limits.max_position_qty))
-        if peak > bound and not self.plan.very_late:
-            broken.append(f"limit: {peak} shares were held, {bound} allowed")
+def _only_what_nobody_meant(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    if not isinstance(context.get("exception"), Died):
+        loop.default_exception_handler(context)
 
 
-def _largest_position(executions: list[OrderEvent]) -> Decimal:
-    return max((abs(event.position_qty or Decimal(0)) for event in executions), default=Decimal(0))
+def _container(world: World, inputs: SessionInputs) -> AsyncContainer:
+    return _template()(context={SessionInputs: inputs, dict: {"world": world}}, scope=Scope.APP)
 
 
-def _without_outcome(events: list[Event]) -> set[str]:
-    """Orders that were to be sent, and of which neither the broker's record nor a definite failure was ever heard."""
-    waiting: set[str] = set()
-    for event in events:
-        match event.payload:
-            case OrderIntended(request=request):
-                waiting.add(request.client_order_id)
-            case OrderAcknowledged(order=order) | TradeUpdated(order=order):
-                waiting.discard(order.client_order_id)
-            case OrderFailed(client_order_id=name, outcome=outcome) if outcome != "unknown":
-                waiting.discard(name)
-    return waiting
+def play(plan: Plan, patches: Patches | None = None) -> Outcome:
+    """Play one plan; what it raises is one of the things that did not hold."""
+    with ExitStack() as stack:
+        folder = stack.enter_context(TemporaryDirectory(prefix="simulation-", dir=_fast_folder()))
+        world = World(plan, Path(folder))
+        stack.enter_context(patch.object(session_module, "session_container", functools.partial(_container, world)))
+        for target, other in (patches or {}).items():
+            stack.enter_context(patch(target, other))
+        runner = stack.enter_context(asyncio.Runner(loop_factory=VirtualLoop))
+        try:
+            return runner.run(world.run())
+        except Exception as error:
+            world.outcome.broken.append(f"ended by {type(error).__name__}: {error}")
+            return world.outcome
 
 
-def _gives_up(event: Event) -> bool:
-    return isinstance(event.payload, OrderFailed) and event.payload.outcome == "not_sent"
-
-
-def _fingerprint(events: list[Event]) -> str:
-    digest = hashlib.sha256()
-    for event in events:
-        digest.update(event.to_json())
-    return digest.hexdigest()[:16]
-
-
-def simulate(seed: int, execution: type[ExecutionAgent] = ExecutionAgent, **changes: Any) -> Outcome:
-    """Play one seed, its plan changed where asked; what it raises is one of the things that did not hold."""
-    with TemporaryDirectory(prefix="simulation-", dir=_fast_folder()) as folder:
-        world = World(replace(plan_of(seed), **changes), Path(folder), execution)
-        with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-            try:
-                return runner.run(world.run())
-            except Exception as error:
-                world.outcome.broken.append(f"ended by {type(error).__name__}: {error}")
-                return world.outcome
+def simulate(seed: int, patches: Patches | None = None, **changes: Any) -> Outcome:
+    """Play one seed, its plan changed where asked."""
+    return play(replace(plan_of(seed), **changes), patches)
 
 
 @cache

@@ -83,7 +83,7 @@ def closing_order(position: Position, command_id: str) -> OrderRequest:
         purpose="exit",
     )
 
-# %% ../../nbs/agents/05_execution.ipynb #1fe0485f
+# %% ../../nbs/agents/05_execution.ipynb #91043c37
 class ExecutionAgent(Agent):
     """Turns approved decisions into orders at the broker, and the broker's messages into fills.
 
@@ -200,7 +200,7 @@ class ExecutionAgent(Agent):
             await self._cancel(event, track)
 
     async def _acknowledge(self, event: Event, track: OrderTrack, order: Order) -> None:
-        self.book.observe(track, order, self._clock.now())
+        self.book.observe(track, order, event.recorded_at)
         await self.publish(OrderAcknowledged(client_order_id=track.client_order_id, order=order), event)
 
     async def _fail(
@@ -281,7 +281,7 @@ class ExecutionAgent(Agent):
                 await self._fail(event, track.client_order_id, f"the broker has no such order ({reason})", "not_sent")
             return None
         member = self.book.follow(order) or track
-        self.book.observe(member, order, self._clock.now())
+        self.book.observe(member, order, event.recorded_at)
         await self._confirm(event, member, order)
         return order
 
@@ -319,7 +319,7 @@ class ExecutionAgent(Agent):
     async def _on_trade_update(self, event: Event) -> None:
         update = event.payload
         assert isinstance(update, TradeUpdated)
-        order, now = update.order, self._clock.now()
+        order, now = update.order, event.recorded_at
         track = self.book.follow(order)
         if track is None:
             track = self.book.adopt(order, event.correlation_id)
@@ -348,7 +348,7 @@ class ExecutionAgent(Agent):
 
     async def _on_report(self, event: Event) -> None:
         """Take in what a reconciliation found at the broker: fills that were missed, orders that are not ours."""
-        report, now = event.payload, self._clock.now()
+        report, now = event.payload, event.recorded_at
         assert isinstance(report, OrdersReported)
         for order in report.orders:
             track = self.book.follow(order)
@@ -401,19 +401,25 @@ class ExecutionAgent(Agent):
         if not working:
             return
         try:
-            listed = {order.id for order in await self._broker.orders()}
+            listed = {order.id: order for order in await self._broker.orders()}
         except TraderError:
             return  # the next tick asks again
         for track in working:
             alive = any(member.is_open for member in track.family())
-            if alive and (track.cancel_wanted or track.current.order_id not in listed):
+            record = listed.get(track.current.order_id or "")
+            if alive and (track.cancel_wanted or record is None or self._has_more(track, record)):
                 await self._refresh(event, track)
             for member in track.family():
                 behind = member.behind_since
-                if behind is not None and self._clock.now() - behind >= self._patience.grace:
+                if behind is not None and event.recorded_at - behind >= self._patience.grace:
                     await self._repair(event, member)
             if track.cancel_wanted and track.is_open:
                 await self._cancel(event, track)
+
+    def _has_more(self, track: OrderTrack, order: Order) -> bool:
+        """Whether the broker reports more filled, of an order or a leg, than we know of."""
+        known = {member.order_id: member.reported_qty for member in track.family()}
+        return any(part.filled_qty > known.get(part.id, Decimal(0)) for part in (order, *order.legs))
 
     async def _repair(self, event: Event, track: OrderTrack) -> None:
         """Record what the broker has filled and the stream has not told."""
@@ -423,7 +429,7 @@ class ExecutionAgent(Agent):
             return
         if order is None or track.missing(order) is None:
             return
-        self.book.observe(track, order, self._clock.now())
+        self.book.observe(track, order, event.recorded_at)
         await self._confirm(event, track, order)
         await self._catch_up(event, track, order)
 
@@ -433,9 +439,9 @@ class ExecutionAgent(Agent):
         if missing is None:
             return
         name = f"{REPAIR}{order.id}:{decimal_text(order.filled_qty)}"
-        track.admit(name, *missing, self._clock.now())
+        track.admit(name, *missing, event.recorded_at)
         track.repaired_qty = order.filled_qty
-        await self._record(event, track, order.id, name, *missing, order.filled_at or self._clock.now())
+        await self._record(event, track, order.id, name, *missing, order.filled_at or event.recorded_at)
         if track.is_settled:
             await self._confirm(event, track, order)
 

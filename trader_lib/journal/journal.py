@@ -95,7 +95,7 @@ def _translated(method: "Callable[Concatenate[SqliteJournal, P], R]") -> "Callab
 
     return translated
 
-# %% ../../nbs/journal/01_journal.ipynb #f66626c2
+# %% ../../nbs/journal/01_journal.ipynb #e5d546b5
 class SqliteJournal:
     """A journal in one SQLite file.
 
@@ -187,6 +187,8 @@ class SqliteJournal:
     @_translated
     def commit(self) -> None:
         """Make everything appended so far survive; does nothing where nothing was."""
+        if self._lost:
+            raise self._failure()
         if self._seq != self._committed:
             with span("journal commit"):
                 self._write(WRITE_HEAD, (self._seq, self._hash))
@@ -195,21 +197,25 @@ class SqliteJournal:
 
     def _write(self, statement: str, values: tuple[Any, ...] = ()) -> None:
         if self._lost:
-            raise Misconfigured(
-                f"The journal {self.path} lost events {self._committed + 1} to {self._seq}: {self._lost}. "
-                "Stop the session, put the disk right, and start it again.",
-                path=self.path,
-            )
+            raise self._failure()
         try:
             if not self._connection.in_transaction:
                 self._connection.execute("BEGIN IMMEDIATE")
             self._connection.execute(statement, values)
         except sqlite3.Error as error:
-            if self._seq == self._committed:
+            if self._seq == self._committed and self._connection.in_transaction:
                 self._connection.rollback()  # nothing is pending: let others write
-            elif not self._connection.in_transaction:
+            if "locked" not in str(error) and not isinstance(error, sqlite3.IntegrityError | sqlite3.ProgrammingError):
                 self._lost = str(error)
             raise
+
+    def _failure(self) -> Misconfigured:
+        lost = self._seq > self._committed
+        what = f"lost events {self._committed + 1} to {self._seq}" if lost else "could not be written to"
+        return Misconfigured(
+            f"The journal {self.path} {what}: {self._lost}. Stop the session, put the disk right, and start it again.",
+            path=self.path,
+        )
 
     def read(self, from_seq: int = 0, types: Collection[type[Payload]] = ()) -> Iterator[Event]:
         """Events in order, from a number on, of some payload types or of all; raises BadData for an unreadable one."""

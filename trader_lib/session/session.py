@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOURCE', 'ANSWERS_MAX', 'LAST_LOOKS', 'T', 'stop_on_signals', 'SessionResult', 'Session', 'run_session']
 
-# %% ../../nbs/session/03_session.ipynb #7c6931ec
+# %% ../../nbs/session/03_session.ipynb #451cdfa4
 import asyncio
 import platform
 import signal
@@ -22,6 +22,7 @@ from typing import TypeVar
 import numpy as np
 import pandas as pd
 from dishka import AsyncContainer
+from dishka.exceptions import ExitError
 
 from .. import __version__
 from ..agents.contract import AgentHealth
@@ -319,7 +320,7 @@ class Session:
             await agent.stop()
         return found, account
 
-# %% ../../nbs/session/03_session.ipynb #c4c6555a
+# %% ../../nbs/session/03_session.ipynb #1c44ea5b
 def _versions() -> dict[str, str]:
     """What the numbers of a session rest on; a replay by another version names the two."""
     python = platform.python_version()
@@ -534,8 +535,16 @@ async def _drive(driver: Driver, stop: asyncio.Event) -> tuple[str, Exception | 
 
 @asynccontextmanager
 async def _closing(container: AsyncContainer) -> AsyncIterator[None]:
-    """Close every part when the session ends, whatever happened."""
+    """Close every part when the session ends, whatever happened; what ended it comes before what closing it raises."""
     try:
         yield
-    finally:
+    except BaseException as failure:
+        try:
+            await container.close()
+        except ExitError as worse:
+            failure.add_note(f"Not everything could be closed either: {worse.exceptions[0]}")
+        raise
+    try:
         await container.close()
+    except ExitError as error:
+        raise error.exceptions[0] from None

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RecordedClock', 'RecordEnds', 'failure_again', 'ScriptedBroker', 'Line', 'NotingBus']
 
-# %% ../../nbs/session/11_stage.ipynb #faf50244
+# %% ../../nbs/session/11_stage.ipynb #56f6a2ba
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from ..broker.inbox import Inbox
 from ..broker.port import Asset, MarketClock
 from ..bus.bus import Handler, Subscription
 from ..errors.taxonomy import InvariantBroken, Misused, OutcomeUnknown, Rejected, Retryable, TraderError
+from .recovery import repaired_at_once
 from trader_lib.trading.events import (
     AccountReported,
     AgentFailed,
@@ -64,7 +65,7 @@ def failure_again(said: AgentFailed) -> Exception:
     kind: type[Exception] = type(name if name.isidentifier() else "RecordedFailure", (Exception,), {})
     return kind(words)
 
-# %% ../../nbs/session/11_stage.ipynb #545c8044
+# %% ../../nbs/session/11_stage.ipynb #2eba309a
 class ScriptedBroker:
     """The broker's side of the conversation, read from a script.
 
@@ -148,12 +149,7 @@ class ScriptedBroker:
 
     async def orders(self, status: str = "open") -> tuple[Order, ...]:
         """Those alone that are repaired without being looked up before: what else the agent looks up is on record."""
-        first: dict[str, tuple[Order, Payload | None]] = {}
-        lines = [event.payload for event in self._script]
-        for line, after in zip(lines, [*lines[1:], None], strict=False):
-            if isinstance(line, OrderAcknowledged):
-                first.setdefault(line.order.id, (line.order, after))
-        return tuple(order for order, after in first.values() if isinstance(after, FillRecorded))
+        return repaired_at_once(event.payload for event in self._script)
 
     def troubles(self) -> tuple[str, ...]:
         """None."""

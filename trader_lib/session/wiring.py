@@ -388,7 +388,7 @@ def _end_of(spec: SessionSpec, calendar: TradingCalendar) -> datetime | None:
     session = None if spec.end is None else calendar.session_on(spec.end)
     return None if session is None else session.close + timedelta(minutes=15)
 
-# %% ../../nbs/session/01_wiring.ipynb #99f0a708
+# %% ../../nbs/session/01_wiring.ipynb #2afac6fc
 def strategist(
     one: Assignment,
     bus: Bus,
@@ -487,7 +487,10 @@ class AgentProvider(Provider):
     ) -> ExecutionAgent:
         """Orders."""
         recorded = RecordedBroker(broker, inputs.past, bus, clock, None if inputs.is_simulated else ORDER_FRESH_S)
-        return ExecutionAgent(bus, clock, recorded, journal.commit, is_stopped=recorded.was_stopped(control.is_halted))
+        stopped = recorded.was_stopped(control.is_halted)
+        agent = ExecutionAgent(bus, clock, recorded, journal.commit, is_stopped=stopped)
+        recorded.book = agent.book
+        return agent
 
     @provide
     def portfolio(self, inputs: SessionInputs, bus: InProcessBus, clock: Clock) -> PortfolioAgent:

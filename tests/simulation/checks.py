@@ -1,0 +1,172 @@
+"""What must hold after every seed."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+from trader_lib.exchange.book import OrderEvent
+from trader_lib.journal.journal import SqliteJournal
+from trader_lib.session.replay import replay
+from trader_lib.trading.events import (
+    AccountReported,
+    Event,
+    FillRecorded,
+    OrderAcknowledged,
+    OrderFailed,
+    OrderIntended,
+    Payload,
+    SessionEnded,
+    TradeUpdated,
+)
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World
+
+EXPOSURE_SLACK = 1.03  # prices move between a decision and its fill
+ORDER_SHARE = 0.45  # of equity, the largest order: an order in each symbol may have filled, and nobody was told
+
+
+class Read:
+    """A journal that was read once."""
+
+    def __init__(self, events: list[Event]) -> None:
+        self._events = events
+
+    def read(self, from_seq: int = 0, types: Collection[type[Payload]] = ()) -> Iterator[Event]:
+        kinds = tuple(types)
+        return (e for e in self._events if e.seq >= from_seq and (not kinds or isinstance(e.payload, kinds)))
+
+
+async def check(world: World) -> None:
+    """Lay the journal beside the exchange's record, and play it again."""
+    outcome, broken = world.outcome, world.outcome.broken
+    with SqliteJournal(world.path) as journal:
+        events = list(journal.read())
+        verification, outcome.journal_hash = journal.verify(), journal.last_hash[:16]
+    if not verification.ok:
+        broken.append(f"journal: {verification.reason}")
+    outcome.faults["disk refused a write"] += world.record.refused
+    if world.result is None:
+        return
+    if not world.record.refused:
+        broken += [f"agent failed: {failure}" for failure in world.record.failures]
+    broken += [f"reconciliation: {difference}" for difference in world.result.reconciliation.differences]
+    broken += [f"down: {health.agent}" for health in world.result.health if health.state == "down"]
+    _check_orders(world, events)
+    _check_fills(world, events)
+    _check_limits(world)
+    result = await replay(Read(events), strategy=world.plan.strategy)  # type: ignore[arg-type]
+    outcome.compared = sum(result.compared.values())
+    if not result.agrees:
+        broken.append(f"replay: {result.sentence()}")
+        return
+    portfolio = result.agents["portfolio"]
+    drift = abs(portfolio.cash_drift)  # type: ignore[attr-defined]
+    if drift > Decimal("0.01") * outcome.repaired:
+        broken.append(f"cash: our fills are {drift} USD away from the exchange's account")
+
+
+def _check_orders(world: World, events: list[Event]) -> None:
+    outcome, broken = world.outcome, world.outcome.broken
+    outcome.events = len(events)
+    broken += [f"left open: {order.client_order_id}" for order in world.exchange.orders()]
+    silent = _without_outcome(events)
+    broken += [f"unresolved: nobody knows what became of {name}" for name in sorted(silent)]
+    intents = [e.payload.request.client_order_id for e in events if isinstance(e.payload, OrderIntended)]
+    broken += [f"doubled: {name} was intended {n} times" for name, n in Counter(intents).items() if n > 1]
+    decisions: dict[Any, list[str]] = defaultdict(list)
+    placed = world.exchange.orders(open_only=False)
+    outcome.orders = len(placed)
+    for order in placed:
+        intent = world.record.safe.get(order.client_order_id)
+        if intent is None or order.client_order_id not in intents:
+            broken.append(f"unexplained: {order.client_order_id} has no intent")
+            continue
+        decisions[order.symbol, intent.decided_at, intent.request.purpose].append(order.client_order_id)
+    broken += [f"doubled: {key} led to {names}" for key, names in decisions.items() if len(names) > 1]
+    if not world.plan.very_late:
+        given_up = {e.payload.client_order_id for e in events if _gives_up(e)}
+        early = sorted(given_up & {order.client_order_id for order in placed})
+        broken += [f"given up too early: {name} was said not to have been sent" for name in early]
+
+
+def _check_fills(world: World, events: list[Event]) -> None:
+    outcome, broken, exchange = world.outcome, world.outcome.broken, world.exchange
+    fills = [event.payload.fill for event in events if isinstance(event.payload, FillRecorded)]
+    outcome.fills = len(fills)
+    outcome.repaired = sum(fill.execution_id.startswith("repair:") for fill in fills)
+    theirs: dict[str, Decimal] = defaultdict(Decimal)
+    for execution in world.executions:
+        assert execution.qty is not None
+        theirs[execution.order.id] += execution.qty
+    ours: dict[str, Decimal] = defaultdict(Decimal)
+    held: dict[str, Decimal] = defaultdict(Decimal)
+    for fill in fills:
+        ours[fill.order_id] += fill.qty
+        held[fill.symbol] += fill.signed_qty
+    for order_id in sorted(theirs.keys() | ours.keys()):
+        if theirs[order_id] != ours[order_id]:
+            broken.append(f"fills: order {order_id} filled {theirs[order_id]}, we counted {ours[order_id]}")
+    names = Counter(fill.execution_id for fill in fills)
+    broken += [f"fills: {name} was counted {count} times" for name, count in names.items() if count > 1]
+
+    truth = {position.symbol: position.qty for position in exchange.positions()}
+    mine = {symbol: qty for symbol, qty in held.items() if qty}
+    if mine != truth:
+        broken.append(f"positions: we hold {mine}, the exchange says {truth}")
+    account = exchange.account()
+    reported = [event.payload.cash for event in events if isinstance(event.payload, AccountReported)]
+    if not reported or reported[-1] != account.cash:
+        broken.append(f"cash: we report {reported[-1:]}, the exchange {account.cash}")
+    ended = [event.payload.equity for event in events if isinstance(event.payload, SessionEnded)]
+    if len(ended) != 1 or (world.exchange.is_over and ended[0] != account.equity):
+        broken.append(f"end: the session ended with {ended} USD, the exchange says {account.equity}")
+
+
+def _check_limits(world: World) -> None:
+    broken, limits = world.outcome.broken, world.plan.limits
+    per_decision = Counter(
+        world.record.safe[order.client_order_id].decided_at
+        for order in world.exchange.orders(open_only=False)
+        if order.client_order_id in world.record.safe
+    )
+    bound = limits.max_orders
+    for decided_at, count in per_decision.items():
+        if bound is not None and count > bound:
+            broken.append(f"limit: {count} orders followed from the bar of {decided_at}, {bound} allowed in a minute")
+    if world.plan.very_late:
+        return
+    peak, most = _largest_position(world.executions), Decimal(str(limits.max_position_qty))
+    if peak > most:
+        broken.append(f"limit: {peak} shares were held, {most} allowed")
+    gross = limits.max_gross_exposure
+    if gross is None:
+        return
+    allowed = gross * EXPOSURE_SLACK + (0.0 if world.plan.is_told else ORDER_SHARE * len(world.plan.symbols))
+    if world.largest_exposure > allowed:
+        broken.append(f"limit: the exposure was {world.largest_exposure:.3f} of equity, {allowed:.3f} allowed")
+
+
+def _largest_position(executions: list[OrderEvent]) -> Decimal:
+    return max((abs(event.position_qty or Decimal(0)) for event in executions), default=Decimal(0))
+
+
+def _without_outcome(events: list[Event]) -> set[str]:
+    """Orders that were to be sent, and of which neither the broker's record nor a definite failure was ever heard."""
+    waiting: set[str] = set()
+    for event in events:
+        match event.payload:
+            case OrderIntended(request=request):
+                waiting.add(request.client_order_id)
+            case OrderAcknowledged(order=order) | TradeUpdated(order=order):
+                waiting.discard(order.client_order_id)
+            case OrderFailed(client_order_id=name, outcome=outcome) if outcome != "unknown":
+                waiting.discard(name)
+    return waiting
+
+
+def _gives_up(event: Event) -> bool:
+    return isinstance(event.payload, OrderFailed) and event.payload.outcome == "not_sent"
