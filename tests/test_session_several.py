@@ -27,6 +27,7 @@ from trader_lib.strategy.exits import ProtectiveExits
 from trader_lib.trading.events import (
     AgentFailed,
     FillRecorded,
+    OrderFailed,
     OrderIntended,
     PortfolioChanged,
     RiskDecided,
@@ -282,3 +283,62 @@ async def test_every_order_and_every_fill_has_its_owner(tmp_path: Path) -> None:
     assert {fill.strategy for fill in fills} == {"trend", "swing"}
     assert all(fill.strategy == owner[fill.client_order_id] for fill in fills if fill.client_order_id in owner)
     assert any(fill.client_order_id not in owner for fill in fills), "the leg of a pair has an id that the broker gave"
+
+
+# ---- against each other
+
+
+class Stepped(Strategy):
+    """Holds a weight of each symbol from one bar on to another."""
+
+    weight: float
+    first: int
+    last: int
+
+    @property
+    def warmup(self) -> int:
+        return 1
+
+    def targets(self, bars: Bars) -> NDArray[np.float64]:
+        row = np.arange(bars.n)
+        held = np.where((row >= self.first) & (row < self.last), self.weight, 0.0)
+        return held[:, None] * np.ones((1, len(bars.symbols)))
+
+
+OPPOSED = SessionSpec(
+    strategies=(
+        TREND.model_copy(update={"symbols": (), "capital": "50%", "limits": Limits()}),
+        SWING.model_copy(update={"symbols": (), "capital": "50%"}),
+    ),
+    symbols=("IBM",),
+    start=date(2005, 1, 3),
+    end=date(2005, 2, 4),
+)
+
+
+async def test_long_and_short_net_out_and_what_the_sum_cannot_do_is_refused_with_the_figures(tmp_path: Path) -> None:
+    built = {"trend": Stepped(weight=0.5, first=3, last=9), "swing": Stepped(weight=-0.3, first=5, last=12)}
+    result = await run(tmp_path, OPPOSED, strategy=built)
+    assert_sum(result, OPPOSED)
+    held = [
+        {one.strategy: [position.qty for position in one.positions] for one in told.strategies}
+        for told in said(result, PortfolioChanged)
+    ]
+    assert any(one["trend"] and one["trend"][0] > 0 and one["swing"] and one["swing"][0] < 0 for one in held)
+    assert held[-1] == {"trend": [], "swing": []} and not result.positions
+    refused = [no for no in result.refusals if no.strategy == "trend"]
+    assert refused and all(no.checks == ("NETTING",) for no in refused)
+    assert "account: The account is" in refused[0].reasons[0] and "an order may close" in refused[0].reasons[0]
+    assert not said(result, OrderFailed), "what risk lets pass, the broker takes"
+
+
+async def test_one_does_not_trade_with_the_other(tmp_path: Path) -> None:
+    built = {"trend": Stepped(weight=0.5, first=3, last=9), "swing": Stepped(weight=0.4, first=9, last=30)}
+    result = await run(tmp_path, OPPOSED, strategy=built)
+    assert_sum(result, OPPOSED)
+    (no,) = result.refusals
+    assert (no.strategy, no.side, no.checks) == ("swing", "buy", ("WASH_TRADE",))
+    assert "account: It could trade with the open order trend-" in no.reasons[0]
+    first = result.orders_of("swing")[0]
+    assert 0 < (first.decided_at - no.decided_at).days <= 3, "the next bar asks again"
+    assert not said(result, OrderFailed)

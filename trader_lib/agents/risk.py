@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEVERITY', 'VITAL', 'ACCOUNT', 'ApprovedOrder', 'OpenOrder', 'Market', 'RiskBook', 'RiskAgent']
 
-# %% ../../nbs/agents/03_risk.ipynb #f97f5e91
+# %% ../../nbs/agents/03_risk.ipynb #8cfa4ce5
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,6 +25,7 @@ from ..errors.taxonomy import InvariantBroken
 from ..trading import account
 from ..market.bars import Bars
 from ..risk.checks import About, RecentOrders, decide, describe
+from ..risk.netting import netting
 from ..risk.limits import Limits
 from trader_lib.risk.rules import (
     HALTED,
@@ -58,7 +59,7 @@ from trader_lib.trading.events import (
     TradingState,
     TradingStateChanged,
 )
-from ..trading.numbers import CASH_DECIMALS, QTY_DECIMALS, round_to, to_float
+from ..trading.numbers import CASH_DECIMALS, QTY_DECIMALS, round_to, to_decimal, to_float
 from ..trading.capability import Asset, capability
 from trader_lib.trading.orders import (
     ENDED_SHORT,
@@ -100,7 +101,7 @@ class OpenOrder:
     exempt: bool  # part of a pair or a bracket, or trailing
     remaining: float  # shares
 
-# %% ../../nbs/agents/03_risk.ipynb #3ae3ad26
+# %% ../../nbs/agents/03_risk.ipynb #0765d500
 @dataclass(slots=True)
 class Market:
     """Last closes as risk knows them [symbol].
@@ -187,6 +188,12 @@ class RiskBook:
                 return order_id
         return ""
 
+    def closable(self, request: OrderRequest, place: int) -> tuple[Decimal, Decimal]:
+        """The position that an order meets, shares, signed; and what open orders on its side close of it already."""
+        sign = SIDE_SIGN[request.side]
+        held = sum(other.remaining for other in self.open.values() if (other.place, other.side_sign) == (place, sign))
+        return to_decimal(float(self.qty[place]), QTY_DECIMALS), to_decimal(float(held), QTY_DECIMALS)
+
     def expect(self, adopted: OrderAdopted, place: int, market: Market) -> None:
         """An order that somebody else placed stands like this."""
         order, mark = adopted.order, float(market.mark[place])
@@ -262,7 +269,7 @@ class RiskBook:
             return TradingState.HALTED, describe(Check.DRAWDOWN, False, drawdown, values.max_drawdown, nothing)
         return TradingState.REDUCING, describe(Check.DAILY_LOSS, False, daily, values.max_daily_loss, nothing)
 
-# %% ../../nbs/agents/03_risk.ipynb #89aae966
+# %% ../../nbs/agents/03_risk.ipynb #0ceecf63
 class RiskAgent(Agent):
     """Decides on every proposed order.
 
@@ -339,7 +346,15 @@ class RiskAgent(Agent):
             )
             for owner in owners
         }
-        approved = all(decision.approved for decision in decisions.values())
+        checks = [
+            check if len(owners) == 1 else check.model_copy(update={"scope": owner or ACCOUNT})
+            for owner, decision in decisions.items()
+            for check in decision.checks
+        ]
+        if len(owners) > 1:
+            room = netting(request, *self._account.closable(request, place))
+            checks.append(room.model_copy(update={"scope": ACCOUNT}))
+        approved = all(check.passed for check in checks)
         if approved:
             for owner in owners:
                 self._books[owner].approve(request, place, facts[owner].order_cost, self._closed_at)
@@ -348,11 +363,7 @@ class RiskAgent(Agent):
                 request=request,
                 decided_at=proposal.decided_at,
                 approved=approved,
-                checks=tuple(
-                    check if len(owners) == 1 else check.model_copy(update={"scope": owner or ACCOUNT})
-                    for owner, decision in decisions.items()
-                    for check in decision.checks
-                ),
+                checks=tuple(checks),
             ),
             event,
         )
