@@ -7,7 +7,7 @@ __all__ = ['app', 'runs', 'Strategies', 'Json', 'Profile', 'Folder', 'Session', 
            'backtest', 'paper', 'live', 'run_', 'exchange', 'list_', 'show', 'compare', 'kill', 'reduce', 'resume',
            'status', 'config', 'doctor', 'demo', 'strategies', 'main']
 
-# %% ../../nbs/app/04_cli.ipynb #30748a3a
+# %% ../../nbs/app/04_cli.ipynb #984bc797
 import asyncio
 import getpass
 import json as json_module
@@ -37,6 +37,7 @@ from trader_lib.app.options import (
     strategy_params,
 )
 from .scheduling import schedule
+from .watch import dashboard, watch
 from ..errors.taxonomy import Interrupted, Misconfigured, Misused, RunFailed, TraderError
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ app.command(schedule)
 app.command(replay)
 app.command(notify)
 app.command(summary)
+app.command(watch)
+app.command(dashboard)
 
 Strategies = Annotated[
     Path | None,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['monitor_path', 'monitor_url', 'monitoring']
 
-# %% ../../nbs/observe/04_monitoring.ipynb #206cb8ea
+# %% ../../nbs/observe/04_monitoring.ipynb #32c28b8d
 import asyncio
 import os
 from collections.abc import AsyncIterator
@@ -16,12 +16,13 @@ import orjson
 
 from ..clock.clock import WallClock
 from .metering import Meter
+from .page import session_page
 from .server import MonitorServer, Window, create_app
 from ..session.companions import SessionParts
 from ..telemetry.log import get_logger
 from ..trading.events import utc_text
 
-# %% ../../nbs/observe/04_monitoring.ipynb #cb60d007
+# %% ../../nbs/observe/04_monitoring.ipynb #fecc6e0d
 def monitor_path(run_folder: Path) -> Path:
     """Where a run says at which address it is watched."""
     return run_folder / "monitor.json"
@@ -43,7 +44,7 @@ async def monitoring(parts: SessionParts) -> AsyncIterator[None]:
     parts.bus.subscribe("metrics", (), meter.hear)
     heart = asyncio.create_task(meter.beat(), name="monitoring:heart")
     window = Window(meter, asyncio.get_running_loop())
-    server = MonitorServer(create_app(window, parts), settings.host, settings.port or 0)
+    server = MonitorServer(create_app(window, parts, [session_page(parts)]), settings.host, settings.port or 0)
     note = monitor_path(parts.run_folder)
     try:
         await asyncio.to_thread(server.__enter__)

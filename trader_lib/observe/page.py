@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SAFE_HEADERS', 'COOKIE', 'UNLOCKED_S', 'WRONG_MAX', 'PAUSE_S', 'Told', 'BEAT_S', 'STREAM_S', 'STREAMS_MAX',
            'BODY_MAX', 'STATIC', 'is_known_host', 'check_same_origin', 'guarded_route', 'Gate', 'Controls',
-           'FolderControls', 'Wish', 'Unlock', 'changes', 'page_router', 'session_page']
+           'FolderControls', 'Wish', 'Unlock', 'changes', 'page_router', 'page_app', 'session_page']
 
-# %% ../../nbs/observe/13_page.ipynb #72f9ffc3
+# %% ../../nbs/observe/13_page.ipynb #a37b5412
 import hashlib
 import hmac
 import ipaddress
@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import anyio
 import orjson
-from fastapi import APIRouter, Depends, HTTPException, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints
 from sse_starlette import EventSourceResponse, ServerSentEvent
@@ -317,6 +317,15 @@ def _add_controls(router: APIRouter, controls: Controls, gate: Gate) -> None:
         except TraderError as error:
             raise HTTPException(500, error.message) from None
         return steered.document()
+
+# %% ../../nbs/observe/13_page.ipynb #31b18b34
+def page_app(
+    watch: SessionWatch, controls: Controls | None, token: SecretStr | None, *, hosts: Collection[str] = ()
+) -> FastAPI:
+    """An application that serves the page and nothing else."""
+    app = FastAPI(title="trader", docs_url=None, redoc_url=None, openapi_url=None)
+    app.include_router(page_router(watch, controls, token, hosts=hosts))
+    return app
 
 # %% ../../nbs/observe/13_page.ipynb #8a306351
 def session_page(parts: SessionParts) -> APIRouter:

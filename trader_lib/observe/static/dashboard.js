@@ -50,10 +50,10 @@ function moved(text, value) {
 
 // ---- head
 function badge(id, sign, text, kind) {
-  const node = $(id), said = `${sign} ${text}`;
+  const node = $(id), said = `${sign}${sign ? " " : ""}${text}`;
   if (node.textContent === said && node.className === `badge ${kind}`) return;  // said once to those who listen
   node.className = `badge ${kind}`;
-  node.replaceChildren(el("span", { class: "sign", "aria-hidden": "true" }, sign), ` ${text}`);
+  node.replaceChildren(...(sign ? [el("span", { class: "sign", "aria-hidden": "true" }, sign)] : []), `${sign ? " " : ""}${text}`);
 }
 function drawHead() {
   const several = view.strategies.length > 1;
@@ -231,7 +231,7 @@ async function unfold(id) {
   drawDecisions();
   if (opened.has(id) && !checks.has(id)) {
     const answer = await ask(`api/decisions?order=${encodeURIComponent(id)}`);
-    checks.set(id, answer.ok ? answer.said.checks : [{ passed: false, name: "older", scope: "", reason: answer.told }]);
+    checks.set(id, answer.ok ? [...answer.said.checks].sort((one, other) => one.passed - other.passed) : [{ passed: false, name: "older", scope: "", reason: answer.told }]);
     drawDecisions();
   }
 }
