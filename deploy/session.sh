@@ -1,0 +1,10 @@
+#!/bin/sh
+# One session that outlives its process: goes on with the latest paper session where that died, begins a new one otherwise.
+# Arguments are those of `trader paper`. Used by the container image and the systemd unit, whose supervisors start it again.
+set -eu
+condition=$(trader status latest-paper --json 2>/dev/null |
+	python3 -c 'import json, sys; print(json.load(sys.stdin)["condition"])' 2>/dev/null) || condition=none
+if [ "$condition" = dead ]; then
+	exec trader paper --resume latest-paper
+fi
+exec trader paper "$@"
