@@ -72,7 +72,7 @@ class Condition:
     uncommitted_s: float
     disk_free: int
 
-# %% ../../nbs/observe/01_metering.ipynb #4c1afe77
+# %% ../../nbs/observe/01_metering.ipynb #2edcc61f
 class Meter:
     """Counts what a session does and reads what its parts know. Everything but `beaten_at` belongs to the session's thread.
 
@@ -86,6 +86,7 @@ class Meter:
         self._proposed: OrderedDict[str, float] = OrderedDict()
         self._wired: OrderedDict[str, float] = OrderedDict()
         self._open: dict[str, str] = {}  # client order ids by order id
+        self._acknowledged: OrderedDict[str, None] = OrderedDict()
         self._ended_orders: OrderedDict[str, None] = OrderedDict()
         self._marks: dict[str, float] = {}
         self._began_with = self._peak = self._day_began_with = math.nan
@@ -211,7 +212,8 @@ class Meter:
                 if proposed is not None:
                     self.metrics.observe("trader_decision_to_wire_seconds", now - proposed)
                 _remember(self._wired, request.client_order_id, now)
-            case OrderAcknowledged(client_order_id=name):
+            case OrderAcknowledged(client_order_id=name) if name not in self._acknowledged:
+                _remember(self._acknowledged, name, None)  # it is said again when it is looked up
                 self.metrics.add("trader_orders_total", 1, "acknowledged")
                 if name in self._wired:
                     self.metrics.observe("trader_wire_to_ack_seconds", now - self._wired[name])
