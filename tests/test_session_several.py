@@ -1,7 +1,7 @@
 """Several strategies in one session: each as if it were alone, the account their sum, and no failure that spreads."""
 
 from collections.abc import Iterator
-from datetime import date
+from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from trader_lib.market.bars import Bars
 from trader_lib.market.sample import sample_bars
 from trader_lib.research.backtest import BacktestResult, backtest
 from trader_lib.risk.limits import Limits
+from trader_lib.session.control import ControlFile
 from trader_lib.session.replay import replay
 from trader_lib.session.session import SessionResult, run_session
 from trader_lib.session.spec import SessionSpec, StrategyShare
@@ -342,3 +343,22 @@ async def test_one_does_not_trade_with_the_other(tmp_path: Path) -> None:
     first = result.orders_of("swing")[0]
     assert 0 < (first.decided_at - no.decided_at).days <= 3, "the next bar asks again"
     assert not said(result, OrderFailed)
+
+
+async def test_operator_who_flattens_closes_what_the_strategies_hold(tmp_path: Path) -> None:
+    built = {"trend": Stepped(weight=0.5, first=3, last=30), "swing": Stepped(weight=-0.3, first=5, last=30)}
+    told: list[bool] = []
+
+    def closed(bars: int, _stamp: datetime) -> None:
+        if bars == 12:
+            ControlFile.beside(tmp_path / "journal.sqlite").append("flatten", reason="test", by="ada")
+            told.append(True)
+
+    result = await run(tmp_path, OPPOSED, strategy=built, progress=closed)
+    assert told and not result.positions
+    assert_sum(result, OPPOSED)
+    out = [order for order in result.orders if order.purpose == "exit"]
+    assert [(order.strategy, order.filled_qty == order.qty) for order in out] == [("trend", True)]
+    last = {one.strategy: sum(p.qty for p in one.positions) for one in said(result, PortfolioChanged)[-1].strategies}
+    assert last["trend"] == -last["swing"] > 0, "what one is long and the other short, the account does not hold"
+    assert said(result, TradingStateChanged)[-1].state is TradingState.HALTED
