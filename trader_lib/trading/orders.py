@@ -7,16 +7,16 @@ __all__ = ['Number', 'Utc', 'Label', 'SIDE_SIGN', 'ORDER_TYPE_CODE', 'SYMBOL', '
            'decimal_text', 'decimals_of', 'amount_refusal', 'price_refusal', 'OrderRequest', 'Order', 'client_order_id',
            'OrderClass', 'OrderSide', 'OrderStatus', 'OrderType', 'TimeInForce', 'TradeEvent']
 
-# %% ../../nbs/trading/02_orders.ipynb #6970f364
+# %% ../../nbs/trading/02_orders.ipynb #e98584db
 import hashlib
 import re
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from alpaca.trading.enums import OrderClass, OrderSide, OrderStatus, OrderType, TimeInForce, TradeEvent
 from alpaca.trading.models import Order as AlpacaOrder
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, PlainSerializer
 
 from .capability import Asked, Asset, capability_refusal
 from .numbers import tick_decimals
@@ -76,7 +76,7 @@ def price_refusal(name: str, price: Decimal | None) -> str | None:
         )
     return amount_refusal(name, price, 4)
 
-# %% ../../nbs/trading/02_orders.ipynb #449aa9bb
+# %% ../../nbs/trading/02_orders.ipynb #a8097a98
 class OrderRequest(BaseModel):
     """An order as we ask for it; refused at construction, with the reason, where Alpaca would refuse it.
 
@@ -99,8 +99,8 @@ class OrderRequest(BaseModel):
     purpose: Purpose = "entry"
     strategy: Label = ""  # whose order it is, in a session of several strategies
 
-    @model_validator(mode="after")
-    def _is_valid(self) -> Self:
+    def model_post_init(self, context: object, /) -> None:
+        """Refuse what breaks a rule: once, when it is built, and not again wherever it is handed on."""
         refusal = (
             self._symbol_refusal()
             or self._amount_refusal()
@@ -110,7 +110,6 @@ class OrderRequest(BaseModel):
         )
         if refusal:
             raise ValueError(refusal)
-        return self
 
     def _symbol_refusal(self) -> str | None:
         if SYMBOL.fullmatch(self.symbol):
