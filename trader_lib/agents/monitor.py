@@ -33,7 +33,7 @@ from ..trading.orders import decimal_text
 
 Record = tuple[str, str]  # level and text
 
-# %% ../../nbs/agents/07_monitor.ipynb #a9137272
+# %% ../../nbs/agents/07_monitor.ipynb #6723c8f3
 def describe(payload: Payload) -> Record | None:
     """The level and text of the log record that a payload deserves; None for none."""
     match payload:
@@ -42,16 +42,25 @@ def describe(payload: Payload) -> Record | None:
         case SessionEnded(reason=reason, equity=equity):
             return "INFO", f"The session has ended: {reason}. Equity {equity} USD."
         case RiskDecided(approved=False, request=request, checks=checks):
-            reasons = " ".join(check.reason for check in checks if not check.passed)
-            return "WARNING", f"Refused: {request.side.value} {_told(request.qty)} {request.symbol}. {reasons}"
+            scoped = (
+                (f"{check.scope}: " if check.scope else "") + check.reason for check in checks if not check.passed
+            )
+            whose, reasons = _of(request.strategy), " ".join(scoped)
+            return "WARNING", f"Refused{whose}: {request.side.value} {_told(request.qty)} {request.symbol}. {reasons}"
         case OrderFailed(outcome="unknown", client_order_id=order_id, reason=reason):
             return "ERROR", f"Nobody knows whether order {order_id} exists ({reason}); it is being looked up."
         case OrderFailed(outcome=outcome, client_order_id=order_id, reason=reason):
             return "WARNING", f"Order {order_id} was {outcome.replace('_', ' ')}: {reason}"
         case FillRecorded(fill=fill):
-            return "INFO", f"Filled: {fill.side.value} {_told(fill.qty)} {fill.symbol} at {_told(fill.price)}."
-        case TradingStateChanged(state=state, reason=reason):
-            return "INFO" if state is TradingState.ACTIVE else "ERROR", f"Trading is {state} now: {reason}"
+            return (
+                "INFO",
+                f"Filled{_of(fill.strategy)}: {fill.side.value} {_told(fill.qty)} {fill.symbol} at {_told(fill.price)}.",
+            )
+        case TradingStateChanged(state=state, reason=reason, strategy=strategy):
+            return (
+                "INFO" if state is TradingState.ACTIVE else "ERROR",
+                f"Trading{_of(strategy)} is {state} now: {reason}",
+            )
         case OperatorCommand(action=action, by=by, reason=reason):
             level = "INFO" if by == "session" else "WARNING"
             return level, f"{by} says {action.replace('_', ' ')}: {reason}"
@@ -62,6 +71,10 @@ def describe(payload: Payload) -> Record | None:
         case AgentFailed(agent=agent, error=error, restarts=restarts):
             return "ERROR", f"The {agent} agent failed (restart {restarts}): {error}"
     return None
+
+
+def _of(strategy: str) -> str:
+    return f" of {strategy}" if strategy else ""
 
 
 def _told(value: Decimal | None) -> str:

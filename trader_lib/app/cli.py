@@ -24,6 +24,7 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 from .. import __version__
+from .agents import agent
 from .journal import journal, replay
 from .notify import notify, summary
 from trader_lib.app.options import (
@@ -65,6 +66,7 @@ runs = App(
 app.command(runs)
 app.command(journal)
 app.command(schedule)
+app.command(agent)
 app.command(replay)
 app.command(notify)
 app.command(summary)

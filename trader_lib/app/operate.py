@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SESSIONS', 'NOT_RUNNING', 'SILENT_S', 'session_run', 'kill', 'steer', 'show_status']
 
-# %% ../../nbs/app/08_operate.ipynb #5ca544cd
+# %% ../../nbs/app/08_operate.ipynb #8f529b99
 from decimal import Decimal
 from typing import Literal
 
@@ -13,7 +13,7 @@ from .console import print_facts, print_json, print_line, print_table
 from ..errors.taxonomy import Misused
 from ..runs.store import RunFolder, RunStore
 from ..session import steering
-from ..session.status import SessionStatus, session_status
+from ..session.status import SessionStatus, StrategyStatus, session_status
 from ..session.steering import CONFIRMATION_S, Steered
 from ..trading.orders import decimal_text
 
@@ -71,7 +71,7 @@ def _told(run: RunFolder, steered: Steered, as_json: bool) -> int:
             print_line(sentence)
     return 0 if steered.done else 1
 
-# %% ../../nbs/app/08_operate.ipynb #a40ac144
+# %% ../../nbs/app/08_operate.ipynb #89c07f8a
 def show_status(run: RunFolder, *, as_json: bool = False) -> int:
     """Print what a session does, or did last; 0 if it is alive, 7 if it has ended or died."""
     status = session_status(run.journal)
@@ -83,6 +83,8 @@ def show_status(run: RunFolder, *, as_json: bool = False) -> int:
         columns = ("Position", "Qty#", "Average price#")
         rows = [(p.symbol, decimal_text(p.qty), decimal_text(p.avg_entry_price)) for p in status.positions]
         print_table(columns, rows)
+    if status.strategies:
+        print_table(("Strategy", "Trading", "Equity#", "Cash#", "Positions"), [_own(one) for one in status.strategies])
     if status.open_orders:
         orders = [
             (o.symbol, o.side.value, o.type.value, decimal_text(o.remaining), o.status.value)
@@ -123,6 +125,12 @@ def _facts(status: SessionStatus) -> dict[str, object]:
         "reconciliation": books[status.reconciled],
         "failures": len(status.failures),
     }
+
+
+def _own(one: StrategyStatus) -> tuple[object, ...]:
+    held = ", ".join(f"{decimal_text(position.qty)} {position.symbol}" for position in one.positions)
+    trading = f"{one.state}" + (f" ({one.reason})" if one.reason else "")
+    return one.strategy, trading, f"{one.equity:,.2f}", f"{one.cash:,.2f}", held or "none"
 
 
 def _money(figure: Decimal | None) -> str:

@@ -20,7 +20,7 @@ from ..trading.orders import decimal_text
 
 HEADLINES = ("total_return", "annual_return", "sharpe_ratio", "max_drawdown", "trades", "win_rate", "fees")
 
-# %% ../../nbs/app/03_views.ipynb #743ba261
+# %% ../../nbs/app/03_views.ipynb #e37302fc
 def show_run(run: RunFolder, *, as_json: bool = False, orders: int = 0) -> None:
     """Print a run's summary, and its first orders where they are asked for."""
     result = run.result()
@@ -34,7 +34,9 @@ def show_run(run: RunFolder, *, as_json: bool = False, orders: int = 0) -> None:
         where = f" in cell {result.failure.cell} ({result.failure.section})" if result.failure.cell else ""
         print_line(f"Ended early{where}: {result.failure.message}")
     if orders:
-        print_table(ORDER_COLUMNS, [order_row(order) for order in result.orders[:orders]], title="Orders")
+        columns = (*ORDER_COLUMNS, "Strategy") if result.strategies else ORDER_COLUMNS
+        rows = [(*order_row(order), order.strategy)[: len(columns)] for order in result.orders[:orders]]
+        print_table(columns, rows, title="Orders")
         if len(result.orders) > orders:
             print_line(f"… and {len(result.orders) - orders:,} more.")
     for path in (run.report, run.notebook, run.result_file, run.journal):

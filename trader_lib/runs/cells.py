@@ -77,7 +77,7 @@ def asked_in_words(asked: RunParameters) -> str:
     days = f"{asked.start or 'the first bar'} to {asked.end or 'the last bar'}"
     return f"{'; '.join(told)} on {', '.join(asked.symbols)}, {days}"
 
-# %% ../../nbs/runs/08_cells.ipynb #f27f5d19
+# %% ../../nbs/runs/08_cells.ipynb #e78bdc1f
 HEADLINES = ("total_return", "annual_return", "sharpe_ratio", "max_drawdown", "win_rate")
 
 
@@ -101,10 +101,14 @@ def orders_piece(orders: Sequence[OrderRecord], rows_max: int = 30) -> Piece:
             decimal_text(order.filled_qty),
             None if order.filled_avg_price is None else f"{order.filled_avg_price:,.4f}",
             order.status.value,
+            order.strategy,
         )
         for order in orders[-rows_max:]
     ]
-    made = table(("Decided", "Symbol", "Side", "Qty#", "Type", "First fill", "Filled#", "Price#", "Status"), rows)
+    columns = ("Decided", "Symbol", "Side", "Qty#", "Type", "First fill", "Filled#", "Price#", "Status")
+    if any(order.strategy for order in orders):
+        columns = (*columns, "Strategy")
+    made = table(columns, [row[: len(columns)] for row in rows])
     if len(orders) <= rows_max:
         return made
     told = f"The last {rows_max} of {len(orders):,} orders; all of them are in result.json."

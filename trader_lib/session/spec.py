@@ -86,7 +86,7 @@ class Assignment:
     capital: Decimal | None = None
     limits: Limits | None = None
 
-# %% ../../nbs/session/00_spec.ipynb #349ed281
+# %% ../../nbs/session/00_spec.ipynb #fae487c5
 Source = Literal["sample", "store", "synthetic", "alpaca"]
 
 
@@ -118,9 +118,14 @@ class SessionSpec(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _one_or_several(cls, given: Any) -> Any:
-        if isinstance(given, Mapping) and given.get("strategies"):
-            return {**given, "strategy": given.get("strategy") or ""}
-        return given
+        if not isinstance(given, Mapping) or not given.get("strategies"):
+            return given
+        shares = [share if isinstance(share, Mapping) else share.model_dump() for share in given["strategies"]]
+        named = [share.get("symbols") for share in shares]
+        own = (
+            {} if "symbols" in given or not all(named) else {"symbols": sorted({one for all_ in named for one in all_})}
+        )
+        return {**given, "strategy": given.get("strategy") or "", **own}
 
     @model_validator(mode="after")
     def _shared(self) -> Self:
@@ -137,7 +142,9 @@ class SessionSpec(BaseModel):
             for symbol in share.symbols:
                 if symbol not in self.symbols:
                     hint = did_you_mean(symbol, self.symbols)
-                    raise ValueError(f"{share.name} is to trade {symbol}, which the session does not.{hint}")
+                    raise ValueError(
+                        f"{share.name} is to trade {symbol}, which the session does not: add it to its symbols.{hint}"
+                    )
         total = sum(share.capital_usd(self.cash) for share in self.strategies)
         if total > self.cash:
             raise ValueError(

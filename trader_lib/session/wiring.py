@@ -515,4 +515,14 @@ def session_container(inputs: SessionInputs) -> AsyncContainer:
         venue = [EmbeddedExchangeProvider(), HttpProvider(), AlpacaProvider()]
     else:
         venue = [EmbeddedExchangeProvider(), InProcessProvider()]
-    return make_async_container(CoreProvider(), AgentProvider(), *venue, context={SessionInputs: inputs})
+    apart: list[Provider] = []
+    if inputs.settings.bus.url is not None:
+        from trader_lib.session.distributed import AgentsElsewhereProvider, DistributedProvider
+
+        if broker.kind == "simulated" and broker.transport != "http":
+            raise Misused(
+                "Agents in processes of their own reach the exchange over HTTP. Set broker.transport=http, or leave "
+                "bus.url empty."
+            )
+        apart = [DistributedProvider(), AgentsElsewhereProvider()]
+    return make_async_container(CoreProvider(), AgentProvider(), *venue, *apart, context={SessionInputs: inputs})
