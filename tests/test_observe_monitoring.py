@@ -17,6 +17,7 @@ import requests
 from loguru import logger
 
 from tests.observed import SPEC, families, observed_session, observed_settings
+from tests.tools.metrics_table import PAGE, with_table
 from trader_lib.journal.journal import SqliteJournal
 from trader_lib.observe import server as serving
 from trader_lib.observe.metering import Meter
@@ -253,3 +254,9 @@ async def test_events_are_heard_without_waiting(tmp_path: Path) -> None:
 
     await observed_session(tmp_path, observed_settings(), beside=[probe])
     assert not waits
+
+
+def test_the_documentation_lists_every_metric_as_it_is() -> None:
+    assert PAGE.read_text(encoding="utf-8") == with_table(PAGE.read_text(encoding="utf-8")), (
+        "write it anew: python -m tests.tools.metrics_table"
+    )

@@ -1,4 +1,4 @@
-"""Measure import, engines, sessions, order path, journal and cache, each beside a floor or a peer in the same run.
+"""Measure import, engines, sessions, order path, journal, cache and being watched, each beside a floor or a peer.
 
 Machines are noisy: read the ratios. Nothing here is a test; a figure that worsens is a question, not a failure.
 Example: python -m tests.bench --json bench.json
@@ -23,6 +23,7 @@ from unittest.mock import patch
 
 from loguru import logger
 
+from tests.bench.watching import watching
 from trader_lib.agents.execution import ExecutionAgent
 from trader_lib.agents.risk import RiskAgent
 from trader_lib.broker.alpaca import AlpacaBroker
@@ -295,6 +296,7 @@ PARTS = {
     "orders": order_path,
     "journal": journal_throughput,
     "cache": calls_saved,
+    "watching": lambda: watching(Row),
 }
 
 
