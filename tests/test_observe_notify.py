@@ -1,5 +1,6 @@
 """Messages to real receivers on loopback: a web server, and a mail server that wants STARTTLS and a password."""
 
+import asyncio
 import json
 import shutil
 import ssl
@@ -20,11 +21,12 @@ from trader_lib.agents.strategy import StrategyAgent
 from trader_lib.clock.clock import WallClock
 from trader_lib.config.sections import NotifySettings
 from trader_lib.config.settings import Settings, load_settings
-from trader_lib.errors.taxonomy import Misconfigured, Rejected, Retryable
+from trader_lib.errors.taxonomy import Misconfigured, Rejected, Retryable, RunFailed
 from trader_lib.journal.journal import SqliteJournal
 from trader_lib.market.bars import Bars
 from trader_lib.observe.channels import Mail, Message
 from trader_lib.observe.telling import notifications
+from trader_lib.runs.store import RunStore
 from trader_lib.session.session import run_session
 from trader_lib.session.spec import SessionSpec
 from trader_lib.telemetry.log import configure_logging
@@ -318,3 +320,26 @@ def _summary(trader: Trader, path: Path, *more: str) -> dict[str, Any]:
     assert code == 0, err
     found: dict[str, Any] = json.loads(out)
     return found
+
+
+def test_session_whose_process_dies_is_announced_by_the_one_that_ran_it(
+    trader: Trader, hook: Hook, daily_bars: Bars, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRADER_NOTIFY__WEBHOOK_URL", hook.url)
+    monkeypatch.setenv("TRADER_NOTIFY__SIMULATED", "true")
+    settings = load_settings(environ={}, env_file=None, overrides={"broker": {"transport": "in_process"}})
+    run = RunStore(tmp_path / "runs").create("paper")
+
+    def killed(*_: object, **__: object) -> None:
+        raise RunFailed("The run failed: its kernel was killed.", run=run)
+
+    monkeypatch.setattr("trader_lib.runs.runner.run_notebook", killed)
+    monkeypatch.setattr("trader_lib.app.views.show_run", lambda *_, **__: None)
+    for kind, told in (("paper", 1), ("backtest", 1)):
+        code, _, _ = trader(kind, "--symbols", "AAPL")
+        assert code == 5 and len(hook.bodies) == told, "a backtest calls nobody"
+    assert "its kernel was killed" in hook.bodies[0]["text"] and f"--resume {run.name}" in hook.bodies[0]["text"]
+
+    asyncio.run(run_session(SPEC, settings, bars=daily_bars, journal_path=run.journal))
+    trader("paper", "--symbols", "AAPL")
+    assert len(hook.bodies) == 1, "the session ended and has said so itself"

@@ -7,7 +7,7 @@ __all__ = ['app', 'runs', 'Strategies', 'Json', 'Profile', 'Folder', 'Session', 
            'backtest', 'paper', 'live', 'run_', 'exchange', 'list_', 'show', 'compare', 'kill', 'reduce', 'resume',
            'status', 'config', 'doctor', 'demo', 'strategies', 'main']
 
-# %% ../../nbs/app/04_cli.ipynb #984bc797
+# %% ../../nbs/app/04_cli.ipynb #d0e79a26
 import asyncio
 import getpass
 import json as json_module
@@ -26,7 +26,7 @@ from rich.console import Console
 from .. import __version__
 from .agents import agent
 from .journal import journal, replay
-from .notify import notify, summary
+from .notify import announce_death, notify, summary
 from trader_lib.app.options import (
     CostOptions,
     HowOptions,
@@ -84,7 +84,7 @@ Json = Annotated[bool, Parameter(negative=(), help="Print JSON.")]
 Profile = Annotated[Literal["research", "paper", "live"] | None, Parameter(help="Settings profile. [research]")]
 Folder = Annotated[str | None, Parameter(name="--runs", help="Folder of the run folders. [./runs]")]
 
-# %% ../../nbs/app/04_cli.ipynb #3617179c
+# %% ../../nbs/app/04_cli.ipynb #d313f618
 def _run(
     kind: "Kind",
     given: dict[str, object],
@@ -137,6 +137,8 @@ def _run(
         stopped = error.context.get("run")
         if isinstance(stopped, RunFolder):
             show_run(stopped, as_json=chosen.json)
+            if kind != "backtest" and isinstance(error, RunFailed):
+                announce_death(settings, stopped, error.message)
         raise
     show_run(run, as_json=chosen.json)
     return 0

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AFTER_CLOSE', 'LOOK_S', 'DRAIN_S', 'day_of', 'after_each_close', 'notifications']
 
-# %% ../../nbs/observe/24_telling.ipynb #9cbe7191
+# %% ../../nbs/observe/24_telling.ipynb #228bfe3e
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -14,8 +14,9 @@ from pathlib import Path
 
 from ..clock.clock import Clock, WallClock
 from ..clock.sessions import TradingCalendar
+from ..config.sections import JournalSettings
 from ..errors.taxonomy import Misused
-from ..journal.journal import SqliteJournal
+from ..journal.opening import open_journal
 from .channels import Channel, aside, channels
 from .day import SUMMARISED, DaySummary, summarise, summary_notice, trading_day
 from .notifier import Notifier, listening
@@ -26,10 +27,14 @@ AFTER_CLOSE = timedelta(minutes=5)  # until the last bars and fills of a day hav
 LOOK_S = 60.0  # longest sleep: a machine that was suspended wakes up late, not never
 DRAIN_S = 6.0  # within a companion's patience
 
-# %% ../../nbs/observe/24_telling.ipynb #cb34fbf2
-def day_of(journal: Path, day: date | None = None) -> DaySummary:
-    """The summary of a day, None for the last, from a journal's file; raises Misused where nothing happened on it."""
-    with SqliteJournal(journal, read_only=True) as opened:
+# %% ../../nbs/observe/24_telling.ipynb #518fd3b6
+def day_of(
+    journal: Path,  # of the run folder, wherever its events are kept
+    day: date | None = None,  # None: the last
+    settings: JournalSettings | None = None,  # None: those of the environment, where they are needed
+) -> DaySummary:
+    """The summary of a day, by a connection of its own; raises Misused where nothing happened on it."""
+    with open_journal(journal, settings) as opened:
         return summarise(opened.read(types=SUMMARISED), day)
 
 
@@ -41,7 +46,7 @@ async def after_each_close(calendar: TradingCalendar, clock: Clock, tell: Callab
             await clock.sleep(min(left, LOOK_S))
         tell(trading_day(close))
 
-# %% ../../nbs/observe/24_telling.ipynb #97a2606d
+# %% ../../nbs/observe/24_telling.ipynb #a87d22b6
 def notifications(
     ways: Sequence[Channel] | None = None,  # None: those of the settings
     clock: Clock | None = None,  # people's, not the session's; None: the wall's
@@ -57,11 +62,11 @@ def notifications(
             return
         wall = clock or WallClock()
         notifier = Notifier(found, settings, clock=wall, seed=parts.spec.seed)
-        journal, known = parts.inputs.journal_path, parts.bus.last_seq
+        known = parts.bus.last_seq
         tasks: set[asyncio.Task[None]] = set()
 
         def at_close(day: date) -> None:
-            task = asyncio.create_task(_tell_day(notifier, journal, day, wall))
+            task = asyncio.create_task(_tell_day(notifier, parts, day, wall))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
 
@@ -77,17 +82,18 @@ def notifications(
                     days.cancel()
                 if settings.summary and parts.bus.last_seq > known:
                     parts.journal.commit()
-                    await _tell_day(notifier, journal, None, wall)
+                    await _tell_day(notifier, parts, None, wall)
                 for task in tasks:
                     task.cancel()
 
     return notify
 
 
-async def _tell_day(notifier: Notifier, journal: Path, day: date | None, clock: Clock) -> None:
+async def _tell_day(notifier: Notifier, parts: SessionParts, day: date | None, clock: Clock) -> None:
+    journal, settings = parts.inputs.journal_path, parts.settings.journal
     with suppress(Misused):  # a day on which nothing happened needs no summary
         try:
-            notifier.tell(summary_notice(await aside(lambda: day_of(journal, day)), clock.now()))
+            notifier.tell(summary_notice(await aside(lambda: day_of(journal, day, settings)), clock.now()))
         except Misused:
             raise
         except Exception as error:
