@@ -1,0 +1,219 @@
+"""A session whose agents live in processes of their own: the same journal, and nothing lost or doubled by a kill."""
+
+import asyncio
+import os
+import random
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import date, datetime
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from tests.servers import PostgresServer, RedisServer
+from trader_lib.config.settings import Settings
+from trader_lib.errors.taxonomy import Misconfigured, Misused
+from trader_lib.journal.opening import open_journal
+from trader_lib.session.distributed import Supervisor, agent_command, find_session, serve_agent
+from trader_lib.session.session import SessionResult, run_session
+from trader_lib.session.spec import SessionSpec
+
+NAMES = ("strategy", "risk", "execution")
+SPEC = SessionSpec(params={"fast": 3, "slow": 9}, start=date(2012, 1, 3), end=date(2012, 3, 15))
+NUMBERS = count(1)
+
+
+def environ(server: RedisServer) -> dict[str, str]:
+    return {"TRADER_BUS__URL": server.url, "TRADER_LOGGING__LEVEL": "WARNING"}
+
+
+@asynccontextmanager
+async def agents(server: RedisServer, restarts_max: int = 10) -> AsyncIterator[Supervisor]:
+    """The three deciding agents, each in a process of its own, started again when it dies."""
+    keeper, stop = Supervisor(NAMES, agent_command, environ(server), restarts_max), asyncio.Event()
+    running = asyncio.create_task(keeper.run(stop))
+    try:
+        yield keeper
+        await asyncio.wait({running}, timeout=20)
+    finally:
+        stop.set()
+        await running
+
+
+def facts(result: SessionResult) -> tuple[str, int, str]:
+    with open_journal(result.journal_path) as journal:
+        assert journal.verify().ok
+        return journal.last_hash, journal.last_seq, result.order_list_hash
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, int, str]:
+    """What the session is in one process."""
+    path = tmp_path_factory.mktemp("alone") / "journal.sqlite"
+    result = asyncio.run(run_session(SPEC, Settings(), journal_path=path))
+    assert len(result.orders) > 10
+    return facts(result)
+
+
+async def play(
+    server: RedisServer, path: Path, at_bar: Callable[[int], None] = lambda bar: None, **settings: object
+) -> SessionResult:
+    def progress(bars: int, at: datetime) -> None:
+        at_bar(bars)
+
+    chosen = Settings(bus={"url": server.url}, **settings)  # type: ignore[arg-type]
+    return await asyncio.wait_for(run_session(SPEC, chosen, journal_path=path, progress=progress), 150)
+
+
+def soon(chance: random.Random, act: Callable[[], None]) -> None:
+    """Do something a moment later, in the middle of whatever happens then."""
+    asyncio.get_running_loop().call_later(chance.uniform(0.0, 0.02), act)
+
+
+async def test_a_session_over_four_processes_is_the_same_to_the_byte(
+    redis_server: RedisServer, tmp_path: Path, alone: tuple[str, int, str]
+) -> None:
+    async with agents(redis_server) as keeper:
+        result = await play(redis_server, tmp_path / "journal.sqlite")
+    assert result.reconciliation.ok
+    assert facts(result) == alone
+    assert keeper.restarts == {}
+    assert {one.agent: one.state for one in result.health}["execution"] == "ok"
+    assert next(one.handled for one in result.health if one.agent == "execution") > 10
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
+async def test_an_agent_killed_at_any_moment_loses_and_doubles_nothing(
+    redis_server: RedisServer, tmp_path: Path, alone: tuple[str, int, str], name: str
+) -> None:
+    chance = random.Random(name)
+    async with agents(redis_server) as keeper:
+
+        def kill(bar: int) -> None:
+            if bar in {7, 19, 33}:
+                soon(chance, keeper.processes[name].kill)
+
+        result = await play(redis_server, tmp_path / "journal.sqlite", kill)
+    assert keeper.restarts[name] == 3
+    assert facts(result)[2] == alone[2]
+
+
+@pytest.mark.slow
+async def test_a_redis_killed_at_any_moment_loses_and_doubles_nothing(
+    redis_server: RedisServer, tmp_path: Path, alone: tuple[str, int, str]
+) -> None:
+    chance, killed = random.Random(1), []
+
+    def die() -> None:
+        redis_server.kill()
+        killed.append(1)
+        asyncio.get_running_loop().call_later(0.3, redis_server.start)
+
+    async with agents(redis_server):
+        result = await play(
+            redis_server, tmp_path / "journal.sqlite", lambda bar: soon(chance, die) if bar % 12 == 0 else None
+        )
+    assert len(killed) >= 3
+    assert facts(result) == alone
+
+
+@pytest.mark.slow
+async def test_a_postgres_killed_at_any_moment_loses_and_doubles_nothing(
+    redis_server: RedisServer, postgres_server: PostgresServer, tmp_path: Path, alone: tuple[str, int, str]
+) -> None:
+    chance, killed = random.Random(2), []
+
+    def die() -> None:
+        postgres_server.kill()
+        killed.append(1)
+        starts.append(asyncio.get_running_loop().run_in_executor(None, postgres_server.start))
+
+    starts: list[asyncio.Future[None]] = []
+    path = tmp_path / f"run-{os.getpid()}-{next(NUMBERS)}" / "journal.sqlite"
+    path.parent.mkdir()
+    os.environ["TRADER_JOURNAL__URL"] = postgres_server.url
+    try:
+        async with agents(redis_server):
+            result = await play(
+                redis_server,
+                path,
+                lambda bar: soon(chance, die) if bar % 15 == 0 else None,
+                journal={"url": postgres_server.url},
+            )
+        await asyncio.gather(*starts)
+        assert len(killed) >= 3
+        assert facts(result) == alone
+        assert not path.exists(), "nothing was written beside the server"
+    finally:
+        del os.environ["TRADER_JOURNAL__URL"]
+
+
+SESSION = """
+import asyncio, sys
+from datetime import date
+from pathlib import Path
+from loguru import logger
+from trader_lib.config.settings import load_settings
+from trader_lib.session.session import run_session
+from trader_lib.session.spec import SessionSpec
+logger.remove()
+spec = SessionSpec(params={"fast": 3, "slow": 9}, start=date(2012, 1, 3), end=date(2012, 3, 15))
+told = lambda bars, at: print(bars, flush=True)
+result = asyncio.run(run_session(spec, load_settings(), journal_path=sys.argv[1], resume=True, progress=told))
+print(result.order_list_hash, flush=True)
+"""
+
+
+@pytest.mark.slow
+async def test_the_sessions_own_process_killed_and_resumed_finds_its_agents_again(
+    redis_server: RedisServer, tmp_path: Path, alone: tuple[str, int, str]
+) -> None:
+    path, kills = tmp_path / "journal.sqlite", [9, 27]
+    async with agents(redis_server) as keeper:
+        while True:
+            session = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-c",
+                SESSION,
+                str(path),
+                env={**os.environ, **environ(redis_server)},
+                stdout=asyncio.subprocess.PIPE,
+            )
+            assert session.stdout is not None
+            said = ""
+            while line := (await asyncio.wait_for(session.stdout.readline(), 120)).decode().strip():
+                said = line
+                if kills and line == str(kills[0]):
+                    kills.pop(0)
+                    await asyncio.sleep(0.005)
+                    session.kill()
+            await session.wait()
+            if session.returncode == 0:
+                break
+            assert session.returncode == -signal.SIGKILL
+    assert kills == []
+    assert keeper.restarts == {}, "the agents' processes stayed, and began anew"
+    assert said == alone[2]
+
+
+async def test_what_is_missing_is_said(redis_server: RedisServer, tmp_path: Path) -> None:
+    with pytest.raises(Misconfigured, match="TRADER_BUS__URL"):
+        await serve_agent("risk", Settings())
+    with pytest.raises(Misused, match="Those that wait for agents: none"):
+        await find_session(redis_server.url, "no-such-session")
+    chosen = Settings(bus={"url": redis_server.url}, broker={"transport": "in_process"})  # type: ignore[arg-type]
+    with pytest.raises(Misused, match="over HTTP"):
+        await run_session(SPEC, chosen, journal_path=tmp_path / "journal.sqlite")
+
+
+async def test_an_agent_that_nobody_serves_stops_the_session_with_its_name(
+    redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trader_lib.session.distributed.JOIN_S", 0.5)
+    with pytest.raises(Misconfigured, match="No process has come") as told:
+        await play(redis_server, tmp_path / "journal.sqlite")
+    assert all(name in str(told.value) for name in (*NAMES, "trader agent NAME"))
