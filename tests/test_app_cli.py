@@ -306,7 +306,7 @@ def test_empty_store_says_how_to_begin(trader: Trader) -> None:
 def test_a_bug_is_one_sentence_and_shows_more_when_asked(trader: Trader, monkeypatch: pytest.MonkeyPatch) -> None:
     import trader_lib.app.doctor as doctor
 
-    def broken(profile: str | None) -> None:
+    def broken(profile: str | None, **_: object) -> None:
         raise ZeroDivisionError("oh")
 
     monkeypatch.setattr(doctor, "diagnose", broken)
