@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -17,12 +17,21 @@ from alpaca.data.models import Bar
 from trader_lib.broker.alpaca import SETTLE_S, AlpacaBroker
 from trader_lib.broker.connection import AlpacaAccess
 from trader_lib.broker.inbox import BarArrived
-from trader_lib.broker.streams import StreamThread, WatchedDataStream, WatchedTradingStream
+from trader_lib.broker.streams import (
+    FAILURES_MAX,
+    RECONNECT_CAP_S,
+    StreamThread,
+    WatchedDataStream,
+    WatchedTradingStream,
+)
 from trader_lib.clock.clock import VirtualClock
+from trader_lib.clock.ids import generator
 from trader_lib.config.sections import ResilienceSettings
 from trader_lib.errors.taxonomy import Misconfigured, OutcomeUnknown, Retryable, TraderError, Unauthorized
 from trader_lib.exchange.engine import Exchange
+from trader_lib.exchange.messages import trade_update_json
 from trader_lib.exchange.server import ExchangeServer
+from trader_lib.trading.events import TradeUpdated
 from trader_lib.trading.orders import OrderRequest, OrderSide
 
 ORDER = OrderRequest(symbol="IBM", side=OrderSide.BUY, qty=Decimal(1), client_order_id="once")
@@ -175,7 +184,7 @@ async def test_stop_before_start_does_nothing(alpaca_access: AlpacaAccess) -> No
 @asynccontextmanager
 async def quick_to_reconnect(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
     for kind in (WatchedTradingStream, WatchedDataStream):
-        monkeypatch.setattr(kind, "_reconnect_delay", lambda self, retries: 0.05)
+        monkeypatch.setattr(kind, "_reconnect_delay", lambda self, retries: self._watcher.pause(retries) * 0.01)
     yield
 
 
@@ -202,19 +211,151 @@ async def test_a_lost_connection_comes_back_and_is_counted(
             await broker.stop()
 
 
-async def test_an_unreadable_trade_update_reaches_the_session(
+async def test_an_unreadable_trade_update_is_counted_and_goes_no_further(
     exchange_server: ExchangeServer, alpaca_access: AlpacaAccess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    told, broken = trade_update_json, True
     monkeypatch.setattr(
         "trader_lib.exchange.streams.trade_update_json",
-        lambda event: {"stream": "trade_updates", "data": {"event": "new"}},
+        lambda event: {"stream": "trade_updates", "data": {"event": "new"}} if broken else told(event),
     )
     broker = AlpacaBroker(alpaca_access, symbols=["IBM"], timeframe="1Day")
     await broker.start()
     await broker.submit(ORDER)
     exchange_server.call(exchange_server.exchange.advance)
-    with pytest.raises(TraderError, match="form that this version does not know"):
-        await broker.inbox.pump(trade_updates=1, timeout_s=5)
+    await until(lambda: broker.streams()["trading"].failures == 2)
+    broken = False
+    await broker.submit(ORDER.model_copy(update={"client_order_id": "another"}))
+    exchange_server.call(exchange_server.exchange.advance)
+    update = (await broker.inbox.pump(trade_updates=1, timeout_s=5))[-1]
+    assert isinstance(update, TradeUpdated) and broker.streams()["trading"].reconnects == 0
+    await broker.stop()
+
+
+async def test_a_stream_of_which_nothing_can_be_read_reaches_the_session(alpaca_access: AlpacaAccess) -> None:
+    told: list[TraderError] = []
+    thread = StreamThread("unreadable", _maker(WatchedTradingStream, alpaca_access), told.append)
+    thread.ready()
+    for _ in range(FAILURES_MAX - 1):
+        thread.unreadable(Retryable("what is this?"))
+    thread.heard()
+    thread.unreadable(Retryable("what is this?"))
+    assert not told and thread.counters().failures == FAILURES_MAX
+    for _ in range(FAILURES_MAX - 1):
+        thread.unreadable(Retryable("what is this?"))
+    assert len(told) == 1
+
+
+async def until(happened: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not happened():  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.01)
+
+
+async def test_pauses_before_connecting_again_are_drawn_from_the_seed_and_bounded(alpaca_access: AlpacaAccess) -> None:
+    def pauses(seed: int) -> list[float]:
+        random = generator(seed, "pauses")
+        make = _maker(WatchedTradingStream, alpaca_access)
+        thread = StreamThread("pauses", make, lambda error: None, random=random)
+        return [thread.pause(retries) for retries in range(1, 40)]
+
+    assert pauses(1) == pauses(1) != pauses(2) and len(set(pauses(1))) > 30
+    assert max(pauses(1)[:1]) <= 2.0 and max(pauses(1)) <= RECONNECT_CAP_S
+
+
+async def test_a_broken_stream_comes_back_without_the_session_doing_anything(
+    exchange: Exchange, exchange_server: ExchangeServer, alpaca_access: AlpacaAccess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with quick_to_reconnect(monkeypatch):
+        broker = AlpacaBroker(alpaca_access, symbols=["IBM"], timeframe="1Day")
+        await broker.start()
+        assert all(found.connected and not found.reconnects for found in broker.streams().values())
+        broker._streams[1].restart()
+        await until(lambda: broker.streams()["data"].reconnects == 1)
+        found = broker.streams()
+        assert (found["data"].stale, found["trading"].stale, found["trading"].reconnects) == (1, 0, 0)
+        exchange_server.call(exchange.advance)
+        await broker.inbox.pump(bars=1, timeout_s=5)
+        await broker.stop()
+
+
+@contextmanager
+def mute_between(port: int) -> Iterator[tuple[str, threading.Event]]:
+    """A way to a port on which, once it is told to, nothing comes back any more, while the connection stands."""
+    listener, mute = socket.create_server(("127.0.0.1", 0)), threading.Event()
+
+    def carry(source: socket.socket, target: socket.socket, is_answer: bool) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                if not (is_answer and mute.is_set()):
+                    target.sendall(data)
+        with suppress(OSError):
+            target.close()
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                server = socket.create_connection(("127.0.0.1", port))
+                for pair in ((client, server, False), (server, client, True)):
+                    threading.Thread(target=carry, args=pair, daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    yield f"ws://127.0.0.1:{listener.getsockname()[1]}", mute
+    listener.close()
+
+
+async def test_a_mute_socket_is_noticed_by_its_pings(
+    exchange_server: ExchangeServer, alpaca_access: AlpacaAccess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with mute_between(exchange_server.port) as (url, mute):
+        patience = ResilienceSettings(stream_ping_s=0.4)
+        access = replace(alpaca_access, trading_stream_url=f"{url}/stream", resilience=patience)
+        async with quick_to_reconnect(monkeypatch):
+            broker = AlpacaBroker(access, symbols=["IBM"], timeframe="1Day")
+            await broker.start()
+            mute.set()
+            await until(lambda: broker._streams[0]._stream._ws is None or broker.streams()["trading"].reconnects > 0)
+            mute.clear()
+            await until(lambda: broker.streams()["trading"].reconnects > 0)
+            assert broker.streams()["data"].reconnects == 0
+            await broker.stop()
+
+
+async def test_bars_that_stay_away_while_the_market_is_open_mean_a_new_connection(
+    alpaca_access: AlpacaAccess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with quick_to_reconnect(monkeypatch):
+        clock = VirtualClock(datetime(2026, 11, 27, 14, 20, tzinfo=UTC))  # ten minutes before the open
+        access = replace(alpaca_access, resilience=ResilienceSettings(stream_silent_s=150, reads_timeout_s=5))
+        broker = AlpacaBroker(access, symbols=["IBM"], timeframe="1Min", clock=clock)
+        await broker.start()
+
+        async def pass_(seconds: float) -> None:
+            ends = clock.now() + timedelta(seconds=seconds)
+            while clock.now() < ends:
+                clock.advance_to(min(ends, clock.now() + timedelta(seconds=15)))
+                await asyncio.sleep(0.005)
+
+        await pass_(700)  # the market has been open for 100 s
+        assert broker.streams()["data"].stale == 0
+        await pass_(80)
+        assert broker.streams()["data"].stale == 1
+        await until(lambda: broker.streams()["data"].reconnects == 1)
+        await pass_(200)
+        assert broker.streams()["data"].stale == 1  # more patient than before
+        await pass_(160)
+        assert broker.streams()["data"].stale == 2
+        await broker.stop()
+
+
+async def test_a_stream_that_is_down_is_a_trouble(alpaca_access: AlpacaAccess, exchange_server: ExchangeServer) -> None:
+    broker = AlpacaBroker(alpaca_access, symbols=["IBM"], timeframe="1Day")
+    await broker.start()
+    assert broker.troubles() == ()
+    await asyncio.to_thread(exchange_server.stop)
+    await until(lambda: len(broker.troubles()) == 2)
+    assert "The data stream is not connected." in broker.troubles()
     await broker.stop()
 
 

@@ -2,8 +2,10 @@
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from loguru import logger
 
 from trader_lib.agents.market_data import MarketDataAgent
 from trader_lib.broker.inbox import BarArrived, Inbox
+from trader_lib.broker.port import StreamCounters
 from trader_lib.bus.bus import InProcessBus
 from trader_lib.clock.clock import VirtualClock
 from trader_lib.clock.ids import SeededIds
@@ -36,6 +39,7 @@ from trader_lib.trading.events import (
     FillRecorded,
     OrderAcknowledged,
     OrderIntended,
+    Reconciled,
     TradeUpdated,
 )
 from trader_lib.trading.orders import Order, OrderRequest, OrderSide
@@ -60,6 +64,10 @@ class Market:
         self.bars: list[Bars | Exception] = []
         self.asked: list[tuple[date, date]] = []
         self.reports = 0
+        self.counters = StreamCounters(True, 0, 0, 0, None)
+
+    def streams(self) -> dict[str, StreamCounters]:
+        return {"data": self.counters}
 
     async def account(self) -> AccountReported:
         self.reports += 1
@@ -259,6 +267,113 @@ async def test_bar_waits_until_the_account_is_known() -> None:
     await stage.driver.run(asyncio.Event())
     kinds = [type(event.payload) for event in stage.events]
     assert len(asked) == 3 and kinds.index(AccountReported) < kinds.index(BarsClosed)
+
+
+async def test_account_that_was_asked_for_before_a_fill_and_answered_after_it_is_asked_for_again() -> None:
+    stage = Stage(OPEN, "1Min")
+    stage.desk.start()
+    answer = stage.market.account
+
+    async def account() -> AccountReported:
+        report = await answer()
+        if stage.market.reports == 1:  # a fill crosses the answer
+            await stage.bus.publish(FillRecorded(fill=FILL), source="test", correlation_id="fill")
+            await stage.bus.idle()
+        return report
+
+    stage.market.account = account  # type: ignore[method-assign]
+    await stage.desk.report_account("a")
+    await stage.bus.idle()
+    await stage.desk.report_account("b")
+    await stage.bus.idle()
+    await stage.desk.report_account("c")
+    assert stage.market.reports == 2
+
+
+async def test_nothing_is_decided_on_an_account_while_a_fill_that_it_may_hold_waits_to_be_read() -> None:
+    stage = Stage(OPEN + timedelta(minutes=1), "1Min", bars_max=1)
+    for symbol in ("AAPL", "IBM"):
+        stage.market.inbox.put(BarArrived(symbol, OPEN, ROW))
+    answer = stage.market.account
+
+    async def account() -> AccountReported:
+        if not stage.market.reports:
+            update = TradeUpdated(event="fill", order=order(), qty=Decimal(1), price=Decimal(10), timestamp=OPEN)
+            stage.market.inbox.put(update)
+        return await answer()
+
+    stage.market.account = account  # type: ignore[method-assign]
+    await stage.driver.run(asyncio.Event())
+    kinds = [type(event.payload) for event in stage.events]
+    assert kinds.index(TradeUpdated) < kinds.index(BarsClosed) and stage.market.reports == 2
+
+
+def minutes(count: int) -> Bars:
+    found = synthetic_bars(("AAPL", "IBM"), date(2005, 1, 4), date(2005, 1, 4), timeframe="1Min", seed=3)
+    return found.head(count)
+
+
+@pytest.mark.parametrize("trouble", ["reconnects", "failures"])
+async def test_bars_that_a_stream_left_out_are_fetched_and_only_the_last_is_acted_upon(trouble: str) -> None:
+    stage = Stage(OPEN + timedelta(minutes=1), "1Min", bars_max=5)
+    stage.market.bars = [Retryable("down"), minutes(5)]
+    for symbol in ("AAPL", "IBM"):
+        stage.market.inbox.put(BarArrived(symbol, OPEN, ROW))
+
+    async def break_down() -> None:
+        while not stage.heard(BarsClosed):  # noqa: ASYNC110 - virtual time
+            await asyncio.sleep(0)
+        stage.clock.advance_to(OPEN + timedelta(minutes=5, seconds=10))
+        stage.market.counters = replace(stage.market.counters, **{trouble: 1})
+
+    breakdown = asyncio.create_task(break_down())
+    await stage.driver.run(asyncio.Event())
+    await breakdown
+    closed = stage.heard(BarsClosed)
+    assert [bar.at for bar in closed] == [OPEN + timedelta(minutes=n) for n in range(5)]
+    assert [bar.late for bar in closed] == [False, True, True, True, False]
+    assert stage.driver.filled == 4 and len(stage.heard(ClockTicked)) >= 1
+
+
+async def test_bars_of_the_time_in_which_a_session_was_down_are_fetched() -> None:
+    stage = Stage(OPEN + timedelta(minutes=3, seconds=20), "1Min", bars_max=2, resumed=True)
+    stage.agent.recall(OPEN, 1)
+    stage.market.bars = [minutes(3)]
+    await stage.driver.run(asyncio.Event())
+    assert [bar.late for bar in stage.heard(BarsClosed)] == [True, False]
+
+
+class Books:
+    """A reconciler that says what the test has laid out."""
+
+    def __init__(self, stage: Stage, *answers: Any) -> None:
+        self.stage, self.answers, self.looks = stage, list(answers), []
+
+    async def look(self, settle: Any) -> Any:
+        self.looks.append(round((self.stage.clock.now() - OPEN).total_seconds()))
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+async def test_books_are_looked_at_on_a_timer_and_again_soon_where_something_differs() -> None:
+    stage = Stage(OPEN, "1Min", ends_at=OPEN + timedelta(minutes=6), reconcile_s=120.0, tick_s=30.0)
+    agree = Reconciled(ok=True)
+    books = stage.driver._reconciler = Books(stage, agree, None, agree, Retryable("down"), agree)  # type: ignore
+    await stage.driver.run(asyncio.Event())
+    spans = [later - sooner for sooner, later in pairwise(books.looks)]
+    assert books.looks[0] == pytest.approx(120, abs=1)
+    assert [pytest.approx(span, abs=2) for span in spans[:3]] == [120, 6, 120]
+
+
+async def test_books_are_looked_at_after_a_stream_has_come_back() -> None:
+    stage = Stage(OPEN, "1Min", ends_at=OPEN + timedelta(seconds=10))
+    stage.market.bars = [Retryable("down")]
+    stage.market.counters = replace(stage.market.counters, reconnects=1)
+    books = stage.driver._reconciler = Books(stage, Reconciled(ok=True))  # type: ignore[assignment]
+    await stage.driver.run(asyncio.Event())
+    assert len(books.looks) == 1
 
 
 async def test_stream_that_is_lost_for_good_ends_the_run() -> None:

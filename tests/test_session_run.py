@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from trader_lib.broker.in_process import InProcessBroker
 from trader_lib.config.settings import Settings, load_settings
-from trader_lib.errors.taxonomy import BadData, Halted, InvariantBroken, Misconfigured, Misused, Retryable
+from trader_lib.errors.taxonomy import BadData, InvariantBroken, Misconfigured, Misused, Retryable
 from trader_lib.exchange.costs import Costs
 from trader_lib.exchange.engine import Exchange
 from trader_lib.journal.journal import SqliteJournal
@@ -27,7 +27,14 @@ from trader_lib.market.synthetic import synthetic_bars
 from trader_lib.session.session import SessionResult, run_session, stop_on_signals
 from trader_lib.session.spec import SessionSpec
 from trader_lib.strategy.contract import Strategy
-from trader_lib.trading.events import AgentFailed, FillRecorded, SessionEnded, TradingStateChanged
+from trader_lib.trading.events import (
+    AgentFailed,
+    FillRecorded,
+    OrderAdopted,
+    Reconciled,
+    SessionEnded,
+    TradingStateChanged,
+)
 from trader_lib.trading.orders import Order, OrderRequest, OrderSide, OrderStatus
 from trader_lib.trading.portfolio import Position
 
@@ -173,19 +180,64 @@ async def test_position_that_is_there_is_taken_over(tmp_path: Path, monkeypatch:
     assert result.reconciliation.ok, result.reconciliation.differences
 
 
-async def test_open_order_of_somebody_else_keeps_the_session_from_beginning(
+def by_hand(name: str, **fields: Any) -> OrderRequest:
+    given = {"symbol": "IBM", "side": OrderSide.BUY, "qty": Decimal(7), "client_order_id": name}
+    return OrderRequest(**(given | fields))
+
+
+@pytest.mark.parametrize("transport", ["in_process", "http"])
+async def test_orders_of_somebody_else_are_adopted_counted_and_left_alone(
+    transport: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchanges: list[Exchange] = []
+
+    def order(exchange: Exchange) -> None:
+        exchanges.append(exchange)
+        exchange.submit(by_hand("to be filled"))
+        rests = {"type": "limit", "limit_price": Decimal(1), "time_in_force": "gtc"}
+        exchange.submit(by_hand("to rest", **rests))
+
+    with_account(monkeypatch, order)
+    result = await run(tmp_path, settings=settings(broker={"transport": transport}))
+    first = payloads(result, Reconciled)[0]
+    assert first.ok and {(one.kind, one.resolution) for one in first.discrepancies} == {("external_order", "adopted")}
+    assert [told.order.client_order_id for told in payloads(result, OrderAdopted)][:2] == ["to rest", "to be filled"]
+    fills = [said.fill for said in payloads(result, FillRecorded) if said.fill.client_order_id == "to be filled"]
+    assert [fill.qty for fill in fills] == [7]
+    assert [left.client_order_id for left in exchanges[0].orders()] == ["to rest"]
+    assert result.reconciliation.ok and not result.reconciliation.discrepancies
+    held = {position.symbol: position.qty for position in result.positions}
+    assert held == {position.symbol: position.qty for position in exchanges[0].positions()}
+
+
+async def test_books_are_compared_after_so_many_bars(tmp_path: Path) -> None:
+    result = await run(tmp_path, settings=settings(session={"reconcile_bars": 10}))
+    found = payloads(result, Reconciled)
+    assert len(found) == 2 + result.bars // 10 and all(one.ok and not one.discrepancies for one in found)
+    assert (
+        result.reconciled_at is not None and result.order_list_hash == (await run(tmp_path / "plain")).order_list_hash
+    )
+
+
+async def test_fill_that_no_message_told_is_found_at_the_end_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def order(exchange: Exchange) -> None:
-        exchange.submit(
-            OrderRequest(symbol="IBM", side=OrderSide.BUY, qty=Decimal(1), client_order_id="somebody else's")
-        )
+        tell = exchange._floor._tell
+
+        def silent(event: str, order: Any, *more: Any, **named: Any) -> None:
+            if order.client_order_id != "unheard":
+                tell(event, order, *more, **named)
+
+        exchange._floor._tell = silent
+        exchange.submit(by_hand("unheard"))
 
     with_account(monkeypatch, order)
-    with pytest.raises(Halted, match="external order: buy IBM, somebody else's"):
-        await run(tmp_path)
-    with journal_of(tmp_path) as journal:
-        assert journal.verify().ok
+    result = await run(tmp_path)
+    repaired = [said.fill for said in payloads(result, FillRecorded) if said.fill.client_order_id == "unheard"]
+    assert [fill.qty for fill in repaired] == [7] and repaired[0].execution_id.startswith("repair:")
+    kinds = [(one.kind, one.resolution) for one in result.reconciliation.discrepancies]
+    assert result.reconciliation.ok and ("missed_fill", "repaired") in kinds
 
 
 async def test_start_at_the_first_bar_needs_no_history(tmp_path: Path) -> None:

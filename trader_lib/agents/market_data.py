@@ -20,7 +20,7 @@ from ..market.record import record_history
 from ..trading.events import BarRow, BarsClosed, Event, HistoryLoaded, Payload
 from ..trading.orders import Utc
 
-# %% ../../nbs/agents/01_market_data.ipynb #6ebcc36f
+# %% ../../nbs/agents/01_market_data.ipynb #06bc2ee6
 class MarketDataAgent(Agent):
     """Assembles closed bars into one event a stamp.
 
@@ -47,6 +47,7 @@ class MarketDataAgent(Agent):
         self._patience = timedelta(seconds=patience_s)
         self._waiting: dict[datetime, dict[str, BarRow]] = {}
         self._released: datetime | None = None
+        self._act_from: datetime | None = None
         self.late = 0  # bars that came after their stamp was out, and were dropped
 
     def handlers(self) -> Mapping[type[Payload], Handler]:
@@ -62,6 +63,16 @@ class MarketDataAgent(Agent):
     def recall(self, released: datetime | None, count: int) -> None:
         """Go on after a restart: `count` stamps were let out, the last one `released`, or history's end where none was."""
         self._released, self._handled = released, count
+
+    @property
+    def released(self) -> datetime | None:
+        """The last stamp that was let out; before the first, the end of the history."""
+        return self._released
+
+    def supersede(self) -> None:
+        """Of the bars that wait, only the latest are to be acted upon: they were fetched after a gap."""
+        if self._waiting:
+            self._act_from = max(self._waiting)
 
     def offer(self, symbol: str, at: datetime, row: BarRow) -> bool:
         """Take a closed bar stamped `at`; say whether it was wanted: of our symbols, and not late."""
@@ -96,5 +107,6 @@ class MarketDataAgent(Agent):
         self._handled += 1
         self._last_event_at = self._clock.now()
         bars = {symbol: rows[symbol] for symbol in self._symbols if symbol in rows}
-        payload = BarsClosed(at=at, closed_at=self.closed_at(at), bars=bars, last=last)
+        late = self._act_from is not None and at < self._act_from
+        payload = BarsClosed(at=at, closed_at=self.closed_at(at), bars=bars, last=last, late=late)
         return await self.publish(payload, correlation_id=correlation_id)

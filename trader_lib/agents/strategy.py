@@ -80,7 +80,7 @@ def order_request(action: PlannedAction, order_id: str, strategy: str = "") -> O
 def _price(price: float) -> Decimal | None:
     return None if math.isnan(price) else to_decimal(price, PRICE_DECIMALS)
 
-# %% ../../nbs/agents/02_strategy.ipynb #32441436
+# %% ../../nbs/agents/02_strategy.ipynb #ea336e64
 class StrategyAgent(Agent):
     """Decides at every closed bar.
 
@@ -154,6 +154,8 @@ class StrategyAgent(Agent):
         close = self._bars.close[-1]
         np.copyto(self._mark, close, where=~np.isnan(close))
         self._planner.on_close(close)
+        if closed.late:
+            return
         weights = self._ask()
         if weights is None:
             await self._decide(event, closed.at, np.full(len(close), math.nan), close)

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['T', 'Fate', 'Faults', 'Submission', 'FaultyBroker']
 
-# %% ../../nbs/broker/10_faults.ipynb #f48d6eaa
+# %% ../../nbs/broker/10_faults.ipynb #72c51004
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from typing import Literal, TypeVar
@@ -16,7 +16,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from .inbox import BarArrived, Inbox, InboxItem
-from .port import Asset, Broker, MarketClock, MarketData, OrderFilter
+from .port import Asset, Broker, MarketClock, MarketData, OrderFilter, StreamCounters
 from ..clock.clock import Clock
 from ..errors.taxonomy import OutcomeUnknown, RateLimited, Rejected, Retryable, TraderError
 from ..market.bars import Bars
@@ -69,7 +69,7 @@ class Submission:
     request: OrderRequest
     fate: Fate
 
-# %% ../../nbs/broker/10_faults.ipynb #68a7ad0b
+# %% ../../nbs/broker/10_faults.ipynb #ec3be769
 class FaultyBroker:
     """A broker, and its history, behind a bad connection. Not for lockstep, which counts every message.
 
@@ -168,6 +168,10 @@ class FaultyBroker:
     def refresh(self) -> None:
         """Forget every answer that is kept."""
         self._broker.refresh()
+
+    def streams(self) -> Mapping[str, StreamCounters]:
+        """The broker's."""
+        return self._broker.streams()
 
     def troubles(self) -> tuple[str, ...]:
         """What does not work at the moment."""

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['T', 'as_over_the_wire', 'trade_update', 'InProcessBroker']
 
-# %% ../../nbs/broker/02_in_process.ipynb #c067e03b
-from collections.abc import Callable, Sequence
+# %% ../../nbs/broker/02_in_process.ipynb #3fe72e2b
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date, datetime, timedelta
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ import requests
 from alpaca.common.exceptions import APIError
 
 from .inbox import BarArrived, Inbox
-from .port import Asset, MarketClock, OrderFilter
+from .port import Asset, MarketClock, OrderFilter, StreamCounters
 from ..errors.alpaca import from_alpaca
 from ..errors.taxonomy import Misused, NotFound, Rejected, TraderError
 from ..exchange.book import OrderEvent
@@ -39,7 +39,7 @@ def as_over_the_wire(error: Rejected, *, order_post: bool = False) -> TraderErro
     answer: APIError = APIError(body, requests.HTTPError(response=response))  # type: ignore[no-untyped-call]
     return from_alpaca(answer, order_post=order_post)
 
-# %% ../../nbs/broker/02_in_process.ipynb #a1dead61
+# %% ../../nbs/broker/02_in_process.ipynb #bca332df
 def trade_update(event: OrderEvent) -> TradeUpdated:
     """What the exchange told of an order, as a broker's message."""
     return TradeUpdated(
@@ -144,6 +144,10 @@ class InProcessBroker:
 
     def refresh(self) -> None:
         """Nothing is kept."""
+
+    def streams(self) -> Mapping[str, StreamCounters]:
+        """None."""
+        return {}
 
     def troubles(self) -> tuple[str, ...]:
         """None: nothing lies between the session and the exchange."""

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Level', 'Fraction', 'Window', 'Positive', 'NotNegative', 'PostgresUrl', 'RedisUrl', 'Symbols', 'Hosts',
            'SymbolBounds', 'AgentLevels', 'Url', 'Address', 'Addresses', 'Section', 'symbol_bounds', 'BrokerSettings',
-           'ExchangeSettings', 'RiskSettings', 'ResilienceSettings', 'JournalSettings', 'BusSettings', 'DataSettings',
-           'LoggingSettings', 'RunSettings', 'MonitoringSettings', 'TelemetrySettings', 'NotifySettings']
+           'ExchangeSettings', 'RiskSettings', 'ResilienceSettings', 'JournalSettings', 'BusSettings',
+           'SessionSettings', 'DataSettings', 'LoggingSettings', 'RunSettings', 'MonitoringSettings',
+           'TelemetrySettings', 'NotifySettings']
 
 # %% ../../nbs/config/00_sections.ipynb #6d961b9e
 from decimal import Decimal
@@ -179,7 +180,7 @@ class RiskSettings(Section):
         {}, description="bounds of single symbols: GME.max_order_qty=10,GME.allow_short=false"
     )
 
-# %% ../../nbs/config/00_sections.ipynb #82aa5abd
+# %% ../../nbs/config/00_sections.ipynb #d0184327
 _Timeout = Annotated[float, Field(gt=0, le=600)]
 _Concurrent = Annotated[int, Field(ge=1, le=100)]
 _Attempts = Annotated[int, Field(ge=1, le=10)]
@@ -205,6 +206,11 @@ class ResilienceSettings(Section):
     cancels_concurrent: _Concurrent = Field(2, description="cancels under way at once")
     cancels_attempts: _Attempts = Field(3, description="attempts for one cancel; an order is never sent twice")
     cancels_budget_s: _Timeout = Field(30.0, description="longest time for all attempts of one cancel, in seconds")
+    stream_silent_s: Annotated[float, Field(ge=10, le=86_400)] | None = Field(
+        150.0,
+        description="silence of the bars while the market is open that means a dead stream, in seconds; none: never",
+    )
+    stream_ping_s: _Timeout = Field(20.0, description="longest wait for the answer to a ping of a stream, in seconds")
     reads_timeout_s: _Timeout = Field(10.0, description="longest wait for the answer to a read, in seconds")
     reads_concurrent: _Concurrent = Field(3, description="reads under way at once")
     reads_reserve: _Reserve = Field(60, description="calls a minute that reads leave to orders and cancels")
@@ -221,9 +227,11 @@ class ResilienceSettings(Section):
 
     def for_simulation(self) -> "ResilienceSettings":
         """The same for an exchange whose time is not ours: no calls a minute, and its clock is asked each time."""
-        return self.model_copy(update={"trading_per_minute": None, "data_per_minute": None, "clock_ttl_s": 0.0})
+        return self.model_copy(
+            update={"trading_per_minute": None, "data_per_minute": None, "clock_ttl_s": 0.0, "stream_silent_s": None}
+        )
 
-# %% ../../nbs/config/00_sections.ipynb #35b5319a
+# %% ../../nbs/config/00_sections.ipynb #6f18248e
 class JournalSettings(Section):
     """How hard a session's record is pressed onto the disk."""
 
@@ -242,6 +250,17 @@ class BusSettings(Section):
     put_timeout_s: float = Field(5.0, gt=0, le=600, description="longest wait for room in a full queue, in seconds")
     url: RedisUrl | None = Field(
         None, description="redis://host:port/0, over which agents run in processes of their own; empty: in one process"
+    )
+
+
+class SessionSettings(Section):
+    """What a session does by itself, beside trading."""
+
+    reconcile_interval_s: float = Field(
+        300.0, ge=10, le=86_400, description="time between two comparisons with the broker's books, in seconds"
+    )
+    reconcile_bars: int = Field(
+        100, ge=1, le=1_000_000, description="the same at the embedded exchange, whose time is not ours, in bars"
     )
 
 

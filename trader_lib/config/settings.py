@@ -6,7 +6,7 @@
 __all__ = ['Profile', 'PREFIX', 'ALIASES', 'SETTING_NAMES', 'SECRETS_DIR', 'FILE', 'Settings', 'load_settings', 'SettingRow',
            'explain']
 
-# %% ../../nbs/config/01_settings.ipynb #5ca0a83c
+# %% ../../nbs/config/01_settings.ipynb #56c69080
 import os
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
@@ -36,11 +36,12 @@ from trader_lib.config.sections import (
     ResilienceSettings,
     RiskSettings,
     RunSettings,
+    SessionSettings,
     TelemetrySettings,
 )
 from ..errors.taxonomy import Misconfigured, did_you_mean
 
-# %% ../../nbs/config/01_settings.ipynb #c952f11e
+# %% ../../nbs/config/01_settings.ipynb #8bed72f2
 Profile = Literal["research", "paper", "live"]
 
 PREFIX = "TRADER_"
@@ -71,6 +72,7 @@ class Settings(BaseSettings):
     resilience: ResilienceSettings = Field(default_factory=ResilienceSettings)
     journal: JournalSettings = Field(default_factory=JournalSettings)
     bus: BusSettings = Field(default_factory=BusSettings)
+    session: SessionSettings = Field(default_factory=SessionSettings)
     data: DataSettings = Field(default_factory=DataSettings)
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
     runs: RunSettings = Field(default_factory=RunSettings)

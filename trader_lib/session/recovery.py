@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SESSION', 'EXECUTION', 'DECIDING', 'SILENCE', 'is_deciding', 'Recollection', 'repaired_at_once', 'RecordedBroker']
 
-# %% ../../nbs/session/08_recovery.ipynb #43a041db
+# %% ../../nbs/session/08_recovery.ipynb #ff9aee8a
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from itertools import takewhile
@@ -18,7 +18,7 @@ from ..agents.portfolio import PortfolioAgent
 from ..agents.risk import RiskAgent
 from ..agents.strategy import StrategyAgent
 from ..broker.inbox import Inbox
-from ..broker.port import Asset, Broker, MarketClock, OrderFilter
+from ..broker.port import Asset, Broker, MarketClock, OrderFilter, StreamCounters
 from ..bus.bus import InProcessBus
 from ..clock.clock import Clock
 from ..errors.taxonomy import InvariantBroken, OutcomeUnknown, Rejected, Retryable
@@ -42,7 +42,7 @@ from trader_lib.trading.events import (
 from ..trading.orders import Order, OrderRequest
 from ..trading.portfolio import Position
 
-# %% ../../nbs/session/08_recovery.ipynb #79cf51af
+# %% ../../nbs/session/08_recovery.ipynb #ae2d3f90
 SESSION = "session"  # the source of what the session itself says
 EXECUTION = ExecutionAgent.name
 DECIDING = frozenset({StrategyAgent.name, RiskAgent.name, EXECUTION, PortfolioAgent.name})
@@ -64,6 +64,7 @@ class Recollection:
         self.session_id = ""
         self.last_time: datetime | None = None  # when the last event was recorded
         self.started: SessionStarted | None = None
+        self.started_at: datetime | None = None
         self.history: HistoryLoaded | None = None
         self.account: AccountReported | None = None  # the last report
         self.ending: OperatorCommand | None = None  # the session's own last command: it had begun to end
@@ -96,7 +97,7 @@ class Recollection:
             self._said[event.source].append(event)
         match event.payload:
             case SessionStarted() as started:
-                self.started = started
+                self.started, self.started_at = started, event.recorded_at
             case HistoryLoaded() as history:
                 self.history = history
             case AccountReported() as account:
@@ -166,7 +167,7 @@ def _is_same(recorded: Payload, said: Payload) -> bool:
         return (recorded.client_order_id, recorded.outcome) == (said.client_order_id, said.outcome)
     return type(recorded) is type(said) and recorded.to_json() == said.to_json()
 
-# %% ../../nbs/session/08_recovery.ipynb #a6a1d59d
+# %% ../../nbs/session/08_recovery.ipynb #92b1912d
 def repaired_at_once(lines: Iterable[Payload]) -> tuple[Order, ...]:
     """The orders among an execution agent's words whose first mention is followed by a fill: listed, and repaired.
 
@@ -335,6 +336,10 @@ class RecordedBroker:
     def refresh(self) -> None:
         """As the broker."""
         self._broker.refresh()
+
+    def streams(self) -> Mapping[str, StreamCounters]:
+        """The broker's."""
+        return self._broker.streams()
 
     def troubles(self) -> tuple[str, ...]:
         """The broker's."""

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SOURCE', 'ANSWERS_MAX', 'LAST_LOOKS', 'T', 'stop_on_signals', 'SessionResult', 'Session', 'run_session']
 
-# %% ../../nbs/session/03_session.ipynb #451cdfa4
+# %% ../../nbs/session/03_session.ipynb #4d44ae83
 import asyncio
+import gc
 import platform
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ from ..clock.ids import Ids, UniqueIds
 from ..clock.sessions import NEW_YORK, TIMEFRAME_SECONDS, TradingCalendar
 from ..config.sections import JournalSettings
 from ..config.settings import Settings
-from ..errors.taxonomy import BadData, Halted, Misused, Retryable
+from ..errors.taxonomy import BadData, Halted, InvariantBroken, Misused, Retryable
 from ..journal.chain import Journal
 from ..journal.opening import journal_exists, open_journal
 from ..market.bars import Bars, Provenance, window
@@ -51,7 +52,7 @@ from trader_lib.session.orders import (
     refusals,
     strategy_curves,
 )
-from .reconcile import reconcile
+from .reconcile import CONFIRM_S, LOOKS_MAX, Reconciler
 from .recovery import Recollection
 from .spec import SessionSpec, session_name, title
 from .wiring import Agents, History, SessionInputs, session_container
@@ -109,7 +110,7 @@ def stop_on_signals(stop: asyncio.Event) -> Iterator[None]:
             loop.remove_signal_handler(number)
             signal.signal(number, before)
 
-# %% ../../nbs/session/03_session.ipynb #a716f787
+# %% ../../nbs/session/03_session.ipynb #5d30bed1
 def _curve(rows: Sequence[tuple[datetime, Decimal, Decimal]]) -> pd.DataFrame:
     index = pd.DatetimeIndex([at for at, _, _ in rows], name="timestamp", tz="UTC")
     figures = [(float(equity), float(cash)) for _, equity, cash in rows]
@@ -138,6 +139,7 @@ class SessionResult:
     started_at: datetime
     ended_at: datetime
     wall_s: float
+    reconciled_at: datetime | None = None  # None where an earlier process did it
     health: tuple[AgentHealth, ...] = field(default=(), repr=False)
 
     @cached_property
@@ -180,7 +182,7 @@ class SessionResult:
         """Equity at every closed bar, USD."""
         return self.curve["equity"]
 
-# %% ../../nbs/session/03_session.ipynb #34509f99
+# %% ../../nbs/session/03_session.ipynb #9dd900a7
 class Session:
     """One session over wired parts. Use `run_session`."""
 
@@ -191,10 +193,18 @@ class Session:
     async def _publish(self, payload: Payload) -> None:
         await self._bus.publish(payload, source=SOURCE, correlation_id=self._correlation_id)
 
-    async def open(self, agents: Agents, desk: Desk, driver: Driver, history: Bars, events: Iterable[Event]) -> None:
+    async def open(
+        self,
+        agents: Agents,
+        desk: Desk,
+        driver: Driver,
+        reconciler: Reconciler,
+        history: Bars,
+        events: Iterable[Event],  # of the journal
+    ) -> None:
         """Start the agents, tell them what the journal holds, then what it does not: the account and its holdings.
 
-        events: of the journal. Raises Halted where orders lie open that are not ours.
+        Open orders of others are adopted. Raises Halted where our books and the broker's differ.
         """
         inputs, past = self._inputs, self._inputs.past
         for agent in agents.all():
@@ -231,12 +241,12 @@ class Session:
         await self._bus.idle()
         if past.ended is not None:
             return
-        found = await self.reconcile(agents, driver, with_cash=False)
+        found = await self._reconcile(reconciler, driver, opening=past.account is None)
         if not found.ok:
             raise Halted(
                 "The account is not as a session can take it over: "
                 + "; ".join(found.differences)
-                + ". Cancel the open orders at the broker, then start again."
+                + ". Compare the orders at the broker with `trader journal show`; a new session takes over what is held."
             )
 
     def _ensure_capital(self, account: AccountReported) -> None:
@@ -271,20 +281,16 @@ class Session:
         )
         await self._publish(FillRecorded(fill=fill))
 
-    async def reconcile(self, agents: Agents, driver: Driver, *, with_cash: bool) -> Reconciled:
-        """Lay the books beside the broker's and publish what was found."""
-        self._broker.refresh()
-        found = reconcile(
-            agents.portfolio.portfolio,
-            await self._answer(driver, self._broker.positions),
-            agents.execution.book.working(),
-            await self._answer(driver, self._broker.orders),
-            agents.portfolio.cash_drift,
-            agents.portfolio.cash_tolerance if with_cash and self._inputs.is_simulated else None,
-        )
-        await self._publish(found)
-        await self._bus.idle()
-        return found
+    async def _reconcile(
+        self, reconciler: Reconciler, driver: Driver, *, opening: bool = False, closing: bool = False
+    ) -> Reconciled:
+        """Look at the books until it is decided whether they agree."""
+        for _ in range(LOOKS_MAX):
+            found = await self._answer(driver, lambda: reconciler.look(driver.settle, opening=opening, closing=closing))
+            if found is not None:
+                return found
+            await driver.pause(CONFIRM_S)
+        raise InvariantBroken(f"A reconciliation was not decided within {LOOKS_MAX} looks.")
 
     async def _answer(self, driver: Driver, question: Callable[[], Awaitable[T]]) -> T:
         """The broker's answer at the two ends of a session: a question that fails for the moment is asked again."""
@@ -296,7 +302,7 @@ class Session:
         return await question()
 
     async def close(
-        self, agents: Agents, desk: Desk, driver: Driver, reason: str
+        self, agents: Agents, desk: Desk, driver: Driver, reconciler: Reconciler, reason: str
     ) -> tuple[Reconciled, AccountReported]:
         """Cancel what is open, let it come to rest, reconcile, and write down the end, each unless it is done."""
         past = self._inputs.past
@@ -312,7 +318,7 @@ class Session:
             await driver.settle()
         await self._answer(driver, lambda: desk.report_account(self._correlation_id))
         await self._bus.idle()
-        found = await self.reconcile(agents, driver, with_cash=True)
+        found = await self._reconcile(reconciler, driver, closing=True)
         account = await self._answer(driver, self._broker.account)
         await self._publish(SessionEnded(reason=reason, equity=account.equity))
         await self._bus.idle()
@@ -320,7 +326,7 @@ class Session:
             await agent.stop()
         return found, account
 
-# %% ../../nbs/session/03_session.ipynb #1c44ea5b
+# %% ../../nbs/session/03_session.ipynb #cb2bd5ff
 def _versions() -> dict[str, str]:
     """What the numbers of a session rest on; a replay by another version names the two."""
     python = platform.python_version()
@@ -392,6 +398,18 @@ def _as_recorded(history: Bars, recorded: HistoryLoaded) -> Bars:
     return found
 
 
+@contextmanager
+def _collecting_later() -> Iterator[None]:
+    """Leave the search for unreachable objects until many that stay have been made: it would look at all of them again."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 def _recall(journal_path: Path, settings: JournalSettings, *, resume: bool) -> Recollection:
     """What the journal holds already; raises Misused for a session that is not to be resumed."""
     if not journal_exists(journal_path):
@@ -407,7 +425,8 @@ def _recall(journal_path: Path, settings: JournalSettings, *, resume: bool) -> R
         found = journal.verify()
         if not found.ok:
             raise BadData(f"The journal {journal_path} cannot be resumed from: {found.reason}. Start a new session.")
-        past = Recollection(journal.read())
+        with _collecting_later():
+            past = Recollection(journal.read())
     if past.failed:
         raise Misused(f"This session has ended in a failure: {past.ended and past.ended.reason} Start a new one.")
     return past
@@ -468,7 +487,7 @@ async def _run(inputs: SessionInputs, companions: Iterable[Companion]) -> Sessio
                 session = Session(inputs, await container.get(InProcessBus), broker, clock, await container.get(Ids))
                 async with container(context={History: history}) as parts:
                     agents, driver = await parts.get(Agents), await parts.get(Driver)
-                    desk = await parts.get(Desk)
+                    desk, reconciler = await parts.get(Desk), await parts.get(Reconciler)
                     journal = await container.get(Journal)
                     if journal.last_seq != inputs.past.last_seq:
                         raise Misused(
@@ -485,10 +504,10 @@ async def _run(inputs: SessionInputs, companions: Iterable[Companion]) -> Sessio
                         await container.get(ControlFile),
                     )
                     async with accompanied(beside, companions):
-                        await session.open(agents, desk, driver, history, journal.read())
+                        await session.open(agents, desk, driver, reconciler, history, journal.read())
                         reason, failure = _ending(inputs.past) or await _drive(driver, stop)
                         try:
-                            found, account = await session.close(agents, desk, driver, reason)
+                            found, account = await session.close(agents, desk, driver, reconciler, reason)
                             positions = await broker.positions()
                         except Exception as worse:
                             if failure is None:
@@ -506,6 +525,7 @@ async def _run(inputs: SessionInputs, companions: Iterable[Companion]) -> Sessio
         reason=reason,
         journal_path=inputs.journal_path,
         reconciliation=found,
+        reconciled_at=reconciler.last_at,
         equity_end=account.equity,
         cash_end=account.cash,
         positions=positions,

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['RecordedClock', 'RecordEnds', 'failure_again', 'ScriptedBroker', 'Line', 'NotingBus']
 
-# %% ../../nbs/session/11_stage.ipynb #56f6a2ba
+# %% ../../nbs/session/11_stage.ipynb #553b5b83
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from ..agents.execution import Patience
 from ..agents.tracking import OrderBook
 from ..broker.inbox import Inbox
-from ..broker.port import Asset, MarketClock
+from ..broker.port import Asset, MarketClock, StreamCounters
 from ..bus.bus import Handler, Subscription
 from ..errors.taxonomy import InvariantBroken, Misused, OutcomeUnknown, Rejected, Retryable, TraderError
 from .recovery import repaired_at_once
@@ -65,7 +65,7 @@ def failure_again(said: AgentFailed) -> Exception:
     kind: type[Exception] = type(name if name.isidentifier() else "RecordedFailure", (Exception,), {})
     return kind(words)
 
-# %% ../../nbs/session/11_stage.ipynb #2eba309a
+# %% ../../nbs/session/11_stage.ipynb #c8d0aeeb
 class ScriptedBroker:
     """The broker's side of the conversation, read from a script.
 
@@ -150,6 +150,10 @@ class ScriptedBroker:
     async def orders(self, status: str = "open") -> tuple[Order, ...]:
         """Those alone that are repaired without being looked up before: what else the agent looks up is on record."""
         return repaired_at_once(event.payload for event in self._script)
+
+    def streams(self) -> Mapping[str, StreamCounters]:
+        """None."""
+        return {}
 
     def troubles(self) -> tuple[str, ...]:
         """None."""

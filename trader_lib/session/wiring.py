@@ -7,7 +7,7 @@ __all__ = ['History', 'ORDER_FRESH_S', 'SIMULATED_KEY', 'Strategists', 'SessionI
            'EmbeddedExchangeProvider', 'InProcessProvider', 'HttpProvider', 'AlpacaProvider', 'RealMarketProvider',
            'strategist', 'bounds', 'Agents', 'AgentProvider', 'session_container']
 
-# %% ../../nbs/session/01_wiring.ipynb #adc91a43
+# %% ../../nbs/session/01_wiring.ipynb #8b528175
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -45,6 +45,7 @@ from ..risk.limits import Limits
 from .control import ControlFile, Operator, SessionLock
 from .drivers import Desk, Driver, LockstepDriver, Progress, RealTimeDriver
 from .rebuild import Standing, rebuild
+from .reconcile import Reconciler
 from .recovery import Recollection, RecordedBroker
 from .spec import Assignment, SessionSpec
 from ..strategy.contract import Strategy
@@ -157,7 +158,7 @@ class CoreProvider(Provider):
         """Where the broker's messages enter."""
         return Desk(bus, broker, ids)
 
-# %% ../../nbs/session/01_wiring.ipynb #6f2ed691
+# %% ../../nbs/session/01_wiring.ipynb #92c9f9df
 class RebuiltExchange(NamedTuple):
     """An exchange, and where the journal leaves it."""
 
@@ -216,6 +217,7 @@ class EmbeddedExchangeProvider(Provider):
         ids: Ids,
         journal: Journal,
         operator: Operator,
+        reconciler: Reconciler,
         rebuilt: RebuiltExchange,
     ) -> Driver:
         """Lockstep."""
@@ -231,6 +233,8 @@ class EmbeddedExchangeProvider(Provider):
             inputs.progress,
             standing=rebuilt.standing,
             operator=operator,
+            reconciler=reconciler,
+            reconcile_bars=inputs.settings.session.reconcile_bars,
             count=inputs.past.bars,
         )
 
@@ -327,7 +331,7 @@ class AlpacaProvider(Provider):
         """As a source of history."""
         return broker
 
-# %% ../../nbs/session/01_wiring.ipynb #65eaae8e
+# %% ../../nbs/session/01_wiring.ipynb #1a1d4c55
 class RealMarketProvider(Provider):
     """Alpaca's own addresses, the wall clock, and the driver that follows the market."""
 
@@ -359,6 +363,7 @@ class RealMarketProvider(Provider):
         journal: Journal,
         history: History,
         operator: Operator,
+        reconciler: Reconciler,
     ) -> Driver:
         """Free-running."""
         spec = inputs.spec
@@ -377,6 +382,9 @@ class RealMarketProvider(Provider):
             inputs.past.last_bar or (history.at(history.n - 1) if history.n else None),
             inputs.progress,
             operator=operator,
+            reconciler=reconciler,
+            reconcile_s=inputs.settings.session.reconcile_interval_s,
+            resumed=not inputs.past.is_empty,
             count=inputs.past.bars,
             bars_max=spec.bars_max,
             ends_at=_end_of(spec, calendar),
@@ -388,7 +396,7 @@ def _end_of(spec: SessionSpec, calendar: TradingCalendar) -> datetime | None:
     session = None if spec.end is None else calendar.session_on(spec.end)
     return None if session is None else session.close + timedelta(minutes=15)
 
-# %% ../../nbs/session/01_wiring.ipynb #2afac6fc
+# %% ../../nbs/session/01_wiring.ipynb #1cdfda32
 def strategist(
     one: Assignment,
     bus: Bus,
@@ -504,7 +512,23 @@ class AgentProvider(Provider):
 
     agents = provide(Agents)
 
-# %% ../../nbs/session/01_wiring.ipynb #aa3a9b0b
+    @provide
+    def reconciler(
+        self,
+        inputs: SessionInputs,
+        bus: InProcessBus,
+        broker: Broker,
+        clock: Clock,
+        ids: Ids,
+        portfolio: PortfolioAgent,
+        execution: ExecutionAgent,
+    ) -> Reconciler:
+        """Our books beside the broker's."""
+        since = inputs.past.started_at or clock.now()
+        foresees = inputs.is_simulated
+        return Reconciler(bus, broker, clock, ids, portfolio, execution, since=since, foresees_cash=foresees)
+
+# %% ../../nbs/session/01_wiring.ipynb #c5cc4aca
 def session_container(inputs: SessionInputs) -> AsyncContainer:
     """The parts of one session, wired for the venue that the settings name."""
     broker = inputs.settings.broker

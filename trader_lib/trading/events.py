@@ -100,7 +100,7 @@ def payload_from_json(type_name: str, text: bytes | str) -> Payload:
     except ValidationError as error:
         raise BadData(f"An event of type {type_name!r} cannot be read: {error}", type=type_name) from error
 
-# %% ../../nbs/trading/05_events.ipynb #2a97ee18
+# %% ../../nbs/trading/05_events.ipynb #2e455e15
 class SessionStarted(Input):
     """A session begins: everything it was started with, secrets excluded."""
 
@@ -134,6 +134,7 @@ class BarsClosed(Input):
     closed_at: Utc
     bars: FrozenMap[str, BarRow]
     last: bool = False  # of the session's data
+    late: bool = False  # fetched after a gap, and followed by later ones: known, and not acted upon
 
 
 class HistoryLoaded(Input):
@@ -234,7 +235,7 @@ class ClockTicked(Input):
     type: ClassVar[str] = "clock_ticked"
     at: Utc
 
-# %% ../../nbs/trading/05_events.ipynb #25f8783a
+# %% ../../nbs/trading/05_events.ipynb #b7a404cf
 class TradingState(StrEnum):
     """What may be sent: everything, only what shrinks exposure, or only cancels."""
 
