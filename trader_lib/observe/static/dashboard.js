@@ -330,7 +330,8 @@ function confirmed(action) {
   asking = action;
   const [title, , question, text] = ACTIONS[action];
   $("confirm-title").textContent = question;
-  $("confirm-text").textContent = `${view.stage === "live" ? "This session trades REAL MONEY. " : ""}${text}`;
+  const own = action === "kill" && view.stage === "simulated" ? "HALTED: its exchange is a part of the session, which cancels what is open itself." : text;
+  $("confirm-text").textContent = `${view.stage === "live" ? "This session trades REAL MONEY. " : ""}${own}`;
   $("flatten-row").hidden = action !== "kill";
   $("flatten").checked = false;
   $("do").textContent = title; $("do").className = action;
