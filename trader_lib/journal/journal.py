@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Durability', 'SCHEMA_VERSION', 'READ_ROWS', 'BUSY_TIMEOUT_S', 'SCHEMA', 'INSERT', 'SELECT', 'SELECT_LAST',
-           'WRITE_HEAD', 'P', 'R', 'SqliteJournal', 'NO_HASH', 'Journal', 'Verification']
+           'SELECT_CANONICAL', 'WRITE_HEAD', 'P', 'R', 'SqliteJournal', 'NO_HASH', 'Journal', 'Verification']
 
-# %% ../../nbs/journal/01_journal.ipynb #fa4f4640
+# %% ../../nbs/journal/01_journal.ipynb #3299aa0a
 import sqlite3
+from hashlib import sha256
 from collections.abc import Callable, Collection, Iterator
 from functools import wraps
 from pathlib import Path
@@ -23,7 +24,7 @@ from ..trading.events import ENVELOPE, Event, Payload
 
 _all_ = ["NO_HASH", "Journal", "Verification"]
 
-# %% ../../nbs/journal/01_journal.ipynb #690f6ea6
+# %% ../../nbs/journal/01_journal.ipynb #b04680af
 Durability = Literal["process", "power"]
 SCHEMA_VERSION = 1
 READ_ROWS = 500  # rows in memory at a time
@@ -55,6 +56,15 @@ SELECT
 FROM events
 WHERE type IN (SELECT value FROM json_each(:types))
 ORDER BY seq DESC LIMIT :rows
+"""
+SELECT_CANONICAL = """
+SELECT
+    seq, prev_hash, hash,
+    '{"causation_id":' || json_quote(causation_id) || ',"correlation_id":' || json_quote(correlation_id)
+    || ',"id":' || json_quote(id) || ',"kind":' || json_quote(kind) || ',"payload":' || payload
+    || ',"recorded_at":' || json_quote(recorded_at) || ',"seq":' || seq || ',"session_id":' || json_quote(session_id)
+    || ',"source":' || json_quote(source) || ',"time":' || json_quote(time) || ',"type":' || json_quote(type) || '}'
+FROM events ORDER BY seq
 """
 WRITE_HEAD = (
     "INSERT INTO head VALUES (1, ?, ?) ON CONFLICT (one) DO UPDATE SET seq = excluded.seq, hash = excluded.hash"
@@ -95,7 +105,7 @@ def _translated(method: "Callable[Concatenate[SqliteJournal, P], R]") -> "Callab
 
     return translated
 
-# %% ../../nbs/journal/01_journal.ipynb #e5d546b5
+# %% ../../nbs/journal/01_journal.ipynb #9592dd9c
 class SqliteJournal:
     """A journal in one SQLite file.
 
@@ -232,9 +242,11 @@ class SqliteJournal:
         return [Event.from_row(dict(zip(ENVELOPE, row, strict=False)), row[len(ENVELOPE)]) for row in reversed(rows)]
 
     @_translated
-    def _rows(self, from_seq: int, types: Collection[type[Payload]] = ()) -> list[tuple[Any, ...]]:
+    def _rows(
+        self, from_seq: int, types: Collection[type[Payload]] = (), rows: int = READ_ROWS
+    ) -> list[tuple[Any, ...]]:
         names = orjson.dumps([payload.type for payload in types]).decode() if types else None
-        return self._connection.execute(SELECT, {"from_seq": from_seq, "types": names, "rows": READ_ROWS}).fetchall()
+        return self._connection.execute(SELECT, {"from_seq": from_seq, "types": names, "rows": rows}).fetchall()
 
     def verify(self, last_hash: str | None = None) -> Verification:
         """Check the chain from the first row to the last.
@@ -247,12 +259,13 @@ class SqliteJournal:
         try:
             self._connection.execute("BEGIN")  # one view, whatever another process writes meanwhile
             try:
-                while found := self._rows(rows + 1):
-                    for row in found:
-                        rows += 1
-                        if reason := row_fault(row, rows, expected):
-                            return Verification(False, rows, rows, reason)
-                        expected = row[-1]
+                for seq, before, link, text in self._connection.execute(SELECT_CANONICAL):
+                    rows += 1
+                    kept = seq == rows and before == expected and text is not None
+                    kept = kept and sha256((before + text).encode()).hexdigest() == link
+                    if not kept and (reason := self._fault(rows, expected)):
+                        return Verification(False, rows, rows, reason)
+                    expected = link
                 if (rows, expected) != self._read_head():
                     return Verification(False, rows, rows + 1, "rows are missing at the end")
             finally:
@@ -262,6 +275,11 @@ class SqliteJournal:
         if last_hash is not None and last_hash != expected:
             return Verification(False, rows, None, "the chain does not end in the hash that was kept elsewhere")
         return Verification(True, rows)
+
+    def _fault(self, seq: int, expected: str) -> str:
+        """What is wrong with the row that stands where that number should, looked at by itself."""
+        row = next(iter(self._rows(seq, rows=1)), None)
+        return f"event {seq} is missing" if row is None else row_fault(row, seq, expected)
 
     @_translated
     def close(self) -> None:
