@@ -7,9 +7,10 @@ import ssl
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from datetime import date
+from datetime import UTC, date, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,10 @@ from aiosmtpd.smtp import SMTP, AuthResult
 from pydantic import SecretStr
 
 from trader_lib.agents.strategy import StrategyAgent
-from trader_lib.clock.clock import WallClock
+from trader_lib.bus.bus import InProcessBus
+from trader_lib.clock.clock import VirtualClock, WallClock
+from trader_lib.clock.ids import SeededIds
+from trader_lib.clock.sessions import TradingCalendar
 from trader_lib.config.sections import NotifySettings
 from trader_lib.config.settings import Settings, load_settings
 from trader_lib.errors.taxonomy import Misconfigured, Rejected, Retryable, RunFailed
@@ -343,3 +347,33 @@ def test_session_whose_process_dies_is_announced_by_the_one_that_ran_it(
     asyncio.run(run_session(SPEC, settings, bars=daily_bars, journal_path=run.journal))
     trader("paper", "--symbols", "AAPL")
     assert len(hook.bodies) == 1, "the session ended and has said so itself"
+
+
+async def test_day_is_told_after_the_close_while_the_session_goes_on(
+    hook: Hook, daily_bars: Bars, tmp_path: Path
+) -> None:
+    path = tmp_path / "journal.sqlite"
+    settings = settings_for(hook.url, simulated=False)
+    await run_session(SPEC, settings, bars=daily_bars, journal_path=path)
+    clock = VirtualClock(datetime(2012, 2, 29, 20, 50, tzinfo=UTC))
+    bus = InProcessBus(clock, SeededIds("bus"), None, "sma-1")
+    parts: Any = SimpleNamespace(
+        settings=settings,
+        spec=SPEC,
+        inputs=SimpleNamespace(is_simulated=False, journal_path=path),
+        bus=bus,
+        journal=None,
+        calendar=TradingCalendar(),
+    )
+    async with notifications(clock=clock)(parts):
+        for minute in range(50, 75):
+            clock.advance_to(datetime(2012, 2, 29, 20, 0, tzinfo=UTC) + timedelta(minutes=minute))
+            await asyncio.sleep(0.05)
+            if minute == 64:
+                assert not hook.bodies, "the close is at 21:00, the last bars come a little later"
+        assert len(hook.bodies) == 1 and "Wednesday 29 February 2012" in hook.bodies[0]["text"]
+        path.rename(tmp_path / "gone")
+        clock.advance_to(datetime(2012, 3, 1, 22, 0, tzinfo=UTC))
+        await asyncio.sleep(0.1)
+    assert len(hook.bodies) == 1, "a day that cannot be summed up is a line in the log"
+    await bus.close()
