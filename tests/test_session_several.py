@@ -1,7 +1,9 @@
 """Several strategies in one session: each as if it were alone, the account their sum, and no failure that spreads."""
 
-from collections.abc import Iterator
-from datetime import date, datetime
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from datetime import date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,16 @@ import pytest
 from loguru import logger
 from numpy.typing import NDArray
 
+from trader_lib.clock.sessions import NEW_YORK, TradingCalendar
 from trader_lib.config.settings import Settings, load_settings
-from trader_lib.errors.taxonomy import Misused
+from trader_lib.errors.taxonomy import Halted, Misused
 from trader_lib.exchange.costs import Costs
+from trader_lib.exchange.engine import Exchange
+from trader_lib.exchange.server import ExchangeServer
 from trader_lib.journal.journal import SqliteJournal
 from trader_lib.market.bars import Bars
 from trader_lib.market.sample import sample_bars
+from trader_lib.market.synthetic import synthetic_bars
 from trader_lib.research.backtest import BacktestResult, backtest
 from trader_lib.risk.limits import Limits
 from trader_lib.session.control import ControlFile
@@ -36,7 +42,7 @@ from trader_lib.trading.events import (
     TradingStateChanged,
 )
 from trader_lib.trading.order_list import compare_order_lists, order_list_hash
-from trader_lib.trading.orders import SIDE_SIGN
+from trader_lib.trading.orders import SIDE_SIGN, OrderRequest, OrderSide
 
 TREND = StrategyShare(
     name="trend",
@@ -206,6 +212,16 @@ async def test_two_strategies_replay(tmp_path: Path) -> None:
 # ---- limits
 
 
+async def test_drawdown_of_one_strategy_halts_that_one_alone(tmp_path: Path) -> None:
+    careful = SWING.model_copy(update={"limits": Limits(max_drawdown=0.01)})
+    spec = APART.model_copy(update={"strategies": (TREND, careful)})
+    result = await run(tmp_path, spec)
+    changes = said(result, TradingStateChanged)
+    assert [(change.strategy, change.state) for change in changes] == [("swing", TradingState.HALTED)]
+    assert_each_as_if_alone(spec, result)
+    assert_sum(result, spec)
+
+
 async def test_a_day_that_one_strategy_loses_reduces_that_one_alone(tmp_path: Path) -> None:
     careful = SWING.model_copy(update={"limits": Limits(max_daily_loss=0.001)})
     spec = APART.model_copy(update={"strategies": (TREND, careful)})
@@ -362,3 +378,77 @@ async def test_operator_who_flattens_closes_what_the_strategies_hold(tmp_path: P
     last = {one.strategy: sum(p.qty for p in one.positions) for one in said(result, PortfolioChanged)[-1].strategies}
     assert last["trend"] == -last["swing"] > 0, "what one is long and the other short, the account does not hold"
     assert said(result, TradingStateChanged)[-1].state is TradingState.HALTED
+
+
+# ---- at a real market, where the account is what it is
+
+
+@asynccontextmanager
+async def market() -> AsyncIterator[Settings]:
+    """Alpaca's protocol around an account that holds 10 IBM already, and whose market goes on by itself."""
+    calendar, today = TradingCalendar(), datetime.now(NEW_YORK).date()
+    days = [day.date for day in calendar.sessions(today - timedelta(days=20), today - timedelta(days=1))][-3:]
+    bars = synthetic_bars(("AAPL", "IBM"), days[0], days[-1], timeframe="1Min", seed=3)
+    with ExchangeServer(Exchange(bars, bars.n - 60), key_id="key", secret_key="secret") as server:
+        held = OrderRequest(symbol="IBM", side=OrderSide.BUY, qty=Decimal(10), client_order_id="before")
+        server.call(server.exchange.advance)
+        server.call(lambda: server.exchange.submit(held))
+        server.call(server.exchange.advance)
+        broker = {
+            "kind": "alpaca",
+            "key_id": "key",
+            "secret_key": "secret",
+            "trading_url": server.url,
+            "data_url": server.url,
+            "trading_stream_url": server.trading_stream_url,
+            "data_stream_url": server.data_stream_url,
+        }
+
+        async def play() -> None:
+            await asyncio.sleep(1.0)
+            while not server.call(lambda: server.exchange.is_over):
+                await asyncio.to_thread(server.call, server.exchange.advance)
+                await asyncio.sleep(0.05)
+
+        feed = asyncio.create_task(play())
+        try:
+            async with asyncio.timeout(60):
+                yield load_settings(environ={}, env_file=None, overrides={"broker": broker})
+        finally:
+            feed.cancel()
+
+
+def in_real_time(**fields: Any) -> SessionSpec:
+    fast = {"strategy": "sma_cross", "params": {"fast": 2, "slow": 4}}
+    shares = [
+        {"name": "trend", "symbols": ["AAPL"], "capital": "50%", **fast},
+        {"name": "swing", "symbols": ["IBM"], "capital": 20_000, **fast},
+    ]
+    given = {"strategies": shares, "symbols": ("AAPL", "IBM"), "timeframe": "1Min", "bars_max": 5}
+    return SessionSpec.model_validate(given | fields)
+
+
+async def test_what_the_account_holds_goes_to_the_one_that_trades_it(tmp_path: Path) -> None:
+    async with market() as real:
+        result = await run_session(in_real_time(), real, journal_path=tmp_path / "journal.sqlite")
+    opening = said(result, FillRecorded)[0].fill
+    assert (opening.client_order_id, opening.strategy, opening.qty) == ("opening", "swing", 10)
+    for one in said(result, PortfolioChanged):
+        together = {p.symbol: p.qty for strategy in one.strategies for p in strategy.positions}
+        assert together == {p.symbol: p.qty for p in one.positions}
+    assert result.bars >= 5 and result.reconciliation.ok, result.reconciliation.differences
+
+
+async def test_account_that_cannot_be_shared_out_is_not_taken_over(tmp_path: Path) -> None:
+    both = [
+        share.model_dump() | {"symbols": ("AAPL", "IBM"), "capital": "60%" if share.name == "trend" else "30%"}
+        for share in in_real_time().strategies
+    ]
+    async with market() as real:
+        with pytest.raises(Halted, match="trend and swing both trade it"):
+            await run_session(
+                in_real_time(strategies=both), real, journal_path=fresh(tmp_path / "a") / "journal.sqlite"
+            )
+        rich = in_real_time(cash=1_000_000)
+        with pytest.raises(Halted, match=r"given 520,000.00 USD together, and the account is worth"):
+            await run_session(rich, real, journal_path=fresh(tmp_path / "b") / "journal.sqlite")
