@@ -33,7 +33,7 @@ from ..trading.orders import decimal_text
 
 Record = tuple[str, str]  # level and text
 
-# %% ../../nbs/agents/07_monitor.ipynb #6723c8f3
+# %% ../../nbs/agents/07_monitor.ipynb #e4abe3e6
 def describe(payload: Payload) -> Record | None:
     """The level and text of the log record that a payload deserves; None for none."""
     match payload:
@@ -64,8 +64,11 @@ def describe(payload: Payload) -> Record | None:
         case OperatorCommand(action=action, by=by, reason=reason):
             level = "INFO" if by == "session" else "WARNING"
             return level, f"{by} says {action.replace('_', ' ')}: {reason}"
-        case Reconciled(ok=True):
+        case Reconciled(ok=True, discrepancies=()):
             return "INFO", "Our books and the broker's agree."
+        case Reconciled(ok=True, discrepancies=found):
+            told = "; ".join(f"{one.sentence} ({one.resolution})" for one in found)
+            return "WARNING", f"Our books and the broker's agree again: {told}"
         case Reconciled(differences=differences):
             return "ERROR", f"Our books and the broker's differ: {'; '.join(differences)}"
         case AgentFailed(agent=agent, error=error, restarts=restarts):

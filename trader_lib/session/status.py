@@ -43,7 +43,7 @@ from ..trading.portfolio import Portfolio, Position
 FAILURES_MAX = 5
 COMMANDS_MAX = 1000  # that one look goes back
 
-# %% ../../nbs/session/12_status.ipynb #bb2af443
+# %% ../../nbs/session/12_status.ipynb #ba8e6964
 @dataclass(frozen=True)
 class StrategyStatus:
     """One of several strategies, at the last bar; cash and equity in USD."""
@@ -93,6 +93,7 @@ class SessionStatus:
     reconciled: bool | None
     differences: tuple[str, ...]
     failures: tuple[str, ...]
+    reconciled_at: datetime | None = None  # the last time the books were compared with the broker's
     strategies: tuple[StrategyStatus, ...] = ()  # of a session of several
 
     @property
@@ -118,7 +119,7 @@ class SessionStatus:
             shown[name] = None if shown[name] is None else decimal_text(shown[name])
         return shown
 
-# %% ../../nbs/session/12_status.ipynb #4f503ba4
+# %% ../../nbs/session/12_status.ipynb #c19e8b05
 class StatusFold:
     """What a session's events come to, as far as they were taken."""
 
@@ -135,6 +136,7 @@ class StatusFold:
         self.cash: Decimal | None = None
         self.portfolio = Portfolio(cash=Decimal(0))
         self.reconciled: bool | None = None
+        self.reconciled_at: datetime | None = None
         self.differences: tuple[str, ...] = ()
         self.failures: deque[str] = deque(maxlen=FAILURES_MAX)
         self.obeyed: set[str] = set()  # ids of the operators' commands that the journal holds
@@ -163,7 +165,7 @@ class StatusFold:
             case FillRecorded(fill=fill):
                 self.portfolio = self.portfolio.apply(fill)
             case Reconciled(ok=ok, differences=differences):
-                self.reconciled, self.differences = ok, differences
+                self.reconciled, self.reconciled_at, self.differences = ok, event.recorded_at, differences
             case OperatorCommand():
                 self.obeyed.add(event.correlation_id)
             case _:
@@ -210,6 +212,7 @@ class StatusFold:
             open_orders=tuple(self.orders.values()),
             unanswered=tuple(self._waiting),
             reconciled=self.reconciled,
+            reconciled_at=self.reconciled_at,
             differences=self.differences,
             failures=tuple(self.failures),
             strategies=tuple(
