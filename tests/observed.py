@@ -16,8 +16,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from trader_lib.config.settings import Settings, load_settings
+from trader_lib.observe.address import monitor_url
 from trader_lib.observe.companions import companions
-from trader_lib.observe.monitoring import monitor_url
 from trader_lib.session.companions import Companion, SessionParts
 from trader_lib.session.session import SessionResult, run_session
 from trader_lib.session.spec import SessionSpec

@@ -20,8 +20,8 @@ from tests.observed import SPEC, families, observed_session, observed_settings
 from tests.tools.metrics_table import PAGE, with_table
 from trader_lib.journal.journal import SqliteJournal
 from trader_lib.observe import server as serving
+from trader_lib.observe.address import monitor_path, monitor_url
 from trader_lib.observe.metering import Meter
-from trader_lib.observe.monitoring import monitor_path, monitor_url
 from trader_lib.observe.server import MonitorServer, Window, create_app
 from trader_lib.session.companions import SessionParts
 from trader_lib.session.session import run_session

@@ -15,8 +15,8 @@ from typing import Any
 import requests
 
 from trader_lib import SessionSpec, load_settings
+from trader_lib.observe.address import monitor_url
 from trader_lib.observe.companions import companions
-from trader_lib.observe.monitoring import monitor_url
 from trader_lib.session.companions import SessionParts
 from trader_lib.session.session import run_session
 

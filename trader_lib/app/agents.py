@@ -11,7 +11,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-# %% ../../nbs/app/30_agents.ipynb #65dcb485
+# %% ../../nbs/app/30_agents.ipynb #04a5dcc8
 def agent(
     name: Annotated[
         str,
@@ -42,11 +42,14 @@ async def _agent(name: str, session: str, profile: str | None, restarts: int) ->
     from trader_lib.config.settings import load_settings
     from trader_lib.session.distributed import Supervisor, agent_command, serve_agent, session_agents
     from trader_lib.session.session import stop_on_signals
+    from trader_lib.telemetry.tracing import process_traced
 
     settings, stop = load_settings(profile), asyncio.Event()
     with stop_on_signals(stop):
         if name != "all":
-            print_line(f"The {name} agent's part is over: {await serve_agent(name, settings, session, stop=stop)}.")
+            with process_traced(settings.telemetry, {"trader.agent": name}):
+                reason = await serve_agent(name, settings, session, stop=stop)
+            print_line(f"The {name} agent's part is over: {reason}.")
             return 0
         found, names = await session_agents(settings, session)
         keeper = Supervisor(names, lambda one: agent_command(one, found, profile), restarts_max=restarts)

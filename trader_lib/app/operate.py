@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['SESSIONS', 'NOT_RUNNING', 'SILENT_S', 'session_run', 'kill', 'steer', 'show_status']
 
-# %% ../../nbs/app/08_operate.ipynb #8f529b99
+# %% ../../nbs/app/08_operate.ipynb #45d311b2
 from decimal import Decimal
 from typing import Literal
 
 from .console import print_facts, print_json, print_line, print_table
 from ..errors.taxonomy import Misused
+from ..observe.address import monitor_url
 from ..runs.store import RunFolder, RunStore
 from ..session import steering
 from ..session.status import SessionStatus, StrategyStatus, session_status
@@ -71,7 +72,7 @@ def _told(run: RunFolder, steered: Steered, as_json: bool) -> int:
             print_line(sentence)
     return 0 if steered.done else 1
 
-# %% ../../nbs/app/08_operate.ipynb #89c07f8a
+# %% ../../nbs/app/08_operate.ipynb #8fb9307a
 def show_status(run: RunFolder, *, as_json: bool = False) -> int:
     """Print what a session does, or did last; 0 if it is alive, 7 if it has ended or died."""
     status = session_status(run.journal)
@@ -112,6 +113,7 @@ def _facts(status: SessionStatus) -> dict[str, object]:
     if status.asked is not None:
         state += f"; an operator wants {status.asked}, not confirmed yet"
     books = {None: "not yet", True: "agrees with the broker", False: "; ".join(status.differences)}
+    url = monitor_url(status.folder) if status.alive else None
     return {
         "session": condition,
         "trading": state,
@@ -124,7 +126,7 @@ def _facts(status: SessionStatus) -> dict[str, object]:
         "open_orders": len(status.open_orders),
         "reconciliation": books[status.reconciled],
         "failures": len(status.failures),
-    }
+    } | ({"watched_at": url} if url else {})
 
 
 def _own(one: StrategyStatus) -> tuple[object, ...]:

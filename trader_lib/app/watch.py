@@ -335,7 +335,7 @@ def _store(folder: str | None) -> Any:
 
     return RunStore(folder or load_settings().runs.path)
 
-# %% ../../nbs/app/15_watch.ipynb #b281339c
+# %% ../../nbs/app/15_watch.ipynb #2ab3cb32
 def dashboard(
     run: Annotated[
         str, Parameter(help="Name of a run, beginning of a name or id, path, latest, latest-paper.")
@@ -353,7 +353,7 @@ def dashboard(
     """
     found: RunFolder = _store(folder).find(run)
     try:
-        from trader_lib.observe.monitoring import monitor_url
+        from trader_lib.observe.address import monitor_url
         from trader_lib.observe.page import FolderControls, page_app
         from trader_lib.observe.server import MonitorServer
         from trader_lib.observe.watch import SessionWatch

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['REMEMBERED_MAX', 'BEAT_S', 'T', 'HEALTH_STATES', 'BREAKERS', 'Condition', 'Meter']
 
-# %% ../../nbs/observe/01_metering.ipynb #7f59eeb5
+# %% ../../nbs/observe/01_metering.ipynb #33c98ef7
 import math
 import platform
 import shutil
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from typing import TypeVar
@@ -17,6 +18,7 @@ from typing import TypeVar
 from .. import __version__
 from ..agents.contract import AgentHealth
 from ..broker.alpaca import AlpacaBroker
+from ..broker.port import StreamCounters
 from ..clock.clock import Clock, WallClock
 from ..clock.sessions import NEW_YORK
 from ..resilience.guard import GuardHealth
@@ -48,12 +50,12 @@ T = TypeVar("T")
 HEALTH_STATES = ("ok", "degraded", "down")
 BREAKERS = {"ok": "closed", "degraded": "half_open", "down": "open"}
 
-# %% ../../nbs/observe/01_metering.ipynb #9a7c5bfe
+# %% ../../nbs/observe/01_metering.ipynb #ba16d6cc
 @dataclass(frozen=True)
 class Condition:
     """How a session is at one moment, by its own clock.
 
-    bar_closed_at: of the last bar. heard: when each stream delivered last. uncommitted_s: real seconds that the oldest event
+    bar_closed_at: of the last bar. uncommitted_s: real seconds that the oldest event
     not yet on the disk has waited. disk_free: bytes.
     """
 
@@ -69,10 +71,11 @@ class Condition:
     differences: tuple[str, ...]
     agents: tuple[AgentHealth, ...]
     guards: tuple[GuardHealth, ...]
+    streams: Mapping[str, StreamCounters]
     uncommitted_s: float
     disk_free: int
 
-# %% ../../nbs/observe/01_metering.ipynb #2edcc61f
+# %% ../../nbs/observe/01_metering.ipynb #7bba1f84
 class Meter:
     """Counts what a session does and reads what its parts know. Everything but `beaten_at` belongs to the session's thread.
 
@@ -95,7 +98,6 @@ class Meter:
         self._lags = [0.0, 0.0]  # the latest wakes since the last reading, and in the time before it
         self._uncommitted: tuple[int, float] | None = None  # what was committed then, and when it was first seen behind
         now = parts.clock.now()
-        self._heard: dict[str, datetime] = {}
         self._condition = Condition(
             now=now,
             began_at=now,
@@ -109,6 +111,7 @@ class Meter:
             differences=(),
             agents=(),
             guards=(),
+            streams={},
             uncommitted_s=0.0,
             disk_free=0,
         )
@@ -160,14 +163,11 @@ class Meter:
                 self.metrics.put("trader_session_running", 0)
                 self._condition = replace(self._condition, ended=reason)
         if isinstance(event.payload, OrderAcknowledged | TradeUpdated):
-            if isinstance(event.payload, TradeUpdated) and not is_past:
-                self._heard["trading"] = self._parts.clock.now()
             self._follow(event.payload.order, is_past)
 
     def _on_bars(self, closed: BarsClosed, is_past: bool) -> None:
         if not is_past:
             self.metrics.add("trader_bars_total")
-            self._heard["data"] = self._parts.clock.now()
         self._condition = replace(self._condition, bar_closed_at=closed.closed_at)
         for symbol, row in closed.bars.items():
             self._marks[symbol] = row.close
@@ -280,6 +280,7 @@ class Meter:
             now=self._parts.clock.now(),
             agents=tuple(agent.health() for agent in self._parts.agents.all()),
             guards=broker.guards.health() if isinstance(broker, AlpacaBroker) else (),
+            streams=dict(broker.streams()),
             uncommitted_s=self._look_at_journal(),
             disk_free=shutil.disk_usage(self._parts.run_folder).free,
         )
@@ -296,8 +297,13 @@ class Meter:
                 put(name, max(0.0, (condition.now - when).total_seconds()))
         if condition.reconciled_ok is not None:
             put("trader_reconciliation_ok", condition.reconciled_ok)
-        for stream, heard in self._heard.items():
-            put("trader_stream_age_seconds", max(0.0, (condition.now - heard).total_seconds()), stream)
+        for stream, fared in condition.streams.items():
+            put("trader_stream_connected", fared.connected, stream)
+            put("trader_stream_reconnects_total", fared.reconnects, stream)
+            put("trader_stream_stale_total", fared.stale, stream)
+            put("trader_stream_failures_total", fared.failures, stream)
+            if fared.silent_s is not None:
+                put("trader_stream_age_seconds", fared.silent_s, stream)
         for state in TradingState:
             put("trader_trading_state", state is condition.state, state.value)
         put("trader_open_orders", len(self._open))
@@ -350,7 +356,6 @@ class Meter:
         kept = broker.cache.stats()
         for result, count in (("hit", kept.hits), ("joined", kept.joined), ("miss", kept.misses)):
             put("trader_cache_requests_total", count, result)
-        put("trader_stream_reconnects_total", broker.reconnects)
 
 
 def _remember(memory: OrderedDict[str, T], name: str, value: T) -> None:

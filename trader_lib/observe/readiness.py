@@ -17,7 +17,7 @@ from ..trading.events import TradingState
 ALIVE_S = 30.0  # after the last heartbeat; compiling a strategy may hold the loop for seconds
 COMMIT_MAX_S = 10.0  # that an event may wait for the disk
 
-# %% ../../nbs/observe/02_readiness.ipynb #61e9442c
+# %% ../../nbs/observe/02_readiness.ipynb #d7cb2aab
 class Finding(NamedTuple):
     """One dependency. reason: a sentence, also where all is well."""
 
@@ -79,6 +79,9 @@ def readiness(
     for guard in condition.guards:
         told = f"{guard.state}{f': {guard.last_error}' if guard.state != 'ok' else ''}"
         found.append(Finding(f"broker {guard.name}", guard.state != "down", told))
+    for stream, fared in condition.streams.items():
+        told = "connected" if fared.connected else f"down; it connected again {fared.reconnects} times so far"
+        found.append(Finding(f"stream {stream}", fared.connected, told))
     found.append(_stream(condition, bounds, timeframe, calendar))
     found.append(_books(condition, bounds, simulated))
     waits = condition.uncommitted_s

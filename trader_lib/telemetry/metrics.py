@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from ..errors.taxonomy import InvariantBroken, did_you_mean
 
-# %% ../../nbs/telemetry/01_metrics.ipynb #888eccc0
+# %% ../../nbs/telemetry/01_metrics.ipynb #0810c31e
 FAST_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 SLOW_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0)
 LABEL_SETS_MAX = 64  # of one metric
@@ -120,8 +120,11 @@ METRICS: tuple[Metric, ...] = (
         "Questions to the broker, by whether the cache had the answer.",
         {"result": "hit, joined, miss"},
     ),
-    Metric("trader_stream_age_seconds", "gauge", "Session time since a stream delivered anything.", _OF_STREAMS),
-    Metric("trader_stream_reconnects_total", "counter", "Times that a stream had to connect again."),
+    Metric("trader_stream_connected", "gauge", "1 while a stream is connected, else 0.", _OF_STREAMS),
+    Metric("trader_stream_age_seconds", "gauge", "Time since a stream's last message.", _OF_STREAMS),
+    Metric("trader_stream_stale_total", "counter", "Times that a stream was silent for too long.", _OF_STREAMS),
+    Metric("trader_stream_failures_total", "counter", "Messages that could not be read.", _OF_STREAMS),
+    Metric("trader_stream_reconnects_total", "counter", "Times that a stream had to connect again.", _OF_STREAMS),
     Metric(
         "trader_reconciliation_age_seconds", "gauge", "Session time since the books were last laid beside the broker's."
     ),
