@@ -1,8 +1,14 @@
 """Several strategies at the command line: a file of them, a run that shows each, and a replay that asks one."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
+
+from trader_lib.app.options import read_strategies
+from trader_lib.session.spec import SessionSpec
 
 Trader = Callable[..., tuple[int, str, str]]
 
@@ -69,3 +75,12 @@ def test_what_is_wrong_with_the_file_is_said_before_anything_is_made(trader: Tra
     code, _, err = trader("paper", "--strategies", "two.toml", "--symbols", "AAPL,IBM", *DAYS)
     assert code == 2 and "swing is to trade MSFT" in err
     assert not list((tmp_path / "runs").glob("*-paper-*"))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/operations.md"])
+def test_the_file_in_the_documentation_is_taken(page: str, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / page).read_text(encoding="utf-8")
+    block = next(block for block in re.findall(r"```toml\n(.*?)```", text, re.DOTALL) if "[trend]" in block)
+    (tmp_path / "strategies.toml").write_text(block)
+    spec = SessionSpec.model_validate({"strategies": read_strategies(tmp_path / "strategies.toml")})
+    assert [one.label for one in spec.assignments()] == ["trend", "swing"] and spec.symbols == ("AAPL", "IBM", "MSFT")
