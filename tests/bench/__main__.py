@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
+import sqlite3
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -21,6 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+from alpaca.trading.client import TradingClient
 from loguru import logger
 
 from tests.bench.watching import watching
@@ -36,7 +40,9 @@ from trader_lib.clock.ids import UniqueIds
 from trader_lib.config.sections import ResilienceSettings
 from trader_lib.exchange.engine import Exchange
 from trader_lib.exchange.server import ExchangeServer
-from trader_lib.journal.journal import SqliteJournal
+from trader_lib.journal.chain import NO_HASH, chain_hash
+from trader_lib.journal.journal import INSERT, WRITE_HEAD, SqliteJournal
+from trader_lib.market.bars import Bars
 from trader_lib.risk.limits import Limits
 from trader_lib.trading.events import BarRow, BarsClosed, CancelProposed, Event, OrderProposed
 from trader_lib.trading.orders import Order, OrderRequest, OrderSide, OrderType
@@ -82,7 +88,6 @@ def engines(bars_wanted: int) -> list[Row]:
     import vectorbt as vbt
 
     from trader_lib import SmaCross, backtest, synthetic_bars
-    from trader_lib.market.bars import Bars
 
     years = bars_wanted / (252 * 390)
     bars: Bars = synthetic_bars(["SYN"], date(2010, 1, 4), date(2010 + int(years) + 1, 12, 31), "1Min", seed=1)
@@ -142,30 +147,57 @@ class StampedBroker:
 
 
 ORDERS = 150  # of each kind, in turns
+WARM_UP = 20  # turns that do not count
+DAYS = {"start": "2012-01-03", "end": "2012-02-29"}
+
+
+def _bars() -> Bars:
+    from trader_lib import sample_bars
+
+    return sample_bars(["AAPL", "IBM", "MSFT"], **DAYS)
+
+
+def serve_exchange() -> None:
+    """Serve the embedded exchange in a process of its own until stdin ends; its addresses go to stdout."""
+    logger.remove()
+    with ExchangeServer(Exchange(_bars(), start_index=5), key_id="bench", secret_key="bench") as server:
+        print(server.url, server.trading_stream_url, server.data_stream_url, flush=True)
+        sys.stdin.read()
+
+
+@contextmanager
+def exchange_elsewhere() -> Iterator[AlpacaAccess]:
+    """The embedded exchange behind its HTTP and websocket server, in another process, as a broker is."""
+    code = "from tests.bench.__main__ import serve_exchange; serve_exchange()"
+    server = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert server.stdin is not None and server.stdout is not None
+    try:
+        url, trading_stream, data_stream = server.stdout.readline().split()
+        yield AlpacaAccess(
+            key_id="bench",
+            secret_key="bench",
+            trading_url=url,
+            data_url=url,
+            trading_stream_url=trading_stream,
+            data_stream_url=data_stream,
+            resilience=ResilienceSettings().for_simulation(),
+        )
+    finally:
+        server.stdin.close()
+        server.wait(10)
 
 
 async def _order_path(folder: Path) -> dict[str, list[float]]:
     """Seconds an order took: by alpaca-py alone, and from the decision through risk and journal to the answer."""
-    from trader_lib import sample_bars
-
-    bars = sample_bars(["AAPL", "IBM", "MSFT"], start="2012-01-03", end="2012-02-29")
-    limits = Limits(max_orders=100_000)
+    bars, limits = _bars(), Limits(max_orders=100_000)
     took: dict[str, list[float]] = {"alone": [], "process": [], "power": []}
-    with ExchangeServer(Exchange(bars, start_index=5), key_id="bench", secret_key="bench") as server:
-        access = AlpacaAccess(
-            key_id="bench",
-            secret_key="bench",
-            trading_url=server.url,
-            data_url=server.url,
-            trading_stream_url=server.trading_stream_url,
-            data_stream_url=server.data_stream_url,
-            resilience=ResilienceSettings().for_simulation(),
-        )
+    with exchange_elsewhere() as access:
         adapter = AlpacaBroker(access, symbols=bars.symbols, timeframe="1Day")
         await adapter.start()
-        control = HttpSimulation(server.url, "bench", "bench")
+        control = HttpSimulation(access.trading_url or "", "bench", "bench")
         step = await control.advance()
-        client, clock = access.trading_client(), WallClock()
+        client = TradingClient("bench", "bench", url_override=access.trading_url)  # as alpaca-py comes
+        clock = WallClock()
         broker = StampedBroker(adapter)
         pipes = {}
         for durability in ("process", "power"):
@@ -180,8 +212,8 @@ async def _order_path(folder: Path) -> dict[str, list[float]]:
             await bus.publish(BarsClosed(at=step.bar_at, closed_at=step.closed_at, bars=rows), **said)
             await bus.idle()
             pipes[durability] = (bus, journal, agents)
-        for turn in range(ORDERS + 10):
-            for kind in took:
+        for turn in range(ORDERS + WARM_UP):
+            for kind in sorted(took, reverse=bool(turn % 2)):
                 name = f"{kind}-{turn}"
                 request = OrderRequest(
                     symbol="IBM",
@@ -213,7 +245,7 @@ async def _order_path(folder: Path) -> dict[str, list[float]]:
             journal.close()
         await control.stop()
         await adapter.stop()
-    return {kind: seconds[10:] for kind, seconds in took.items()}
+    return {kind: seconds[WARM_UP:] for kind, seconds in took.items()}
 
 
 def order_path() -> list[Row]:
@@ -265,6 +297,66 @@ def journal_throughput() -> list[Row]:
     return rows
 
 
+EVENTS = 1_000_000
+
+
+def recovery(events: int) -> list[Row]:
+    """What a resumption reads: a journal of so many events checked and remembered; and a session lived through again.
+
+    The long journal is synthetic: the events of a real session over eight years, again and again under new numbers.
+    """
+    from trader_lib import SessionSpec, load_settings, run_session
+    from trader_lib.session.recovery import Recollection
+
+    symbols = ["AAPL", "IBM", "MSFT"]
+    spec = SessionSpec.model_validate({"strategy": "sma_cross", "symbols": symbols, "start": "2009-01-02"})
+    settings = load_settings(overrides={"broker": {"kind": "simulated", "transport": "in_process"}}, env_file=None)
+    with TemporaryDirectory() as folder:
+        short, long = Path(folder) / "short.sqlite", Path(folder) / "long.sqlite"
+        asyncio.run(run_session(spec, settings, journal_path=short))
+        _repeat(short, long, events)
+        rows = []
+        with SqliteJournal(short, read_only=True) as journal:
+            lived = journal.last_seq
+        began = time.perf_counter(), time.process_time()
+        asyncio.run(run_session(spec, settings, journal_path=short, resume=True))
+        wall, cpu = time.perf_counter() - began[0], time.process_time() - began[1]
+        rows.append(Row(f"resume a session of {lived:,} events", wall, "s", "CPU seconds", cpu))
+        with SqliteJournal(long, read_only=True) as journal:
+            began = time.perf_counter(), time.process_time()
+            assert journal.verify().rows == events
+            wall, cpu = time.perf_counter() - began[0], time.process_time() - began[1]
+            rows.append(Row(f"verify {events:,} events", wall, "s", "CPU seconds", cpu))
+            began = time.perf_counter(), time.process_time()
+            gc.disable()
+            assert Recollection(journal.read()).last_seq == events
+            gc.enable()
+            wall, cpu = time.perf_counter() - began[0], time.process_time() - began[1]
+            rows.append(Row(f"remember {events:,} events", wall, "s", "CPU seconds", cpu))
+    return rows
+
+
+def _repeat(short: Path, long: Path, events: int) -> None:
+    """Write a synthetic journal: the events of a short one again and again, under new numbers and ids, well chained."""
+    with SqliteJournal(short, read_only=True) as journal:
+        found = [(event.envelope(), event.payload.to_json()) for event in journal.read()]
+    SqliteJournal(long).close()
+    connection = sqlite3.connect(long)
+    link = NO_HASH
+    batch = []
+    for seq in range(1, events + 1):
+        envelope, payload = found[(seq - 1) % len(found)]
+        envelope = envelope | {"seq": seq, "id": f"{seq:032x}"}
+        before, link = link, chain_hash(link, envelope, payload)
+        batch.append((*envelope.values(), payload.decode(), before, link))
+        if len(batch) == 10_000 or seq == events:
+            connection.executemany(INSERT, batch)
+            batch.clear()
+    connection.execute(WRITE_HEAD, (events, link))
+    connection.commit()
+    connection.close()
+
+
 def calls_saved() -> list[Row]:
     """Calls that the adapter's cache answered in a session over HTTP."""
     from trader_lib import SessionSpec, load_settings, run_session
@@ -296,6 +388,7 @@ PARTS = {
     "orders": order_path,
     "journal": journal_throughput,
     "cache": calls_saved,
+    "recovery": lambda: recovery(EVENTS),
     "watching": lambda: watching(Row),
 }
 
