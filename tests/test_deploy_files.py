@@ -141,7 +141,7 @@ def test_compose_names_only_what_it_declares() -> None:
         assert set(service.get("depends_on", ())) <= set(whole["services"])
         for port in service.get("ports", ()):
             assert port.startswith("127.0.0.1:"), f"{name} is open to the network"
-        ours = name in ("session", "schedule")
+        ours = name in ("session", "schedule", "agents")
         assert ours or re.search(r":v?\d", service["image"]), f"{name} is not pinned"
     needed = {"session", "redis", "postgres", "prometheus", "grafana", "collector"}
     assert needed <= set(whole["services"])
@@ -258,7 +258,8 @@ def test_unit_is_valid_and_hardened(unit: Path, tmp_path: Path) -> None:
 def commands() -> list[tuple[str, list[str]]]:
     compose = composed()["services"]
     words = [filled(word) for word in compose["session"]["command"]]
-    found = [("compose session", ["paper", *words]), ("compose schedule", compose["schedule"]["command"])]
+    found = [("compose session", ["paper", *words])]
+    found += [(f"compose {name}", compose[name]["command"]) for name in ("schedule", "agents")]
     for one in manifests():
         if one["kind"] == "Deployment":
             found.append(("Deployment", ["paper", *one["spec"]["template"]["spec"]["containers"][0]["args"]]))
