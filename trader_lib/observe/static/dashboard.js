@@ -182,7 +182,7 @@ $("chart").addEventListener("keydown", (event) => {
   $("readout").setAttribute("aria-live", "polite");
   point(Math.max(0, Math.min(drawn.points.length - 1, drawn.at + step)));
 });
-addEventListener("resize", () => { if (view.curve) drawCurve(); });
+new ResizeObserver(() => { if (view.curve) drawCurve(); }).observe($("chart"));
 
 // ---- tables
 function table(id, columns, rows, empty) {
