@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -26,7 +27,7 @@ from trader_lib.observe.server import MonitorServer, Window, create_app
 from trader_lib.session.companions import SessionParts
 from trader_lib.session.session import run_session
 from trader_lib.telemetry.metrics import METRICS, TABLE
-from trader_lib.trading.events import Event
+from trader_lib.trading.events import BarsClosed, Event
 
 # What a session in good order over HTTP has no occasion to show.
 UNSEEN = {
@@ -260,3 +261,27 @@ def test_the_documentation_lists_every_metric_as_it_is() -> None:
     assert PAGE.read_text(encoding="utf-8") == with_table(PAGE.read_text(encoding="utf-8")), (
         "write it anew: python -m tests.tools.metrics_table"
     )
+
+
+async def test_a_session_that_trades_is_alive_and_ready(tmp_path: Path) -> None:
+    asked: list[asyncio.Task[requests.Response]] = []
+
+    @asynccontextmanager
+    async def ask_midway(parts: SessionParts) -> AsyncIterator[None]:
+        async def on_bars(event: Event) -> None:
+            if event.seq > 100 and not asked:
+                for path in ("readyz", "healthz"):
+                    url = f"{monitor_url(parts.run_folder)}/{path}"
+                    asked.append(asyncio.create_task(asyncio.to_thread(requests.get, url, timeout=10)))
+
+        parts.bus.subscribe("asker", [BarsClosed], on_bars)
+        yield
+        await asyncio.wait(asked, timeout=9)
+
+    long = SPEC.model_copy(update={"end": date(2006, 12, 29)})
+    await observed_session(tmp_path, observed_settings("http"), beside=[ask_midway], spec=long)
+    ready, alive = (task.result() for task in asked)
+    assert ready.status_code == alive.status_code == 200, ready.text
+    found = ready.json()["findings"]
+    for name in ("agent risk", "agent execution", "broker orders", "stream trading", "stream data", "disk"):
+        assert found[name]["ok"], name

@@ -9,6 +9,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+from loguru import logger
 
 from trader_lib.broker.alpaca import AlpacaBroker
 from trader_lib.broker.connection import AlpacaAccess
@@ -216,3 +217,20 @@ async def test_a_refused_connection_is_an_error_of_the_host_and_leaves_no_order_
         await broker.submit(order("a"))
     assert broker.guards.orders.health().sent == 1
     await broker.stop()
+
+
+async def test_the_log_says_at_the_end_how_the_calls_went(alpaca_access: AlpacaAccess) -> None:
+    said: list[str] = []
+    sink = logger.add(said.append, format="{message}", level="INFO")
+    broker = AlpacaBroker(alpaca_access, symbols=["AAPL"], timeframe="1Day")
+    try:
+        await broker.account()
+    finally:
+        await broker.stop()
+        await broker.stop()
+        logger.remove(sink)
+    told = [line for line in said if line.startswith("Calls for ")]
+    assert told == [
+        "Calls for reads: 1 asked for, 1 attempts sent, 0 of them again; 0 not answered, 0 of them too late; "
+        "turned away: 0 for the rate limit, 0 for want of a place, 0 by the breaker.\n"
+    ]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['T', 'ORDERS_MAX', 'SILENCE_MAX_S', 'SETTLE_S', 'AlpacaBroker']
 
-# %% ../../nbs/broker/06_alpaca.ipynb #02c26551
+# %% ../../nbs/broker/06_alpaca.ipynb #3e7cfada
 import asyncio
 import functools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -50,6 +50,7 @@ from ..market.history import alpaca_history
 from ..resilience.cache import TtlCache
 from ..resilience.guard import Guards
 from ..resilience.rate_limit import RateLimiter
+from ..telemetry.log import get_logger
 from ..telemetry.tracing import carried
 from ..trading.events import AccountReported
 from ..trading.orders import Order, OrderRequest
@@ -60,7 +61,7 @@ ORDERS_MAX = 500
 SILENCE_MAX_S = 1800.0  # patience with symbols that are quiet for long
 SETTLE_S = 60.0  # after a session's close, for its last daily bar to come by itself
 
-# %% ../../nbs/broker/06_alpaca.ipynb #ab95b085
+# %% ../../nbs/broker/06_alpaca.ipynb #5b5bce26
 class AlpacaBroker:
     """A broker and a source of history over alpaca-py.
 
@@ -93,6 +94,7 @@ class AlpacaBroker:
         self._data = access.data_client()
         self._pool = ThreadPoolExecutor(self.guards.concurrent_max, thread_name_prefix="alpaca")
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._has_told = False
         self._listen_to_limits(self._client._session, self.guards.trading_limit)
         self._listen_to_limits(self._data._session, self.guards.data_limit)
         self._streams: tuple[StreamThread, ...] = ()
@@ -146,9 +148,31 @@ class AlpacaBroker:
         while self._tasks:
             self._tasks.pop().cancel()
         await asyncio.gather(*(asyncio.to_thread(stream.stop) for stream in self._streams))
+        self._tell_calls()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._client._session.close()
         self._data._session.close()
+
+    def _tell_calls(self) -> None:
+        """Put into the log how the calls of each class went."""
+        if self._has_told:
+            return
+        self._has_told = True
+        for one in self.guards.health():
+            if one.calls:
+                get_logger("broker").info(
+                    "Calls for {}: {} asked for, {} attempts sent, {} of them again; {} not answered, {} of them too late; "
+                    "turned away: {} for the rate limit, {} for want of a place, {} by the breaker.",
+                    one.name,
+                    one.calls,
+                    one.sent,
+                    one.retried,
+                    one.failed,
+                    one.timed_out,
+                    one.limited,
+                    one.crowded,
+                    one.broken,
+                )
 
     def _thread(self, name: str, make: Callable[[Watcher], WatchedTradingStream | WatchedDataStream]) -> StreamThread:
         return StreamThread(name, make, self._inbox.fail, self._clock, generator(self._seed, name))
