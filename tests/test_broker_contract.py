@@ -217,6 +217,8 @@ async def test_a_client_order_id_used_before_asks_for_a_look(venue: Venue) -> No
     found = await venue.broker.order_by_client_id("same")
     assert found == first
     assert await venue.broker.order_by_client_id("other") is None
+    assert await venue.broker.order(first.id) == first
+    assert await venue.broker.order("61e69015-8549-4bfd-b9c3-01e75843f47d") is None
 
 
 async def test_refused_orders_leave_nothing_behind(venue: Venue) -> None:

@@ -24,12 +24,14 @@ from trader_lib.journal.journal import SqliteJournal
 from trader_lib.market.bars import Bars
 from trader_lib.market.sample import sample_bars
 from trader_lib.market.synthetic import synthetic_bars
+from trader_lib.session.replay import replay
 from trader_lib.session.session import SessionResult, run_session, stop_on_signals
 from trader_lib.session.spec import SessionSpec
 from trader_lib.strategy.contract import Strategy
 from trader_lib.trading.events import (
     AgentFailed,
     FillRecorded,
+    OrderAcknowledged,
     OrderAdopted,
     Reconciled,
     SessionEnded,
@@ -208,6 +210,64 @@ async def test_orders_of_somebody_else_are_adopted_counted_and_left_alone(
     assert result.reconciliation.ok and not result.reconciliation.discrepancies
     held = {position.symbol: position.qty for position in result.positions}
     assert held == {position.symbol: position.qty for position in exchanges[0].positions()}
+
+
+async def test_session_cancels_its_protective_exits_at_its_end_and_nothing_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchanges: list[Exchange] = []
+
+    def order(exchange: Exchange) -> None:
+        exchanges.append(exchange)
+        rests = {"type": "stop", "stop_price": Decimal(10_000), "time_in_force": "gtc"}
+        exchange.submit(by_hand("theirs", **rests))
+
+    with_account(monkeypatch, order)
+
+    def look(count: int, at: datetime) -> None:
+        seen.append([left.order_class.value or left.type.value for left in exchanges[0].orders() if is_exit(left)])
+
+    def is_exit(left: Order) -> bool:
+        return "-exit-" in left.client_order_id
+
+    seen: list[list[str]] = []
+    spec = SPEC.model_copy(update={"strategy": "rsi_reversion", "params": {"period": 3}, "end": date(2005, 6, 30)})
+    result = await run(tmp_path, spec, progress=look)
+    assert any(seen) and result.positions, "the session never held a protected position"
+    assert [left.client_order_id for left in exchanges[0].orders()] == ["theirs"] and result.reconciliation.ok
+
+
+async def test_stop_that_a_person_moves_is_followed_under_our_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchanges: list[Exchange] = []
+    with_account(monkeypatch, exchanges.append)
+    moved: list[str] = []
+
+    def move(count: int, at: datetime) -> None:
+        for resting in exchanges[0].orders():
+            if not moved and resting.status is OrderStatus.NEW and resting.stop_price is not None:
+                nearer = (resting.stop_price * Decimal("1.07")).quantize(Decimal("0.01"))
+                exchanges[0].replace(resting.id, {"stop_price": nearer})
+                moved.append(resting.client_order_id)
+
+    spec = SPEC.model_copy(
+        update={
+            "strategy": "rsi_reversion",
+            "params": {"period": 3, "stop_loss": 0.08, "take_profit": None, "entry": 40.0, "exit": 99.0},
+            "end": date(2006, 6, 30),
+        }
+    )
+    result = await run(tmp_path, spec, progress=move)
+    assert moved, "no stop rested"
+    told = [ack for ack in payloads(result, OrderAcknowledged) if ack.order.replaces is not None]
+    fills = [said.fill for said in payloads(result, FillRecorded) if said.fill.client_order_id == moved[0]]
+    assert told and {ack.client_order_id for ack in told} == set(moved) and told[-1].settled
+    assert [fill.purpose for fill in fills] == ["exit"] * len(fills)
+    assert fills or told[-1].order.status is OrderStatus.CANCELED
+    assert not payloads(result, OrderAdopted) and not payloads(result, AgentFailed)
+    assert all(one.ok and not one.discrepancies for one in payloads(result, Reconciled))
+    assert (await replay(journal_of(tmp_path))).agrees
 
 
 async def test_books_are_compared_after_so_many_bars(tmp_path: Path) -> None:
