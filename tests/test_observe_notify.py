@@ -359,6 +359,7 @@ async def test_day_is_told_after_the_close_while_the_session_goes_on(
     bus = InProcessBus(clock, SeededIds("bus"), None, "sma-1")
     parts: Any = SimpleNamespace(
         settings=settings,
+        run_folder=tmp_path,
         spec=SPEC,
         inputs=SimpleNamespace(is_simulated=False, journal_path=path),
         bus=bus,

@@ -144,7 +144,7 @@ class Deduplicator:
         while len(self._seen) > FINGERPRINTS_MAX:
             self._seen.popitem(last=False)
 
-# %% ../../nbs/observe/20_notices.ipynb #bb8195e7
+# %% ../../nbs/observe/20_notices.ipynb #d2f94a3e
 def written(
     notice: Notice,
 ) -> str:
@@ -156,5 +156,5 @@ def written(
     where = " · ".join(part for part in (notice.about, f"{notice.at:%Y-%m-%d %H:%M:%S}Z") if part)
     lines.append(where)
     if notice.correlation_id:
-        lines.append(f"trader journal show RUN --correlation {notice.correlation_id}")
+        lines.append(f"trader journal show {notice.about or 'RUN'} --correlation {notice.correlation_id}")
     return "\n".join(lines)

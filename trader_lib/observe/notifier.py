@@ -6,12 +6,12 @@
 __all__ = ['NAME', 'BATCH_MAX', 'BACKOFF_BASE_S', 'BACKOFF_CAP_S', 'DRAIN_S', 'deliver', 'message_of', 'Lane', 'Notifier',
            'listening', 'Delivery', 'tell_now']
 
-# %% ../../nbs/observe/22_notifier.ipynb #0fae4c00
+# %% ../../nbs/observe/22_notifier.ipynb #c6b990b0
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -73,7 +73,7 @@ def message_of(
         parts.append(f"{dropped:,} notices before these were dropped: too many at once. The journal has them all.")
     return Message(identifier, f"{about}{gravest.title}{more}", "\n\n".join(parts), notices[-1].at)
 
-# %% ../../nbs/observe/22_notifier.ipynb #28936537
+# %% ../../nbs/observe/22_notifier.ipynb #b57e04f0
 @dataclass
 class Lane:
     """What waits for one way, and how it has gone there so far."""
@@ -89,18 +89,23 @@ class Lane:
 
 
 class Notifier:
-    """Tells people, in the background. clock: by which it waits, the wall's where None. ids, seed: of messages and waits."""
+    """Tells people, in the background.
+
+    about: the run's name, which commands understand; "" for what each notice says. clock: by which it waits, the wall's
+    where None. ids, seed: of messages and waits.
+    """
 
     def __init__(
         self,
         ways: Sequence[Channel],
         settings: NotifySettings,
         *,
+        about: str = "",
         clock: Clock | None = None,
         ids: Ids | None = None,
         seed: int = 0,
     ) -> None:
-        self._settings = settings
+        self._settings, self._about = settings, about
         self._clock = clock or WallClock()
         self._ids = ids or UniqueIds()
         self._rng = generator(seed, NAME)
@@ -114,6 +119,7 @@ class Notifier:
 
     def tell(self, notice: Notice) -> None:
         """Take a notice; returns at once, whatever becomes of it."""
+        notice = replace(notice, about=self._about or notice.about)
         if self._once.admit(notice):
             self._put(notice)
         else:

@@ -46,7 +46,7 @@ async def after_each_close(calendar: TradingCalendar, clock: Clock, tell: Callab
             await clock.sleep(min(left, LOOK_S))
         tell(trading_day(close))
 
-# %% ../../nbs/observe/24_telling.ipynb #a87d22b6
+# %% ../../nbs/observe/24_telling.ipynb #c0f38975
 def notifications(
     ways: Sequence[Channel] | None = None,  # None: those of the settings
     clock: Clock | None = None,  # people's, not the session's; None: the wall's
@@ -61,7 +61,7 @@ def notifications(
             yield
             return
         wall = clock or WallClock()
-        notifier = Notifier(found, settings, clock=wall, seed=parts.spec.seed)
+        notifier = Notifier(found, settings, about=parts.run_folder.name, clock=wall, seed=parts.spec.seed)
         known = parts.bus.last_seq
         tasks: set[asyncio.Task[None]] = set()
 
