@@ -7,6 +7,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 
@@ -62,18 +63,16 @@ class RedisServer:
 class PostgresServer:
     """A PostgreSQL server over a new cluster, run by an ordinary user."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self) -> None:
         if POSTGRES is None:
             pytest.skip("postgresql is not installed (Debian: apt-get install postgresql)")
         pytest.importorskip("psycopg", reason="the extra `scale` is not installed")
-        self.binaries, self.data, self.port = Path(POSTGRES).parent, folder / "data", free_port()
-        self.log = folder / "postgres.log"
+        self.folder = Path(mkdtemp(prefix="postgres-"))  # not pytest's, whose parents belong to their owner alone
+        self.binaries, self.data, self.port = Path(POSTGRES).parent, self.folder / "data", free_port()
+        self.log = self.folder / "postgres.log"
         self._as = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
         if self._as:
-            for place in (folder, *folder.parents):  # pytest makes its folders for their owner alone
-                if place.stat().st_uid == 0 and place.is_relative_to("/tmp") and place != Path("/tmp"):
-                    place.chmod(place.stat().st_mode | 0o711)
-            shutil.chown(folder, "postgres")
+            shutil.chown(self.folder, "postgres")
         subprocess.run(
             [*self._as, self.binaries / "initdb", "-D", self.data, "-A", "trust", "-U", "trader", "--no-sync"],
             check=True,
@@ -130,3 +129,4 @@ class PostgresServer:
     def stop(self) -> None:
         if self._process.poll() is None:
             self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -27,6 +27,7 @@ from unittest.mock import patch
 from alpaca.trading.client import TradingClient
 from loguru import logger
 
+from tests.bench.scaling import scaling
 from tests.bench.watching import watching
 from trader_lib.agents.execution import ExecutionAgent
 from trader_lib.agents.risk import RiskAgent
@@ -390,6 +391,7 @@ PARTS = {
     "cache": calls_saved,
     "recovery": lambda: recovery(EVENTS),
     "watching": lambda: watching(Row),
+    "scaling": lambda: scaling(Row),
 }
 
 

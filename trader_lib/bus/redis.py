@@ -184,7 +184,7 @@ def _flat(entries: Any) -> Iterator[tuple[bytes, dict[bytes, bytes]]]:
         else:
             yield entry[0], entry[1]
 
-# %% ../../nbs/bus/02_redis.ipynb #4834caf8
+# %% ../../nbs/bus/02_redis.ipynb #57dcf519
 class Archive(Recorder, Protocol):
     """What the hub needs of a journal."""
 
@@ -216,7 +216,7 @@ class RedisHub(InProcessBus):
 
     url: of the Redis. elsewhere: names of the subscribers in other processes. facts: what these are told about the session.
     in_turns: handle events in the sequence of the embedded bus. commit_for: payloads that are on disk before their publisher
-    goes on. is_halted: whether an operator has stopped trading. absent_s: how long Redis, or an agent at the start, may stay
+    goes on. is_halted: whether an operator has stopped trading. at_rest: awaited whenever `idle` ends. absent_s: how long Redis, or an agent at the start, may stay
     away, real seconds. The rest as in InProcessBus.
     """
 
@@ -236,13 +236,14 @@ class RedisHub(InProcessBus):
         in_turns: bool = False,
         commit_for: tuple[type[Payload], ...] = (),
         is_halted: Callable[[], bool] = lambda: False,
+        at_rest: Callable[[], Awaitable[None]] | None = None,
         absent_s: float = 60.0,
     ) -> None:
         super().__init__(clock, ids, journal, session_id, queue_max, put_timeout_s, on_error)
         self.elsewhere = frozenset(elsewhere)
         self.facts = dict(facts or {})
         self._archive, self._in_turns, self._commit_for = journal, in_turns, commit_for
-        self._is_halted, self._absent_s = is_halted, absent_s
+        self._is_halted, self._at_rest, self._absent_s = is_halted, at_rest, absent_s
         self._epoch = UniqueIds().new()
         self._line = Line(url, key_of(session_id, "hub"), self._epoch, patience_s=absent_s)
         self._remotes: dict[str, _Remote] = {}
@@ -307,6 +308,8 @@ class RedisHub(InProcessBus):
                 await self._await_agents()
         await super().idle(timeout_s)
         self._refuse_broken()
+        if self._at_rest is not None:
+            await self._at_rest()
 
     def _refuse_broken(self) -> None:
         if self._broken is not None:
