@@ -51,6 +51,28 @@ def test_two_strategies_from_a_file_are_traded_shown_and_replayed(trader: Trader
     assert code == 0 and "trend + swing" in out and "60,000.00" in out and "Strategy" in out
     code, out, _ = trader("status", "latest", "--json")
     assert [one["strategy"] for one in json.loads(out)["strategies"]] == ["trend", "swing"]
+    code, out, _ = trader("journal", "show", "latest", "--type", "fill_recorded", "--limit", "1")
+    assert code == 0 and "trend: buy" in out
+    asked = (
+        "--symbols",
+        "MSFT",
+        "--cash",
+        "30000",
+        "-p",
+        "period=3",
+        "-p",
+        "entry=45",
+        "--max-order-notional",
+        "20000",
+    )
+    code, _, err = trader("backtest", "--strategy", "rsi_reversion", *asked, *DAYS[:4])
+    assert code == 0, err
+    code, out, _ = trader("runs", "compare", "latest-backtest", "latest-paper", "--of", "swing")
+    assert code == 0 and "Equity at the end is equal to the cent." in out
+    code, out, _ = trader("runs", "compare", "latest-backtest", "latest-paper")
+    assert code == 1
+    code, _, err = trader("runs", "compare", "latest-backtest", "latest-paper", "--of", "swimg")
+    assert code == 2 and "Did you mean 'swing'" in err
     code, out, _ = trader("replay", "latest-paper")
     assert code == 0 and "The replay agrees" in out
     code, out, _ = trader("replay", "latest-paper", "-p", "fast=4", "--of", "trend")

@@ -370,7 +370,7 @@ def exchange(
     serve_exchange(asked, settings, as_json=chosen.json)
     return 0
 
-# %% ../../nbs/app/04_cli.ipynb #78ad40cb
+# %% ../../nbs/app/04_cli.ipynb #311d209d
 def _store(folder: str | None, profile: str | None = None) -> "RunStore":
     from trader_lib.config.settings import load_settings
     from trader_lib.runs.store import RunStore
@@ -425,6 +425,7 @@ def compare(
     right: Annotated[str, Parameter(help="The other. [latest-paper]")] = "latest-paper",
     /,
     *,
+    of: Annotated[str, Parameter(help="One of several strategies of a session, instead of all of it.")] = "",
     folder: Folder = None,
     json: Json = False,
 ) -> int:
@@ -435,7 +436,7 @@ def compare(
     from trader_lib.app.views import show_comparison
 
     store = _store(folder)
-    return 0 if show_comparison(store.find(left), store.find(right), as_json=json).equal else 1
+    return 0 if show_comparison(store.find(left), store.find(right), of=of, as_json=json).equal else 1
 
 # %% ../../nbs/app/04_cli.ipynb #baf12135
 Session = Annotated[str, Parameter(help="Name of the session's run, beginning of a name or id, path, latest-paper.")]

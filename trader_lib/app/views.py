@@ -6,13 +6,13 @@
 __all__ = ['HEADLINES', 'STRATEGY_COLUMNS', 'ORDER_COLUMNS', 'show_run', 'strategy_row', 'headline', 'order_row', 'list_runs',
            'show_comparison']
 
-# %% ../../nbs/app/03_views.ipynb #9054f522
+# %% ../../nbs/app/03_views.ipynb #f5a8b68f
 from collections.abc import Iterable
 
 from .console import print_facts, print_json, print_line, print_table
 from ..errors.taxonomy import BadData
 from ..research.report import figure_text
-from ..runs.compare import RunComparison, compare_runs
+from ..runs.compare import RunComparison, compare_runs, of_strategy
 from ..runs.result import RunResult, StrategyRow
 from ..runs.store import RunFolder
 from ..trading.order_list import OrderRecord
@@ -160,10 +160,19 @@ def _listed(run: RunFolder) -> dict[str, object]:
         "order_list_hash": result.order_list_hash,
     }
 
-# %% ../../nbs/app/03_views.ipynb #c221d133
-def show_comparison(left: RunFolder, right: RunFolder, *, as_json: bool = False, rows_max: int = 10) -> RunComparison:
+# %% ../../nbs/app/03_views.ipynb #18707ca4
+def show_comparison(
+    left: RunFolder,
+    right: RunFolder,
+    *,
+    of: str = "",  # which of several strategies of a session is compared
+    as_json: bool = False,
+    rows_max: int = 10,
+) -> RunComparison:
     """Print what two runs have in common and what not; return the comparison."""
     ours, theirs = left.result(), right.result()
+    if of:
+        ours, theirs = (of_strategy(side, of) if side.strategies else side for side in (ours, theirs))
     comparison = compare_runs(ours, theirs)
     if as_json:
         difference = comparison.equity_difference

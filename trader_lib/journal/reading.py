@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHUNK', 'payload_types', 'select', 'told', 'write_json_lines', 'write_parquet']
 
-# %% ../../nbs/journal/02_reading.ipynb #63fc29c8
+# %% ../../nbs/journal/02_reading.ipynb #0ecdec63
 from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -39,6 +39,7 @@ from trader_lib.trading.events import (
     TradingStateChanged,
 )
 from ..trading.orders import Order, OrderRequest, decimal_text
+from ..trading.portfolio import Position
 
 # %% ../../nbs/journal/02_reading.ipynb #cb38531d
 def payload_types(names: Iterable[str]) -> list[type[Payload]]:
@@ -67,7 +68,7 @@ def select(
         if correlation is None or event.correlation_id.startswith(correlation):
             yield event
 
-# %% ../../nbs/journal/02_reading.ipynb #e35bd57b
+# %% ../../nbs/journal/02_reading.ipynb #c8ae137b
 def told(payload: Payload) -> str:
     """What a payload says, in one line."""
     match payload:
@@ -82,7 +83,7 @@ def told(payload: Payload) -> str:
         case OrderProposed(request=request) | OrderIntended(request=request):
             return _request(request)
         case RiskDecided(request=request, approved=approved, checks=checks):
-            reasons = "; ".join(check.reason for check in checks if not check.passed)
+            reasons = "; ".join(f"{_of(check.scope)}{check.reason}" for check in checks if not check.passed)
             return f"{'approved' if approved else 'refused'}: {_request(request)}{reasons and f' ({reasons})'}"
         case OrderAcknowledged(order=order):
             return _order(order)
@@ -90,7 +91,7 @@ def told(payload: Payload) -> str:
             fill = "" if qty is None or price is None else f", {decimal_text(qty)} at {decimal_text(price)}"
             return f"{event}: {_order(order)}{fill}"
         case FillRecorded(fill=fill):
-            return f"{fill.side.value} {decimal_text(fill.qty)} {fill.symbol} at {decimal_text(fill.price)}"
+            return f"{_of(fill.strategy)}{fill.side.value} {decimal_text(fill.qty)} {fill.symbol} at {decimal_text(fill.price)}"
         case OrderFailed(client_order_id=order_id, outcome=outcome, reason=reason):
             return f"{outcome.replace('_', ' ')}: {order_id} ({reason})"
         case CancelProposed(client_order_id=order_id, reason=reason):
@@ -99,11 +100,11 @@ def told(payload: Payload) -> str:
             return order_id
         case AccountReported(cash=cash, equity=equity):
             return f"cash {cash:,.2f}, equity {equity:,.2f}"
-        case PortfolioChanged(equity=equity, positions=positions):
-            held = " ".join(f"{position.symbol} {decimal_text(position.qty)}" for position in positions)
-            return f"equity {0 if equity is None else equity:,.2f}: {held or 'nothing held'}"
-        case TradingStateChanged(state=state, reason=reason):
-            return f"{state}: {reason}"
+        case PortfolioChanged(equity=equity, positions=positions, strategies=several):
+            each = "".join(f"; {one.strategy} {one.equity:,.2f}: {_held(one.positions)}" for one in several)
+            return f"equity {0 if equity is None else equity:,.2f}: {_held(positions)}{each}"
+        case TradingStateChanged(state=state, reason=reason, strategy=strategy):
+            return f"{_of(strategy)}{state}: {reason}"
         case OperatorCommand(action=action, by=by, reason=reason):
             return f"{action} by {by}: {reason}"
         case Reconciled(ok=ok, differences=differences):
@@ -118,7 +119,15 @@ def told(payload: Payload) -> str:
 def _request(request: OrderRequest) -> str:
     prices = (request.limit_price, request.stop_price, request.stop_loss_price)
     at = "".join(f" @ {decimal_text(price)}" for price in prices if price is not None)
-    return f"{request.side.value} {decimal_text(abs(request.signed_qty))} {request.symbol} {request.type.value}{at}"
+    return f"{_of(request.strategy)}{request.side.value} {decimal_text(abs(request.signed_qty))} {request.symbol} {request.type.value}{at}"
+
+
+def _of(strategy: str) -> str:
+    return f"{strategy}: " if strategy else ""
+
+
+def _held(positions: Iterable[Position]) -> str:
+    return " ".join(f"{position.symbol} {decimal_text(position.qty)}" for position in positions) or "nothing held"
 
 
 def _order(order: Order) -> str:

@@ -77,7 +77,7 @@ def asked_in_words(asked: RunParameters) -> str:
     days = f"{asked.start or 'the first bar'} to {asked.end or 'the last bar'}"
     return f"{'; '.join(told)} on {', '.join(asked.symbols)}, {days}"
 
-# %% ../../nbs/runs/08_cells.ipynb #e78bdc1f
+# %% ../../nbs/runs/08_cells.ipynb #6ae08615
 HEADLINES = ("total_return", "annual_return", "sharpe_ratio", "max_drawdown", "win_rate")
 
 
@@ -105,9 +105,8 @@ def orders_piece(orders: Sequence[OrderRecord], rows_max: int = 30) -> Piece:
         )
         for order in orders[-rows_max:]
     ]
-    columns = ("Decided", "Symbol", "Side", "Qty#", "Type", "First fill", "Filled#", "Price#", "Status")
-    if any(order.strategy for order in orders):
-        columns = (*columns, "Strategy")
+    all_columns = ("Decided", "Symbol", "Side", "Qty#", "Type", "First fill", "Filled#", "Price#", "Status", "Strategy")
+    columns = all_columns if any(order.strategy for order in orders) else all_columns[:-1]
     made = table(columns, [row[: len(columns)] for row in rows])
     if len(orders) <= rows_max:
         return made

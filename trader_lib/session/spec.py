@@ -86,7 +86,7 @@ class Assignment:
     capital: Decimal | None = None
     limits: Limits | None = None
 
-# %% ../../nbs/session/00_spec.ipynb #fae487c5
+# %% ../../nbs/session/00_spec.ipynb #88fad280
 Source = Literal["sample", "store", "synthetic", "alpaca"]
 
 
@@ -121,7 +121,7 @@ class SessionSpec(BaseModel):
         if not isinstance(given, Mapping) or not given.get("strategies"):
             return given
         shares = [share if isinstance(share, Mapping) else share.model_dump() for share in given["strategies"]]
-        named = [share.get("symbols") for share in shares]
+        named = [share.get("symbols") or () for share in shares]
         own = (
             {} if "symbols" in given or not all(named) else {"symbols": sorted({one for all_ in named for one in all_})}
         )
