@@ -6,7 +6,7 @@
 __all__ = ['Health', 'EVENTS_MAX', 'FRESH_S', 'LOG_ROWS_MAX', 'LOG_TAIL_BYTES', 'LOG_SEARCH_BYTES', 'TEXT_MAX',
            'RESULT_BYTES_MAX', 'LogTail', 'log_row', 'SessionWatch']
 
-# %% ../../nbs/observe/12_watch.ipynb #9aca4a8f
+# %% ../../nbs/observe/12_watch.ipynb #e63e54dd
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from .view import LogRow, RunSummary, SessionView
 
 Health = Callable[[], Sequence[AgentHealth]]
 
-EVENTS_MAX = 20_000  # that one look reads
+EVENTS_MAX = 10_000  # that one look reads
 FRESH_S = 0.2  # within which a second look gives the first one's picture
 LOG_ROWS_MAX = 200
 LOG_TAIL_BYTES = 256 * 1024  # of a log that was there before us

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONFIRMATION_S', 'LOOK_S', 'stage_of', 'broker_settings', 'sweep_account', 'Steered', 'steer', 'kill']
 
-# %% ../../nbs/session/14_steering.ipynb #28f4fabd
+# %% ../../nbs/session/14_steering.ipynb #eb4142ff
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from ..broker.connection import AlpacaAccess
 from ..clock.clock import Clock, WallClock
 from ..config.settings import Settings, load_settings
 from ..errors.taxonomy import Misconfigured, Misused, TraderError
-from ..journal.journal import SqliteJournal
+from ..journal.opening import journal_exists, open_journal
 from .control import Action, ControlFile, lock_path, who_runs
 from .kill import Swept, sweep
 from .status import SessionStatus, session_status
@@ -27,11 +27,11 @@ from ..trading.orders import decimal_text
 CONFIRMATION_S = 15.0  # that an operator waits for the session's own word
 LOOK_S = 0.2
 
-# %% ../../nbs/session/14_steering.ipynb #c5ecbc9d
+# %% ../../nbs/session/14_steering.ipynb #20c650d3
 def stage_of(journal_path: Path) -> str:
     """simulated, paper or live: by the journal, or by what was asked for where no session has begun."""
-    if journal_path.is_file():
-        with SqliteJournal(journal_path, read_only=True) as journal:
+    if journal_exists(journal_path):
+        with open_journal(journal_path) as journal:
             for event in journal.last([SessionStarted]):
                 if isinstance(event.payload, SessionStarted):
                     return event.payload.stage
@@ -72,7 +72,7 @@ async def sweep_account(settings: Settings, *, flatten: bool, command_id: str) -
     finally:
         await broker.stop()
 
-# %% ../../nbs/session/14_steering.ipynb #6fe0ad0f
+# %% ../../nbs/session/14_steering.ipynb #9a21aaab
 @dataclass(frozen=True)
 class Steered:
     """What came of an operator's word.
@@ -153,7 +153,7 @@ async def kill(
 
 
 def _seen(journal_path: Path) -> SessionStatus | None:
-    return session_status(journal_path) if journal_path.is_file() else None
+    return session_status(journal_path) if journal_exists(journal_path) else None
 
 
 async def _confirmation(
