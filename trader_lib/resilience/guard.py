@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['T', 'Endpoint', 'within', 'Policy', 'policies', 'GuardHealth', 'Guard', 'Guards']
 
-# %% ../../nbs/resilience/03_guard.ipynb #4b6b0dc9
+# %% ../../nbs/resilience/03_guard.ipynb #9e070f28
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable
@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from ..clock.clock import Clock
+from ..clock.clock import Clock, WallClock
 from ..clock.ids import generator
 from ..config.sections import ResilienceSettings
 from ..errors.taxonomy import OutcomeUnknown, RateLimited, Rejected, Retryable, Unauthorized
@@ -25,13 +25,16 @@ from ..telemetry.tracing import span
 
 T = TypeVar("T")
 
-# %% ../../nbs/resilience/03_guard.ipynb #c027da2e
+# %% ../../nbs/resilience/03_guard.ipynb #a2aaedf1
 async def within(
     call: Awaitable[T],
     seconds: float,  # longest wait
     clock: Clock,
 ) -> T:
     """Return what the call returns; cancel it and raise TimeoutError after that many seconds."""
+    if isinstance(clock, WallClock):  # whose seconds are the loop's: no task for either
+        async with asyncio.timeout(seconds):
+            return await call
     task, alarm = asyncio.ensure_future(call), asyncio.ensure_future(clock.sleep(seconds))
     try:
         await asyncio.wait({task, alarm}, return_when=asyncio.FIRST_COMPLETED)
