@@ -9,6 +9,7 @@ from cyclopts import CycloptsError
 
 from trader_lib.app.cli import app
 from trader_lib.config.settings import ALIASES, PREFIX, SETTING_NAMES
+from trader_lib.trading.events import TradingState
 
 ROOT = Path(__file__).parent.parent
 BOOKS = sorted((ROOT / "docs/runbooks").glob("*.md"))
@@ -66,3 +67,13 @@ def test_runbook_of_an_alert_has_its_four_parts_and_is_listed() -> None:
         if text.startswith("# Trader"):
             assert re.findall(r"^## (.+)$", text, re.MULTILINE) == PARTS, book.name
         assert book.stem == "README" or f"({book.name})" in index, f"{book.name} is not listed"
+
+
+def test_messages_name_runbooks_that_exist() -> None:
+    sources = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "trader_lib").rglob("*.py"))]
+    named = {name for source in sources for name in re.findall(r'runbook="([a-z-]+)"', source)}
+    notices = (ROOT / "trader_lib/observe/notices.py").read_text(encoding="utf-8")
+    named |= set(re.findall(r'return "ERROR", .*, "([a-z-]+)"$', notices, re.MULTILINE)) | {"incident"}
+    named |= {state.lower() for state in TradingState if state is not TradingState.ACTIVE}
+    assert {"session-down", "scheduled-run", "agent-restarting", "halted"} <= named
+    assert named <= {book.stem for book in BOOKS}

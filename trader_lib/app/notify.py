@@ -27,7 +27,7 @@ notify = App(name="notify", help="Try out the messages that sessions send.", hel
 Profile = Annotated[str | None, Parameter(help="Settings profile: research, paper or live. [research]")]
 Json = Annotated[bool, Parameter(negative=(), help="Print JSON.")]
 
-# %% ../../nbs/app/14_notify.ipynb #801e7062
+# %% ../../nbs/app/14_notify.ipynb #3afb8496
 def announce(settings: "Settings", notice: "Notice") -> "list[Delivery]":
     """Tell a notice by every way that the settings name and return what came of it; raises nothing a way raised."""
     if not settings.notify.is_on:
@@ -59,7 +59,8 @@ def announce_death(
         f"{why} What is open at the broker is still open. `trader status {run.name}` shows what is known, "
         f"`trader paper --resume {run.name}` goes on, `trader kill {run.name} --flatten` takes the risk off."
     )
-    return announce(settings, Notice("ERROR", "The session is gone", text, "gone", WallClock().now(), about=run.name))
+    notice = Notice("ERROR", "The session is gone", text, "gone", WallClock().now(), run.name, runbook="session-down")
+    return announce(settings, notice)
 
 
 @notify.command

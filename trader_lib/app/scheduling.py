@@ -75,7 +75,7 @@ def example() -> int:
     print_line(EXAMPLE.rstrip())
     return 0
 
-# %% ../../nbs/app/23_scheduling.ipynb #046342d2
+# %% ../../nbs/app/23_scheduling.ipynb #e26ffe68
 def _opened(store: Path | None, settings: "Settings") -> "Firings":
     from trader_lib.app.firings import Firings
 
@@ -91,7 +91,13 @@ def alarm(settings: "Settings") -> Callable[[str], None]:
     def tell(text: str) -> None:
         say(text)
         notice = Notice(
-            "ERROR", "A scheduled job needs you", text, f"schedule:{text}", WallClock().now(), "trader schedule"
+            "ERROR",
+            "A scheduled job needs you",
+            text,
+            f"schedule:{text}",
+            WallClock().now(),
+            "trader schedule",
+            runbook="scheduled-run",
         )
         for answer in announce(settings, notice):
             if not answer.ok:
