@@ -314,7 +314,7 @@ def test_a_bug_is_one_sentence_and_shows_more_when_asked(trader: Trader, monkeyp
     assert code == 1 and "bug in trader_lib: ZeroDivisionError: oh" in err and "Traceback" not in err
     monkeypatch.setenv("TRADER_DEBUG", "1")
     assert "Traceback" in trader("doctor")[2]
-    monkeypatch.setattr(doctor, "diagnose", lambda profile: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(doctor, "diagnose", lambda profile, **options: (_ for _ in ()).throw(KeyboardInterrupt))
     assert trader("doctor")[0] == 130
 
 
