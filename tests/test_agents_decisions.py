@@ -15,6 +15,7 @@ from trader_lib.agents.strategy import StrategyAgent, last_closes
 from trader_lib.bus.bus import InProcessBus
 from trader_lib.clock.clock import VirtualClock
 from trader_lib.clock.ids import SeededIds
+from trader_lib.errors.taxonomy import InvariantBroken
 from trader_lib.market.bars import Bars
 from trader_lib.market.sample import sample_bars
 from trader_lib.risk.limits import Limits
@@ -169,6 +170,44 @@ async def test_order_that_a_look_up_finds_closed_is_closed(stage: Stage) -> None
     there = OrderAcknowledged(client_order_id=first[1].client_order_id, order=order_of(first[1], "accepted"))
     await stage.say(found, there)
     assert [request.symbol for request in requests(await stage.say(closed(1)))] == ["AAPL"]
+
+
+class Broken(Swing):
+    """Swings, until it finds itself impossible."""
+
+    def targets(self, bars: Bars) -> NDArray[np.float64]:
+        if bars.n > 1:
+            raise InvariantBroken("This strategy has lost its way.")
+        return super().targets(bars)
+
+
+async def test_strategy_that_gave_up_is_not_asked_again_and_its_position_is_protected(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strategy = Broken()
+    planner = Planner(BARS.symbols, exits=strategy.exits)
+    agent = StrategyAgent(stage.bus, VirtualClock(NOW), strategy, BARS.head(0), planner, "stage")
+    await stage.play(agent)
+    await stage.say(account())
+    first = requests(await stage.say(closed(0)))
+    await stage.say(*approved(*first))
+    (failure,) = await stage.say(closed(1))
+    assert isinstance(failure, AgentFailed) and "lost its way" in failure.error
+    assert agent.health().state == "down" and agent.protects_only
+    assert first[0].qty is not None
+    await stage.say(fill_of(first[0], "x-1", first[0].qty, price=Decimal(str(round(BARS.close[1, 0], 2)))))
+    answers = await stage.say(closed(2))
+    assert [(request.symbol, request.purpose) for request in requests(answers)] == [("AAPL", "exit")]
+    assert not [answer for answer in answers if isinstance(answer, AgentFailed)], "it is not asked any more"
+
+    def lost(*_: Any) -> None:
+        raise ValueError("our own books are wrong")
+
+    monkeypatch.setattr(planner, "plan", lost)
+    (failure,) = await stage.say(closed(3))
+    assert "our own books" in failure.error and not agent.protects_only
+    missed = agent.health().missed
+    assert not await stage.say(closed(4)) and agent.health().missed == missed + 1
 
 
 async def test_target_that_turns_cancels_the_order_at_work(stage: Stage) -> None:

@@ -1,6 +1,9 @@
 """Several strategies in one session: each as if it were alone, the account their sum, and no failure that spreads."""
 
 import asyncio
+import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from datetime import date, datetime, timedelta
@@ -452,3 +455,41 @@ async def test_account_that_cannot_be_shared_out_is_not_taken_over(tmp_path: Pat
         rich = in_real_time(cash=1_000_000)
         with pytest.raises(Halted, match=r"given 520,000.00 USD together, and the account is worth"):
             await run_session(rich, real, journal_path=fresh(tmp_path / "b") / "journal.sqlite")
+
+
+# ---- a real death
+
+DIE = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from trader_lib.journal.journal import SqliteJournal
+sys.path.insert(0, {tests!r})
+from test_session_several import APART, settings
+from trader_lib.session.session import run_session
+
+append, last = SqliteJournal.append, [0]
+
+def deadly(self, event):
+    append(self, event)
+    last[0] += 1
+    if last[0] == {rows}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+SqliteJournal.append = deadly
+asyncio.run(run_session(APART, settings("http"), journal_path=Path({path!r}), resume=True))
+"""
+
+
+async def test_killed_in_the_middle_of_two_strategies_it_sends_no_order_twice(tmp_path: Path) -> None:
+    one = await run(tmp_path / "whole", transport="http")
+    path = fresh(tmp_path / "killed") / "journal.sqlite"
+    for rows in (150, 90):  # killed, and its successor too
+        script = DIE.format(tests=str(Path(__file__).parent), rows=rows, path=str(path))
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stderr=subprocess.DEVNULL)
+        assert await process.wait() == -signal.SIGKILL
+    other = await run(path.parent, transport="http", resume=True)
+    assert other.order_list_hash == one.order_list_hash and other.equity_end == one.equity_end
+    assert other.reconciliation.ok and all(curve.equals(other.curves[label]) for label, curve in one.curves.items())
+    names = [intent.request.client_order_id for intent in said(other, OrderIntended)]
+    assert len(names) == len(set(names))
+    assert_each_as_if_alone(APART, other)
