@@ -53,7 +53,8 @@ async def check(world: World) -> None:
         return
     if not world.record.refused:
         broken += [f"agent failed: {failure}" for failure in world.record.failures]
-    broken += [f"reconciliation: {difference}" for difference in world.result.reconciliation.differences]
+    found = world.result.reconciliation.discrepancies  # repaired or not: at the end nothing may be left to repair
+    broken += [f"reconciliation: {one.sentence}" for one in found if one.kind != "cash"]
     broken += [f"down: {health.agent}" for health in world.result.health if health.state == "down"]
     _check_orders(world, events)
     _check_fills(world, events)

@@ -180,7 +180,7 @@ class RiskSettings(Section):
         {}, description="bounds of single symbols: GME.max_order_qty=10,GME.allow_short=false"
     )
 
-# %% ../../nbs/config/00_sections.ipynb #d0184327
+# %% ../../nbs/config/00_sections.ipynb #27019a8d
 _Timeout = Annotated[float, Field(gt=0, le=600)]
 _Concurrent = Annotated[int, Field(ge=1, le=100)]
 _Attempts = Annotated[int, Field(ge=1, le=10)]
@@ -226,9 +226,18 @@ class ResilienceSettings(Section):
     clock_ttl_s: _Kept = Field(60.0, description="age at which the market's clock is read anew, in seconds; 0: always")
 
     def for_simulation(self) -> "ResilienceSettings":
-        """The same for an exchange whose time is not ours: no calls a minute, and its clock is asked each time."""
+        """The same for an exchange in our own process, whose time is not ours.
+
+        No calls a minute; its clock is asked each time; its bars come when they come, and its pings wait while we compute.
+        """
         return self.model_copy(
-            update={"trading_per_minute": None, "data_per_minute": None, "clock_ttl_s": 0.0, "stream_silent_s": None}
+            update={
+                "trading_per_minute": None,
+                "data_per_minute": None,
+                "clock_ttl_s": 0.0,
+                "stream_silent_s": None,
+                "stream_ping_s": 180.0,
+            }
         )
 
 # %% ../../nbs/config/00_sections.ipynb #6f18248e

@@ -130,7 +130,7 @@ def unrecorded(order: Order, book: OrderBook, since: datetime) -> Decimal:
         return order.filled_qty - carried
     return order.filled_qty if order.submitted_at >= since else Decimal(0)
 
-# %% ../../nbs/session/04_reconcile.ipynb #fe15d61f
+# %% ../../nbs/session/04_reconcile.ipynb #fe87787b
 SOURCE = "session"
 CONFIRM_S = 6.0  # between two looks; longer than the execution agent waits for a fill
 LOOKS_MAX = 5
@@ -191,8 +191,8 @@ class Reconciler:
         await settle()
         found = await self._findings(opening=opening, closing=closing)
         self._looks += 1
-        fresh = {finding.key for finding in found} - self._seen
-        self._seen |= fresh
+        keys = {finding.key for finding in found}
+        fresh, self._seen = keys - self._seen, keys
         if fresh and self._looks < LOOKS_MAX:
             return None
         said = await self._decide(found, settle, opening=opening, closing=closing)
