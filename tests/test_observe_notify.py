@@ -264,6 +264,8 @@ async def test_session_tells_its_end_and_its_day_and_trades_as_if_alone(
     told = await run_session(SPEC, settings, bars=daily_bars, journal_path=journal, companions=[notifications()])
     alone = await run_session(SPEC, settings, bars=daily_bars)
     assert told.order_list_hash == alone.order_list_hash and told.orders
+    with SqliteJournal(journal, read_only=True) as beside, SqliteJournal(alone.journal_path, read_only=True) as without:
+        assert beside.last_hash == without.last_hash, "the journals are the same to the byte"
     text = "\n".join(body["text"] for body in hook.bodies)
     assert "Session ended" in text and "Wednesday 29 February 2012" in text
     assert f"Equity {told.equity_end:,.2f} USD" in text
