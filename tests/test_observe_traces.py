@@ -17,11 +17,13 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from tests.observed import SPEC, observed_settings
-from trader_lib.config.sections import LoggingSettings
+from tests.servers import RedisServer
+from trader_lib.config.sections import BrokerSettings, BusSettings, LoggingSettings
 from trader_lib.config.settings import Settings
 from trader_lib.journal.journal import SqliteJournal
 from trader_lib.observe.companions import companions
 from trader_lib.observe.traces import traced
+from trader_lib.session.distributed import Supervisor, agent_command
 from trader_lib.session.session import SessionResult, run_session
 from trader_lib.telemetry.log import configure_logging, trace_id_of
 from trader_lib.telemetry.tracing import Tracing, root_id_of, span_id_of
@@ -191,15 +193,18 @@ class Collector:
         self._server.shutdown()
         self._server.server_close()
 
+    def spans_by_process(self) -> list[tuple[str, Any]]:
+        """Each span and the agent whose process made it; "session" for the session's own."""
+        found = []
+        for resource in (one for request in self.requests for one in request.resource_spans):
+            about = {pair.key: pair.value.string_value for pair in resource.resource.attributes}
+            process = about.get("trader.agent", "session")
+            found += [(process, span) for scope in resource.scope_spans for span in scope.spans]
+        return found
+
     @property
     def spans(self) -> list[Any]:
-        return [
-            span
-            for request in self.requests
-            for resource in request.resource_spans
-            for scope in resource.scope_spans
-            for span in scope.spans
-        ]
+        return [span for _, span in self.spans_by_process()]
 
 
 def to_collector(url: str, **more: Any) -> Settings:
@@ -233,4 +238,36 @@ async def test_a_collector_that_refuses_or_is_gone_costs_the_session_nothing_but
                 SPEC, settings, journal_path=folder / "journal.sqlite", companions=companions(settings)
             )
             assert result.status == "completed" and result.reconciliation.ok
-            assert result.wall_s < 20
+            assert result.wall_s < 60
+
+
+async def test_over_redis_one_trace_leads_through_four_processes(redis_server: RedisServer, tmp_path: Path) -> None:
+    with Collector() as collector:
+        settings = to_collector(collector.url)
+        settings = settings.model_copy(update={"bus": BusSettings.model_validate({"url": redis_server.url})})
+        settings = settings.model_copy(update={"broker": BrokerSettings(transport="http")})
+        told = {"TRADER_BUS__URL": redis_server.url, "TRADER_TELEMETRY__OTLP_ENDPOINT": collector.url}
+        told["TRADER_LOGGING__LEVEL"] = "WARNING"
+        keeper, stop = Supervisor(("strategy", "risk", "execution"), agent_command, told), asyncio.Event()
+        running = asyncio.create_task(keeper.run(stop))
+        try:
+            playing = run_session(
+                SPEC, settings, journal_path=tmp_path / "journal.sqlite", companions=companions(settings)
+            )
+            result = await asyncio.wait_for(playing, 150)
+            await asyncio.wait({running}, timeout=30)  # they send what is left
+        finally:
+            stop.set()
+            await running
+    spans = collector.spans_by_process()
+    ids = {(span.trace_id, span.span_id): (span, process) for process, span in spans}
+    fills = [(span, process) for process, span in spans if span.name == "fill"]
+    assert len(fills) == sum(order.status == "filled" for order in result.orders)
+    for span, process in fills:
+        path, processes = [span.name], [process]
+        while span.parent_span_id:
+            span, process = ids[span.trace_id, span.parent_span_id]
+            path.append(span.name)
+            processes.append(process)
+        assert path == ["fill", "execution", "risk", "strategy", "decision"]
+        assert processes == ["session", "execution", "risk", "strategy", "session"]
