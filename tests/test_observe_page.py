@@ -26,7 +26,7 @@ from trader_lib.observe.watch import SessionWatch
 from trader_lib.runs.store import RunFolder, RunStore
 from trader_lib.session.control import ControlFile
 from trader_lib.session.session import run_session
-from trader_lib.session.spec import SessionSpec
+from trader_lib.session.spec import SessionSpec, StrategyShare
 from trader_lib.session.status import session_status
 from trader_lib.trading.events import (
     BarRow,
@@ -66,7 +66,7 @@ from datetime import date
 from pathlib import Path
 from trader_lib.config.settings import load_settings
 from trader_lib.session.session import run_session
-from trader_lib.session.spec import SessionSpec
+from trader_lib.session.spec import SessionSpec, StrategyShare
 from trader_lib.telemetry.log import configure_logging
 folder = Path(sys.argv[1])
 settings = load_settings(environ={}, env_file=None, overrides={"broker": {"transport": "in_process"}})
@@ -469,3 +469,44 @@ def test_without_a_token_there_are_no_buttons(finished: RunFolder) -> None:
         assert httpx.get(f"{server.url}/api/operator").json() == {"buttons": False, "csrf": None}
         for path in ("unlock", "steer", "lock"):
             assert httpx.post(f"{server.url}/api/{path}", json={}, headers=own).status_code in {404, 405}
+
+
+def test_several_strategies_each_show_their_state_and_what_is_theirs(tmp_path: Path, request: Any) -> None:
+    """One of two was halted by its own drawdown; both hold the same symbol."""
+    run = new_run(tmp_path)
+    settings = load_settings(environ={}, env_file=None, overrides={"broker": {"transport": "in_process"}})
+    shares = (
+        StrategyShare(name="trend", strategy="sma_cross", params={"fast": 5, "slow": 20}, capital="50%"),
+        StrategyShare(
+            name="quick",
+            strategy="sma_cross",
+            params={"fast": 2, "slow": 5},
+            capital="40%",
+            limits={"max_drawdown": 0.01},
+        ),
+    )
+    spec = SessionSpec(strategies=shares, symbols=("AAPL", "IBM"), start=date(2012, 1, 3), end=date(2012, 3, 30))
+    with asyncio.Runner() as runner:
+        runner.run(run_session(spec, settings, journal_path=run.journal))
+    with SqliteJournal(run.journal, read_only=True) as journal:
+        (worth,) = (event.payload for event in journal.last([PortfolioChanged]))
+    assert isinstance(worth, PortfolioChanged) and any(one.positions for one in worth.strategies)
+    view = SessionWatch(run.path).look_whole()
+    assert view.state is TradingState.ACTIVE, "the account goes on"
+    assert {row.name: str(row.state) for row in view.strategies} == {"trend": "ACTIVE", "quick": "HALTED"}
+    assert {(row.strategy, row.symbol, row.qty) for row in view.positions} == {
+        (one.strategy, held.symbol, held.qty) for one in worth.strategies for held in one.positions if held.qty
+    }
+    assert {row.strategy for row in view.decisions} == {row.strategy for row in view.fills} == {"trend", "quick"}
+    chromium = request.getfixturevalue("chromium")
+    with served(run.path) as server, tab(chromium, server.url) as shown:
+        assert shown.locator("#strategy").inner_text() == "trend, quick"
+        rows = shown.locator("#strategies tbody tr")
+        assert rows.count() == 2
+        for place, one in enumerate(worth.strategies):
+            assert told(one.equity) in rows.nth(place).inner_text()
+        for place in ("#strategies tbody tr:last-child", "#alerts"):
+            assert (
+                "HALTED" in shown.locator(place).inner_text()
+                and "below its highest" in shown.locator(place).inner_text()
+            )

@@ -54,7 +54,7 @@ def plot(values: Sequence[float], columns: int, rows: int) -> list[str]:
         before = y
     return ["".join(chr(0x2800 + cell) for cell in line) for line in cells]
 
-# %% ../../nbs/app/15_watch.ipynb #ba00488a
+# %% ../../nbs/app/15_watch.ipynb #db2b6849
 CONDITIONS = {
     "waiting": ("…", "not begun", "yellow"),
     "alive": ("●", "running", "green"),
@@ -74,11 +74,22 @@ def picture(view: "SessionView", width: int, height: int = 60) -> RenderableType
         lines = plot(worths, max(20, width - 20), rows)
         edge = [f"{max(worths):>14,.2f}", *[" " * 14] * (len(lines) - 2), f"{min(worths):>14,.2f}"]
         parts.append(Text("\n".join(f"{name} {line}" for name, line in zip(edge, lines, strict=True)), style="blue"))
+    if len(view.strategies) > 1:
+        parts.append(
+            _table(
+                ("Strategy", "State", "Equity#", "Cash#", "Positions#"),
+                [
+                    (one.name, str(one.state), _money(one.equity), _money(one.cash), str(one.positions))
+                    for one in view.strategies
+                ],
+                "",
+            )
+        )
     held = _table(
         ("Position", "Qty#", "Entry#", "Last#", "Unrealized#"),
         [
             (
-                row.symbol,
+                f"{row.symbol} ({row.strategy})" if row.strategy else row.symbol,
                 f"{row.qty.normalize():f}",
                 _money(row.avg_entry_price),
                 _money(row.mark),
@@ -101,7 +112,7 @@ def picture(view: "SessionView", width: int, height: int = 60) -> RenderableType
         [
             (
                 f"{row.at:%Y-%m-%d %H:%M}",
-                row.symbol,
+                f"{row.symbol} ({row.strategy})" if row.strategy else row.symbol,
                 f"{row.side} {row.what}",
                 Text("✓ approved") if row.approved else Text("✕ refused", style="red"),
                 row.outcome,
@@ -172,6 +183,8 @@ def _alerts(view: "SessionView") -> list[RenderableType]:
         told.append(("yellow", f"An operator wants {view.asked}, not confirmed yet."))
     if view.condition == "alive" and (view.silent_s or 0) > 120:
         told.append(("yellow", f"Nothing was written for {view.silent_s:,.0f} s."))
+    restricted = [one for one in view.strategies if one.reason and one.state != "ACTIVE"]
+    told += [("yellow", f"{one.name} is {one.state}: {one.reason}") for one in restricted]
     if view.books is not None and not view.books.ok:
         told.append(("red", f"The books differ from the broker's: {'; '.join(view.books.differences)}"))
     if view.unanswered:

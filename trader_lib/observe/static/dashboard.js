@@ -85,6 +85,7 @@ function drawAlerts() {
   if (view.condition === "alive" && view.silent_s > 120) told.push(["warn", `The session is alive and has written nothing for ${lasting(view.silent_s)}.`]);
   if (view.asked) told.push(["warn", `An operator wants ${view.asked}; the session has not confirmed it yet.`]);
   if (view.condition !== "report" && view.state && view.state !== "ACTIVE") told.push([view.state === "HALTED" ? "bad" : "warn", `${view.state}: ${view.state_reason}. An operator lifts it by trader resume ${view.run} --by NAME`]);
+  for (const one of view.strategies.length > 1 ? view.strategies : []) if (one.reason && one.state !== "ACTIVE") told.push(["warn", `${one.name} is ${one.state}: ${one.reason}`]);
   if (view.books && !view.books.ok) told.push(["bad", `The books differ from the broker's: ${view.books.differences.join("; ")}`]);
   if (view.unanswered && view.unanswered.length) told.push(["warn", `No answer yet on ${view.unanswered.length} order${view.unanswered.length > 1 ? "s" : ""}: ${view.unanswered.slice(0, 3).join(", ")}`]);
   if (view.result && view.result.failure) told.push(["bad", `The run failed: ${view.result.failure}`]);
@@ -355,7 +356,7 @@ async function meet() { const answer = await ask("api/operator"); operator = ans
 // ---- what is drawn when what changed
 const PARTS = [
   [["run", "condition", "state", "stage", "strategies", "runner", "seen_at", "behind", "result", "events"], drawHead],
-  [["condition", "state", "state_reason", "asked", "books", "unanswered", "trouble", "silent_s", "result"], drawAlerts],
+  [["condition", "state", "state_reason", "asked", "books", "unanswered", "trouble", "silent_s", "result", "strategies"], drawAlerts],
   [["figures", "positions", "last_bar", "condition", "result"], drawFigures], [["curve", "condition"], drawCurve], [["positions", "strategies"], drawPositions], [["open_orders"], drawOrders],
   [["strategies"], drawStrategies], [["decisions", "strategies"], drawDecisions], [["fills", "strategies"], drawFills], [["happenings"], drawHappenings], [["agents"], drawAgents],
   [["books"], drawBooks], [["result"], drawResult], [["log"], drawLog],
