@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -136,8 +136,7 @@ def test_compose_names_only_what_it_declares() -> None:
             assert (secret["source"] if isinstance(secret, dict) else secret) in whole["secrets"], name
         for volume in service.get("volumes", ()):
             source = volume.split(":")[0]
-            known = source in whole["volumes"] or (DEPLOY / source).exists() or source == "./jobs.toml"
-            assert known, f"{name} mounts {source}"
+            assert source in whole["volumes"] or (DEPLOY / source).exists(), f"{name} mounts {source}"
         assert set(service.get("depends_on", ())) <= set(whole["services"])
         for port in service.get("ports", ()):
             assert port.startswith("127.0.0.1:"), f"{name} is open to the network"
@@ -299,6 +298,12 @@ def test_session_goes_on_where_it_died_and_begins_anew_otherwise(tmp_path: Path,
     environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     said = run(tool("sh"), DEPLOY / "session.sh", "--broker", "alpaca", env=environ)
     assert said.strip() == expected
+
+
+@pytest.mark.parametrize("jobs", sorted(DEPLOY.rglob("jobs.toml")), ids=lambda path: path.parent.name)
+def test_jobs_are_ones_that_the_scheduler_takes(trader: Callable[..., tuple[int, str, str]], jobs: Path) -> None:
+    code, out, err = trader("schedule", "check", str(jobs))
+    assert code == 0 and "review" in out, err
 
 
 def test_yaml_is_tidy() -> None:
