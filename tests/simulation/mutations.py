@@ -8,10 +8,15 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
+from tests.simulation.disk import WatchedJournal
 from trader_lib.agents.execution import ExecutionAgent
+from trader_lib.agents.portfolio import PortfolioAgent
 from trader_lib.agents.tracking import LocalState, OrderTrack
-from trader_lib.errors.taxonomy import OutcomeUnknown, Rejected, Retryable, TraderError
-from trader_lib.trading.events import Event, FillRecorded, OrderIntended, TradeUpdated
+from trader_lib.errors.taxonomy import Misconfigured, OutcomeUnknown, Rejected, Retryable, TraderError
+from trader_lib.session.recovery import RecordedBroker
+from trader_lib.session.session import Session
+from trader_lib.session.wiring import Agents
+from trader_lib.trading.events import Event, FillRecorded, OrderIntended, Payload, TradeUpdated
 from trader_lib.trading.orders import Order, OrderRequest, OrderStatus
 from trader_lib.trading.portfolio import Fill
 
@@ -208,12 +213,74 @@ class BooksTheOrderAsFilled(ExecutionAgent):
             await self.publish(FillRecorded(fill=fill), event)
 
 
+class BelievesTheList(ExecutionAgent):
+    """An order that the broker lists as open is thought to be as it was: how much of it has filled is not looked at."""
+
+    def _has_more(self, track: OrderTrack, order: Order) -> bool:
+        return False
+
+
+class SendsAgainAfterARestart(RecordedBroker):
+    """What was intended before the process died is sent again without being looked for."""
+
+    async def _submit_now(self, request: OrderRequest) -> Order:
+        await self._bus.hold()
+        return await self._broker.submit(request)
+
+
+class ForgetsWhatWasAnswered(RecordedBroker):
+    """After a restart the broker is asked for what it has answered before, orders included."""
+
+    def _answer(self) -> Payload | None:
+        return None
+
+
+class ForgetsTheFills(PortfolioAgent):
+    """What is held is known from the fills of this life alone."""
+
+    async def _on_fill(self, event: Event) -> None:
+        past = self._bus._past  # type: ignore[attr-defined]
+        if past is None:
+            await super()._on_fill(event)
+
+
+class IgnoresTheFullDisk(WatchedJournal):
+    """What cannot be written is not written, and nobody is told."""
+
+    def append(self, event: Event) -> None:
+        try:
+            super().append(event)
+        except Misconfigured:
+            self._seq = event.seq
+
+    def commit(self) -> None:
+        with suppress(Misconfigured):
+            super().commit()
+
+
+class CommitsNowAndThen(WatchedJournal):
+    """Only every tenth commit is one."""
+
+    def commit(self) -> None:
+        self._asked = getattr(self, "_asked", 0) + 1
+        if self._asked % 10 == 0:
+            super().commit()
+
+
+class LeavesEntriesOpen(Session):
+    """A session whose disk is full ends and leaves its orders where they are."""
+
+    async def leave(self, agents: Agents) -> str:
+        return ""
+
+
 @dataclass(frozen=True)
 class Mutation:
-    """A part with a bug, and where it is put."""
+    """A part with a bug, where it is put, and the seed that is played first, because it noticed."""
 
     part: type
     where: tuple[str, ...]
+    seed: int = 0
 
     @property
     def name(self) -> str:
@@ -227,12 +294,13 @@ class Mutation:
 
 
 EXECUTION = ("trader_lib.session.wiring.ExecutionAgent", "trader_lib.session.replay.ExecutionAgent")
+JOURNAL = ("tests.simulation.world.WatchedJournal",)
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation(ResendsOnTimeout, EXECUTION),
     Mutation(ResendsUnderANewName, EXECUTION),
     Mutation(TakesUnknownForRejected, EXECUTION),
     Mutation(DropsUnknowns, EXECUTION),
-    Mutation(GivesUpLateOrders, EXECUTION),
+    Mutation(GivesUpLateOrders, EXECUTION, 54),
     Mutation(SkipsTheWriteAhead, EXECUTION),
     Mutation(IntendsAfterwards, EXECUTION),
     Mutation(CountsDoublesTwice, EXECUTION),
@@ -244,4 +312,11 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(TurnsTimeBack, EXECUTION),
     Mutation(BelievesTheFirstNo, EXECUTION),
     Mutation(BooksTheOrderAsFilled, EXECUTION),
+    Mutation(BelievesTheList, EXECUTION, 39),
+    Mutation(SendsAgainAfterARestart, ("trader_lib.session.wiring.RecordedBroker",), 44),
+    Mutation(ForgetsWhatWasAnswered, ("trader_lib.session.wiring.RecordedBroker",)),
+    Mutation(ForgetsTheFills, ("trader_lib.session.wiring.PortfolioAgent",)),
+    Mutation(IgnoresTheFullDisk, JOURNAL),
+    Mutation(CommitsNowAndThen, JOURNAL),
+    Mutation(LeavesEntriesOpen, ("trader_lib.session.session.Session",), 227),
 )

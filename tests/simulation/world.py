@@ -23,7 +23,7 @@ from tests.simulation.disk import Died, Record, WatchedJournal
 from tests.simulation.loop import LoopClock, VirtualLoop
 from tests.simulation.plan import WARMUP, Plan, calendar, days, plan_of
 from trader_lib.agents.market_data import MarketDataAgent
-from trader_lib.broker.faults import Faults, FaultyBroker
+from trader_lib.broker.faults import Faults, FaultyBroker, Submission
 from trader_lib.broker.in_process import InProcessBroker
 from trader_lib.broker.port import Broker, MarketData
 from trader_lib.bus.bus import InProcessBus
@@ -39,6 +39,7 @@ from trader_lib.market.stamps import from_ns
 from trader_lib.session import session as session_module
 from trader_lib.session.control import SessionLock
 from trader_lib.session.drivers import Desk, Driver, RealTimeDriver
+from trader_lib.session.reconcile import Reconciler
 from trader_lib.session.session import SessionResult
 from trader_lib.session.spec import SessionSpec
 from trader_lib.session.wiring import AgentProvider, CoreProvider, History, SessionInputs
@@ -46,6 +47,7 @@ from trader_lib.trading.orders import Order, OrderRequest
 
 CALM = timedelta(seconds=150)  # after the last bar: the connection is good again, and all must come right
 TICK_S = 15.0
+RECONCILE_S = 120.0
 ROOM_S = 60.0  # after the calm: an operator makes room on the disk
 PATIENCE_S = 20.0  # before a session that could not begin or go on is started again
 LIVES_MAX = 60
@@ -151,6 +153,13 @@ class StormProvider(Provider):
         return SeededIds(f"{inputs.session_id}:{inputs.past.last_seq}")
 
     @provide
+    async def lock(self, inputs: SessionInputs, world: dict) -> AsyncIterator[SessionLock]:  # type: ignore[type-arg]
+        lock = world["world"].lock = SessionLock(inputs.journal_path)
+        await lock.acquire(inputs.session_id)
+        yield lock
+        lock.release()
+
+    @provide
     async def journal(
         self,
         inputs: SessionInputs,
@@ -183,12 +192,14 @@ class StormProvider(Provider):
         ids: Ids,
         journal: Journal,
         history: History,
+        reconciler: Reconciler,
         world: dict,  # type: ignore[type-arg]
     ) -> Driver:
         driver = _Follower(
             bus, clock, broker, data, calendar, market_data, desk, ids, journal.commit, history.symbols,
             inputs.spec.timeframe, inputs.past.last_bar or history.at(history.n - 1), count=inputs.past.bars,
             ends_at=world["world"].ends_at, wait_s=5.0, tick_s=TICK_S,
+            reconciler=reconciler, reconcile_s=RECONCILE_S, resumed=not inputs.past.is_empty,
         )  # fmt: skip
         driver.world = world["world"]
         return driver
@@ -219,6 +230,8 @@ class World:
         self.draws = 0
         self.wires: list[Wire] = []
         self.journal: WatchedJournal | None = None
+        self.lock: SessionLock | None = None
+        self.equity_at_the_end: Decimal | None = None  # by the exchange, where no bar came after the session
         self.calm = False
         self.result: SessionResult | None = None
         self.last_error: TraderError | None = None
@@ -288,9 +301,11 @@ class World:
                     task.cancel()
                 if alive:
                     await asyncio.wait(alive, timeout=10.0)
+            self._bury()
             return self.record.down_s
         try:
             self.result = life.result()
+            self.equity_at_the_end = self.exchange.account().equity if self.exchange.is_over else None
         except (Retryable, Halted) as error:
             self.outcome.faults["start again"] += 1
             self.last_error = error
@@ -301,8 +316,27 @@ class World:
             self.outcome.faults["stopped by the disk"] += 1
             self.last_error = error
             stops = self.outcome.faults["stopped by the disk"]
+            self._look_at_what_was_left()
             return min(PATIENCE_S * 2.0 ** (stops - 1), 320.0)
         return None
+
+    def _bury(self) -> None:
+        """What the operating system takes back from a process that has died."""
+        if self.journal is not None:
+            self.journal.close()
+        if self.lock is not None:
+            self.lock.release()
+
+    def _look_at_what_was_left(self) -> None:
+        """A session that can write nothing down any more cancels what may open a position, if it can."""
+        faults = Faults() if self.calm else self.plan.faults
+        if faults.cancel_lost or faults.submit_slow or faults.read_fails:
+            return  # it may not have been able to
+        taken = {each.request.client_order_id for wire in self.wires for each in wire.submissions if _is_told(each)}
+        for order in self.exchange.orders():
+            intent = self.record.safe.get(order.client_order_id)
+            if intent is not None and intent.request.purpose == "entry" and order.client_order_id in taken:
+                self.outcome.broken.append(f"entries: {order.client_order_id} was left open when the disk was full")
 
     async def _session(self) -> SessionResult:
         past = session_module._recall(self.path, _settings().journal, resume=True)
@@ -386,6 +420,10 @@ class World:
         bound = self.plan.limits.max_order_qty
         if bound is not None and not reduces and abs(request.signed_qty) > bound:
             broken.append(f"limit: {name} is over {request.qty} shares, {bound:g} allowed")
+
+
+def _is_told(submission: Submission) -> bool:
+    return submission.fate == "accepted"
 
 
 def _only_what_nobody_meant(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -242,7 +242,7 @@ class LockstepDriver:
         if when > self._clock.now():
             self._clock.advance_to(when)
 
-# %% ../../nbs/session/02_drivers.ipynb #2a5027bd
+# %% ../../nbs/session/02_drivers.ipynb #20580122
 class RealTimeDriver:
     """Follows a real market until an end.
 
@@ -291,7 +291,7 @@ class RealTimeDriver:
         self._wait_s = wait_s
         self._log = get_logger(SOURCE)
         self._ask_at = self._next_close() + self._delay if self._is_polled else None
-        self._tick_at = clock.now() + self._tick
+        self._tick_at = clock.monotonic() + tick_s  # a wall clock that is set back must not stop the ticks
         self._reconciler, self._reconcile_every = reconciler, timedelta(seconds=reconcile_s)
         self._reconcile_at = clock.now() + self._reconcile_every
         self._gap_at = clock.now() if resumed and not self._is_polled else None
@@ -318,8 +318,8 @@ class RealTimeDriver:
             if self._gap_at is not None and now >= self._gap_at:
                 await self._fill_gap()
             await self._release()
-            if now >= self._tick_at:
-                self._tick_at = now + self._tick
+            if self._clock.monotonic() >= self._tick_at:
+                self._tick_at = self._clock.monotonic() + self._tick.total_seconds()
                 await self._bus.publish(ClockTicked(at=now), source=SOURCE, correlation_id=self._ids.new())
             if now >= self._reconcile_at:
                 await self._reconcile(now)
@@ -358,7 +358,7 @@ class RealTimeDriver:
         if gaps > self._gaps:
             self._log.warning("A stream has left something out; it is asked for.")
             self._desk.doubt()
-            self._tick_at = self._reconcile_at = now
+            self._tick_at, self._reconcile_at = self._clock.monotonic(), now
             if not self._is_polled:
                 self._gap_at = now
         self._gaps = gaps

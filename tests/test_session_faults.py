@@ -1,0 +1,192 @@
+"""Real processes, real signals, a real disk: sessions that are killed, frozen, cut off and refused their files.
+
+`TRADER_KILLS=100` kills a session over HTTP a hundred times in all.
+"""
+
+import asyncio
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from loguru import logger
+
+from tests.test_session_resume import DAILY, check, fresh, resumed, whole
+from trader_lib.journal.journal import SqliteJournal
+
+ROOT = Path(__file__).parent.parent
+KILLS = int(os.environ.get("TRADER_KILLS", "6"))
+RUN = """
+import asyncio, sys
+from pathlib import Path
+from loguru import logger
+from tests.test_session_resume import DAILY, settings
+from trader_lib.errors.taxonomy import TraderError
+from trader_lib.session.session import run_session
+logger.remove()
+{before}
+try:
+    result = asyncio.run(run_session(DAILY, settings({transport!r}), journal_path=Path({path!r}), resume=True))
+except TraderError as error:
+    print(type(error).__name__, error.message, *getattr(error, "__notes__", ()), sep="\\n", flush=True)
+    sys.exit(error.exit_code)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    logger.disable("trader_lib")
+    yield
+    logger.enable("trader_lib")
+
+
+def started(path: Path, transport: str = "http", before: str = "", **more: Any) -> subprocess.Popen[str]:
+    """A session in a process of its own, which goes on with whatever the journal holds."""
+    script = RUN.format(path=str(path), transport=transport, before=before)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, **pipes, **more)
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 60.0) -> None:
+    ends = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < ends, "waited for too long"
+        time.sleep(0.01)
+
+
+def events_in(path: Path, *kinds: type) -> int:
+    if not path.is_file():
+        return 0
+    with SqliteJournal(path, read_only=True) as journal:
+        return sum(1 for _ in journal.read(types=list(kinds)))
+
+
+# ---- death
+
+
+@pytest.mark.slow
+async def test_session_over_http_that_is_killed_at_random_moments_gives_the_same_orders(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    one = await whole(tmp_path / "whole", DAILY, "http")
+    rng, killed, sessions = random.Random(7), 0, 0
+    rows = max(events_in(one.journal_path), 1)
+    while killed < KILLS:
+        path = fresh(tmp_path / "killed") / "journal.sqlite"
+        sessions += 1
+        for _ in range(8):
+            if not await asyncio.to_thread(killed_after, path, rng.randrange(1, rows // 4), rng.random() * 0.01):
+                break
+            killed += 1
+            with SqliteJournal(path) as journal:
+                assert journal.verify().ok, f"after {killed} kills"
+        other = await resumed(path.parent, DAILY, "http")
+        check(one, other, 1)
+        shutil.rmtree(path.parent)
+    record_property("kills", f"{killed} over {sessions} sessions of {rows} events")
+
+
+def events_in_or_none(path: Path) -> int:
+    """How many events are committed; 0 where the file is not ready to be read."""
+    try:
+        return events_in(path)
+    except Exception:
+        return 0
+
+
+def killed_after(path: Path, rows: int, seconds: float) -> bool:
+    """Start a session and kill it when so many more events are safe; False where it ended before."""
+    process, goal = started(path), events_in_or_none(path) + rows
+    while process.poll() is None and events_in_or_none(path) < goal:
+        time.sleep(0.002)
+    time.sleep(seconds)  # between two writes, or in the middle of one
+    process.kill()
+    process.communicate()
+    return process.returncode == -signal.SIGKILL
+
+
+# ---- the disk
+
+
+def test_a_file_that_may_not_grow_ends_the_session_with_the_reason_and_it_resumes(tmp_path: Path) -> None:
+    """RLIMIT_FSIZE makes the system refuse the write, as a full disk does, without any privilege."""
+    path = fresh(tmp_path / "small") / "journal.sqlite"
+
+    def small() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
+
+    process = started(path, "in_process", preexec_fn=small)
+    told, _ = process.communicate(timeout=90)
+    assert process.returncode == 3, told
+    assert "Misconfigured" in told and "open entries were canceled at the broker" in told
+    with SqliteJournal(path) as journal:
+        assert journal.verify().ok and journal.last_seq > 20
+    again = started(path, "in_process")
+    told, errors = again.communicate(timeout=90)
+    assert again.returncode == 0, told + errors
+
+
+async def test_a_session_that_ran_out_of_room_gives_the_same_orders_when_it_has_some(tmp_path: Path) -> None:
+    one = await whole(tmp_path / "whole", DAILY)
+    path = fresh(tmp_path / "small") / "journal.sqlite"
+    for size in (200_000, 500_000, 800_000):
+
+        def small(size: int = size) -> None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+        process = await asyncio.to_thread(started, path, "in_process", preexec_fn=small)
+        await asyncio.to_thread(process.communicate, timeout=90)
+        assert process.returncode in {0, 3}
+    check(one, await resumed(path.parent, DAILY), 1)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can become somebody who may not write")
+def test_revoked_write_permission_is_said_before_anything_is_sent(tmp_path: Path) -> None:
+    """The superuser may write anywhere: the session runs as nobody, in a folder that is not nobody's."""
+    folder = fresh(Path("/tmp") / f"trader-revoked-{os.getpid()}")
+    try:
+        folder.chmod(0o555)
+        before = "import os; os.setgid(65534); os.setuid(65534)"
+        process = started(folder / "journal.sqlite", "in_process", before)
+        told, errors = process.communicate(timeout=90)
+        assert process.returncode == 3, told + errors
+        assert "Permission denied" in told or "cannot be used" in told
+        assert not list(folder.iterdir())
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can become somebody who may not write")
+def test_write_permission_that_is_revoked_before_a_resume_is_said_and_nothing_is_lost(tmp_path: Path) -> None:
+    folder = fresh(Path("/tmp") / f"trader-revoked-later-{os.getpid()}")
+    try:
+        path = folder / "journal.sqlite"
+        process = started(path, "in_process")
+        wait_for(lambda: events_in_or_none(path) > 60)
+        process.kill()
+        process.communicate()
+        before = events_in(path)
+        for each in (*folder.iterdir(), folder):
+            each.chmod(0o555 if each.is_dir() else 0o444)
+        drop = "import os; os.setgid(65534); os.setuid(65534)"
+        refused = started(path, "in_process", drop)
+        told, errors = refused.communicate(timeout=90)
+        assert refused.returncode == 3, told + errors
+        for each in (folder, *folder.iterdir()):
+            each.chmod(0o755 if each.is_dir() else 0o644)
+        assert events_in(path) >= before
+        again = started(path, "in_process")
+        told, errors = again.communicate(timeout=90)
+        assert again.returncode == 0, told + errors
+    finally:
+        shutil.rmtree(folder)
