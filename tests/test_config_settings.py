@@ -64,6 +64,7 @@ def test_nobody_else_reads_the_environment():
     excused = {
         "runs/kernel.py",  # pass it on to the process that they start, without looking into it
         "runs/runner.py",
+        "session/distributed.py",
         "app/cli.py",  # asks for TRADER_DEBUG when settings could not be loaded
     }
     readers = set()

@@ -27,7 +27,7 @@ NUMBERS = count(1)
 
 
 def environ(server: RedisServer) -> dict[str, str]:
-    return {"TRADER_BUS__URL": server.url, "TRADER_LOGGING__LEVEL": "WARNING"}
+    return {"TRADER_BUS__URL": server.url, "TRADER_CACHE__URL": server.url, "TRADER_LOGGING__LEVEL": "WARNING"}
 
 
 @asynccontextmanager
@@ -64,7 +64,7 @@ async def play(
     def progress(bars: int, at: datetime) -> None:
         at_bar(bars)
 
-    chosen = Settings(bus={"url": server.url}, **settings)  # type: ignore[arg-type]
+    chosen = Settings(bus={"url": server.url}, cache={"url": server.url}, **settings)  # type: ignore[arg-type]
     return await asyncio.wait_for(run_session(SPEC, chosen, journal_path=path, progress=progress), 150)
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-# %% ../../nbs/app/30_agents.ipynb #04a5dcc8
+# %% ../../nbs/app/30_agents.ipynb #7ef360f3
 def agent(
     name: Annotated[
         str,
@@ -34,7 +34,8 @@ def agent(
 
     settings = load_settings(profile)
     configure_logging(settings.logging, None, settings.secrets())
-    return asyncio.run(_agent(name, session, profile, restarts))
+    with asyncio.Runner() as runner:
+        return runner.run(_agent(name, session, profile, restarts))
 
 
 async def _agent(name: str, session: str, profile: str | None, restarts: int) -> int:

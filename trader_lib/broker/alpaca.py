@@ -61,12 +61,12 @@ ORDERS_MAX = 500
 SILENCE_MAX_S = 1800.0  # patience with symbols that are quiet for long
 SETTLE_S = 60.0  # after a session's close, for its last daily bar to come by itself
 
-# %% ../../nbs/broker/06_alpaca.ipynb #5b5bce26
+# %% ../../nbs/broker/06_alpaca.ipynb #30cbcb5f
 class AlpacaBroker:
     """A broker and a source of history over alpaca-py.
 
     access: addresses, keys and patience. symbols, timeframe: the bars to stream. clock: says when a daily bar has
-    closed, and times the guards and the cache. seed: of the waits between attempts. Raises Misconfigured for bars that Alpaca does not stream.
+    closed, and times the guards and the cache. seed: of the waits between attempts. cache: None for one in memory. Raises Misconfigured for bars that Alpaca does not stream.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class AlpacaBroker:
         clock: Clock | None = None,
         calendar: TradingCalendar | None = None,
         seed: int = 0,
+        cache: TtlCache | None = None,
     ) -> None:
         self._timeframe = Timeframe.parse(timeframe)
         if access.data_stream_url is None and self._timeframe not in (Timeframe.MIN_1, Timeframe.DAY_1):
@@ -87,7 +88,7 @@ class AlpacaBroker:
         self._clock = clock or WallClock()
         self._calendar = calendar or TradingCalendar()
         self.guards = Guards(access.resilience, self._clock, seed=seed)
-        self.cache = TtlCache(self._clock)
+        self.cache = cache or TtlCache(self._clock)
         self._gate = DailyGate(self._calendar)
         self._inbox = Inbox()
         self._client = access.trading_client()
@@ -148,6 +149,7 @@ class AlpacaBroker:
         while self._tasks:
             self._tasks.pop().cancel()
         await asyncio.gather(*(asyncio.to_thread(stream.stop) for stream in self._streams))
+        await self.cache.close()
         self._tell_calls()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._client._session.close()

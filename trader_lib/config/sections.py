@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Level', 'Fraction', 'Window', 'Positive', 'NotNegative', 'PostgresUrl', 'RedisUrl', 'Symbols', 'Hosts',
            'SymbolBounds', 'AgentLevels', 'Url', 'Address', 'Addresses', 'Section', 'symbol_bounds', 'BrokerSettings',
-           'ExchangeSettings', 'RiskSettings', 'ResilienceSettings', 'JournalSettings', 'BusSettings',
+           'ExchangeSettings', 'RiskSettings', 'ResilienceSettings', 'JournalSettings', 'BusSettings', 'CacheSettings',
            'SessionSettings', 'DataSettings', 'LoggingSettings', 'RunSettings', 'MonitoringSettings',
            'TelemetrySettings', 'NotifySettings']
 
@@ -240,7 +240,7 @@ class ResilienceSettings(Section):
             }
         )
 
-# %% ../../nbs/config/00_sections.ipynb #6f18248e
+# %% ../../nbs/config/00_sections.ipynb #6a080858
 class JournalSettings(Section):
     """How hard a session's record is pressed onto the disk."""
 
@@ -259,6 +259,14 @@ class BusSettings(Section):
     put_timeout_s: float = Field(5.0, gt=0, le=600, description="longest wait for room in a full queue, in seconds")
     url: RedisUrl | None = Field(
         None, description="redis://host:port/0, over which agents run in processes of their own; empty: in one process"
+    )
+
+
+class CacheSettings(Section):
+    """Where the broker's answers are kept for a while."""
+
+    url: RedisUrl | None = Field(
+        None, description="redis://host:port/0, where processes on one account share them; empty: in memory"
     )
 
 

@@ -6,7 +6,7 @@
 __all__ = ['Profile', 'PREFIX', 'ALIASES', 'SETTING_NAMES', 'SECRETS_DIR', 'FILE', 'Settings', 'load_settings', 'SettingRow',
            'explain']
 
-# %% ../../nbs/config/01_settings.ipynb #56c69080
+# %% ../../nbs/config/01_settings.ipynb #113e15cf
 import os
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
@@ -27,6 +27,7 @@ from pydantic_settings.sources.utils import parse_env_vars
 from trader_lib.config.sections import (
     BrokerSettings,
     BusSettings,
+    CacheSettings,
     DataSettings,
     ExchangeSettings,
     JournalSettings,
@@ -41,7 +42,7 @@ from trader_lib.config.sections import (
 )
 from ..errors.taxonomy import Misconfigured, did_you_mean
 
-# %% ../../nbs/config/01_settings.ipynb #8bed72f2
+# %% ../../nbs/config/01_settings.ipynb #c0449d7f
 Profile = Literal["research", "paper", "live"]
 
 PREFIX = "TRADER_"
@@ -72,6 +73,7 @@ class Settings(BaseSettings):
     resilience: ResilienceSettings = Field(default_factory=ResilienceSettings)
     journal: JournalSettings = Field(default_factory=JournalSettings)
     bus: BusSettings = Field(default_factory=BusSettings)
+    cache: CacheSettings = Field(default_factory=CacheSettings)
     session: SessionSettings = Field(default_factory=SessionSettings)
     data: DataSettings = Field(default_factory=DataSettings)
     logging: LoggingSettings = Field(default_factory=LoggingSettings)

@@ -47,7 +47,7 @@ class _Flight:
     task: asyncio.Task[Any] = field(init=False)
     waiting: int = 0
 
-# %% ../../nbs/resilience/04_cache.ipynb #cad7371f
+# %% ../../nbs/resilience/04_cache.ipynb #6215a282
 class TtlCache:
     """Answers by key, each with a time to live and tags under which it can be dropped.
 
@@ -131,6 +131,9 @@ class TtlCache:
                 del self._flights[key]
             self._invalidated += len(dropped) + len(cut_off)
         return len(dropped) + len(cut_off)
+
+    async def close(self) -> None:
+        """Nothing to let go of: it is for caches that live elsewhere."""
 
     def stats(self) -> CacheStats:
         """What the cache has done so far."""

@@ -7,7 +7,7 @@ __all__ = ['JOIN_S', 'deciding_agents', 'Understudy', 'ExecutionElsewhere', 'Ris
            'AgentsElsewhereProvider', 'Casting', 'state_teller', 'find_session', 'session_agents', 'serve_agent',
            'Supervisor', 'agent_command']
 
-# %% ../../nbs/session/21_distributed.ipynb #29ee9ed2
+# %% ../../nbs/session/21_distributed.ipynb #db55ee97
 import asyncio
 import os
 import signal
@@ -44,7 +44,7 @@ from .recovery import Recollection, RecordedBroker
 from .replay import SCRIPTED, recorded_spec, recorded_strategy
 from .spec import SessionSpec
 from .stage import NotingBus, RecordedClock, RecordEnds, ScriptedBroker
-from .wiring import ORDER_FRESH_S, History, SessionInputs, bounds, strategist
+from .wiring import ORDER_FRESH_S, History, SessionInputs, answers_kept, bounds, strategist
 from ..telemetry.log import bind_session, get_logger
 from ..trading.events import CancelIntended, Event, HistoryLoaded, OrderIntended, SessionStarted
 from ..trading.portfolio import no_commission
@@ -193,7 +193,7 @@ class AgentsElsewhereProvider(Provider):
         agent.hub = bus
         return agent
 
-# %% ../../nbs/session/21_distributed.ipynb #ee2667aa
+# %% ../../nbs/session/21_distributed.ipynb #733ed6be
 @dataclass(frozen=True)
 class Casting:
     """What an agent in a process of its own is made from."""
@@ -230,7 +230,13 @@ class Casting:
         raise Misused(f"There is no agent {self.name!r} in this session.")
 
     def _execution(self) -> tuple[ExecutionAgent, AlpacaBroker]:
-        broker = AlpacaBroker(self._access(), symbols=self.spec.symbols, timeframe=self.spec.timeframe)
+        access = self._access()
+        broker = AlpacaBroker(
+            access,
+            symbols=self.spec.symbols,
+            timeframe=self.spec.timeframe,
+            cache=answers_kept(self.settings, access),
+        )
         fresh_s = None if self.is_simulated else ORDER_FRESH_S
         recorded = RecordedBroker(broker, self.past, self.member, self.clock, fresh_s)
         control = ControlFile(Path(self.member.facts["control"]))  # seen where the run folder is shared

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['History', 'ORDER_FRESH_S', 'SIMULATED_KEY', 'Strategists', 'SessionInputs', 'CoreProvider', 'RebuiltExchange',
-           'EmbeddedExchangeProvider', 'InProcessProvider', 'HttpProvider', 'AlpacaProvider', 'RealMarketProvider',
-           'strategist', 'bounds', 'Agents', 'AgentProvider', 'session_container']
+           'EmbeddedExchangeProvider', 'InProcessProvider', 'HttpProvider', 'answers_kept', 'AlpacaProvider',
+           'RealMarketProvider', 'strategist', 'bounds', 'Agents', 'AgentProvider', 'session_container']
 
-# %% ../../nbs/session/01_wiring.ipynb #8b528175
+# %% ../../nbs/session/01_wiring.ipynb #19dffc7c
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -41,6 +41,7 @@ from ..exchange.server import ExchangeServer
 from ..journal.chain import Journal
 from ..journal.opening import open_journal
 from ..market.bars import Bars
+from ..resilience.cache import TtlCache
 from ..risk.limits import Limits
 from .control import ControlFile, Operator, SessionLock
 from .drivers import Desk, Driver, LockstepDriver, Progress, RealTimeDriver
@@ -50,8 +51,8 @@ from .recovery import Recollection, RecordedBroker
 from .spec import Assignment, SessionSpec
 from ..strategy.contract import Strategy
 from ..strategy.planner import Planner
-from ..trading.events import OperatorCommand
-from ..trading.portfolio import Commission, Fill, no_commission
+from ..trading.events import AccountReported, OperatorCommand
+from ..trading.portfolio import Commission, Fill, Position, no_commission
 
 # %% ../../nbs/session/01_wiring.ipynb #40a4ca87
 History = NewType("History", Bars)
@@ -264,7 +265,7 @@ class InProcessProvider(Provider):
         """The reins."""
         return InProcessSimulation(exchange)
 
-# %% ../../nbs/session/01_wiring.ipynb #f9d34bb5
+# %% ../../nbs/session/01_wiring.ipynb #2933d420
 SIMULATED_KEY = "simulated"
 
 
@@ -310,6 +311,17 @@ class HttpProvider(Provider):
         await control.stop()
 
 
+def answers_kept(settings: Settings, access: AlpacaAccess) -> TtlCache:
+    """The cache of a broker's answers: in memory, or shared by the processes on one account."""
+    if settings.cache.url is None:
+        return TtlCache(WallClock())
+    from trader_lib.resilience.redis_cache import RedisCache
+
+    scope = f"{access.trading_url or 'alpaca'} {access.paper} {access.key_id} {access.secret_key}"
+    kinds = {"account": AccountReported, "positions": tuple[Position, ...]}
+    return RedisCache(WallClock(), settings.cache.url.get_secret_value(), scope, kinds)
+
+
 class AlpacaProvider(Provider):
     """alpaca-py, wherever it is pointed at."""
 
@@ -318,8 +330,10 @@ class AlpacaProvider(Provider):
     @provide
     def alpaca(self, inputs: SessionInputs, access: AlpacaAccess, calendar: TradingCalendar) -> AlpacaBroker:
         """Broker and market data in one."""
-        spec = inputs.spec
-        return AlpacaBroker(access, symbols=spec.symbols, timeframe=spec.timeframe, calendar=calendar, seed=spec.seed)
+        spec, cache = inputs.spec, answers_kept(inputs.settings, access)
+        return AlpacaBroker(
+            access, symbols=spec.symbols, timeframe=spec.timeframe, calendar=calendar, seed=spec.seed, cache=cache
+        )
 
     @provide
     def broker(self, broker: AlpacaBroker) -> Broker:
