@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import gc
 import json
+import os
 import sqlite3
 import statistics
 import subprocess
@@ -191,7 +192,7 @@ def exchange_elsewhere() -> Iterator[AlpacaAccess]:
 async def _order_path(folder: Path) -> dict[str, list[float]]:
     """Seconds an order took: by alpaca-py alone, and from the decision through risk and journal to the answer."""
     bars, limits = _bars(), Limits(max_orders=100_000)
-    took: dict[str, list[float]] = {"alone": [], "process": [], "power": []}
+    took: dict[str, list[float]] = {"alone": [], "disk": [], "process": [], "power": []}
     with exchange_elsewhere() as access:
         adapter = AlpacaBroker(access, symbols=bars.symbols, timeframe="1Day")
         await adapter.start()
@@ -225,7 +226,14 @@ async def _order_path(folder: Path) -> dict[str, list[float]]:
                     client_order_id=name,
                 )
                 began = time.perf_counter()
-                if kind == "alone":
+                if kind == "disk":
+                    with (folder / "synced").open("ab") as file:
+                        began = time.perf_counter()
+                        file.write(bytes(4096))
+                        file.flush()
+                        os.fsync(file.fileno())
+                        took[kind].append(time.perf_counter() - began)
+                elif kind == "alone":
                     order = client.submit_order(order_to_alpaca(request))
                     took[kind].append(time.perf_counter() - began)
                     client.cancel_order_by_id(order.id)
@@ -250,16 +258,17 @@ async def _order_path(folder: Path) -> dict[str, list[float]]:
 
 
 def order_path() -> list[Row]:
-    """Decision to wire and back, beside alpaca-py's own submit_order to the same server."""
+    """Decision to wire and back, beside alpaca-py's own submit_order to the same server, and the disk, in turns."""
     with TemporaryDirectory() as folder:
         took = asyncio.run(_order_path(Path(folder)))
     rows = []
     for kind, seconds in took.items():
         assert min(seconds) > 0.0, f"an order of {kind} was not sent"
-        label = "alpaca-py submit_order" if kind == "alone" else f"decision to wire, journal {kind}"
+        floors = {"alone": "alpaca-py submit_order", "disk": "4 KiB written and synced"}
+        label = floors.get(kind, f"decision to wire, journal {kind}")
         for share in (50, 99):
             figure = _percentile(seconds, share)
-            ratio = None if kind == "alone" else figure / _percentile(took["alone"], share)
+            ratio = None if kind in floors else figure / _percentile(took["alone"], share)
             rows.append(Row(f"{label}, p{share}", figure * 1e3, "ms", "alpaca-py", ratio))
     return rows
 
@@ -394,6 +403,8 @@ PARTS = {
     "scaling": lambda: scaling(Row),
 }
 
+LONG = {"recovery"}  # takes minutes, and runs when it is named
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -401,7 +412,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the figures to a file too")
     chosen = parser.parse_args()
     logger.remove()  # sessions speak to the terminal; the table is what is wanted
-    rows = [row for name in chosen.part or PARTS for row in PARTS[name]()]
+    asked = chosen.part or [name for name in PARTS if name not in LONG]
+    rows = [row for name in asked for row in PARTS[name]()]
     for row in rows:
         beside = f"{row.ratio:8.1f} × {row.against}" if row.ratio is not None else ""
         print(f"{row.what:<50}{row.figure:>12.2f} {row.unit:<10}{beside}")
