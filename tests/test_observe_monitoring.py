@@ -24,6 +24,7 @@ from trader_lib.observe import server as serving
 from trader_lib.observe.address import monitor_path, monitor_url
 from trader_lib.observe.metering import Meter
 from trader_lib.observe.server import MonitorServer, Window, create_app
+from trader_lib.risk.limits import Limits
 from trader_lib.session.companions import SessionParts
 from trader_lib.session.session import run_session
 from trader_lib.telemetry.metrics import METRICS, TABLE
@@ -285,3 +286,17 @@ async def test_a_session_that_trades_is_alive_and_ready(tmp_path: Path) -> None:
     found = ready.json()["findings"]
     for name in ("agent risk", "agent execution", "broker orders", "stream trading", "stream data", "disk"):
         assert found[name]["ok"], name
+
+
+async def test_refusals_are_counted_by_check_and_a_restricted_state_is_shown(tmp_path: Path) -> None:
+    limits = Limits(restricted=frozenset({"IBM"}), max_drawdown=0.02)
+    spec = SPEC.model_copy(update={"limits": limits, "end": date(2005, 12, 30)})
+    result, seen = await observed_session(tmp_path, observed_settings(), spec=spec)
+    shown = families(seen.answers["metrics"].text)
+    refused = {sample.labels["check"]: sample.value for sample in shown["trader_risk_refusals_total"].samples}
+    failed = Counter(name for refusal in result.refusals for name in refusal.checks)
+    assert refused == failed and {"RESTRICTED", "TRADING_STATE"} <= set(refused)
+    outcomes = {sample.labels["outcome"]: sample.value for sample in shown["trader_orders_total"].samples}
+    assert outcomes["refused"] == len(result.refusals) > 0
+    states = {sample.labels["state"]: sample.value for sample in shown["trader_trading_state"].samples}
+    assert states["ACTIVE"] == 0 and sum(states.values()) == 1
