@@ -36,6 +36,11 @@ const signed = (text, value) => (known(value) && Number(value) > 0 ? `+${text}` 
 const moment = (value) => (value ? `${value.slice(0, 10)} ${value.slice(11, 16)}` : "–");
 const clock = (value) => (value ? `${value.slice(0, 10)} ${value.slice(11, 19)}` : "–");
 const words = (value) => { const told = String(value).replaceAll("_", " "); return told.charAt(0).toUpperCase() + told.slice(1); };
+function statistic(name, value) {
+  if (typeof value !== "number") return String(value ?? "–");
+  if (/return|volatility|drawdown|rate|time_in/.test(name)) return percent(value);
+  return /equity|fees/.test(name) ? money(value) : number(Math.round(value * 1e4) / 1e4);
+}
 function lasting(seconds) {
   if (!known(seconds)) return "–";
   if (seconds < 90) return `${Math.round(seconds)} s`;
@@ -66,7 +71,8 @@ function drawHead() {
   };
   badge("condition", ...conditions[view.condition]);
   const states = { ACTIVE: ["▶", "ACTIVE", "good"], REDUCING: ["▼", "REDUCING", "warn"], HALTED: ["■", "HALTED", "bad"] };
-  badge("state", ...states[view.state]);
+  const [sign, word, kind] = states[view.state];
+  badge("state", sign, word, view.condition === "alive" || kind !== "good" ? kind : "");
   $("state").hidden = view.condition === "report" || view.condition === "waiting";
   badge("stage", "", view.stage ? view.stage.toUpperCase() : "–", view.stage === "live" ? "bad" : "");
   $("stage").hidden = !view.stage;
@@ -103,7 +109,7 @@ function drawFigures() {
   const f = view.figures, tiles = [];
   if (view.condition === "report" && !known(f.equity)) {
     const statistics = Object.entries(view.result.statistics).slice(0, 8);
-    put("figures", ...statistics.map(([name, value]) => tile(words(name), typeof value === "number" ? number(Math.round(value * 1e4) / 1e4) : String(value ?? "–"))));
+    put("figures", ...statistics.map(([name, value]) => tile(words(name), statistic(name, value))));
     return;
   }
   tiles.push(tile("Equity", money(f.equity), `USD · cash ${money(f.cash)}`));
@@ -264,8 +270,8 @@ function drawResult() {
   $("result-card").hidden = !result;
   if (!result) return;
   const facts = { Run: `${result.kind}, ${result.status}`, Orders: `${number(result.orders)}, ${number(result.refused)} refused`, "Order list": result.order_list_hash || "–" };
-  for (const [name, value] of Object.entries(result.statistics)) facts[words(name)] = typeof value === "number" ? number(Math.round(value * 1e4) / 1e4) : String(value ?? "–");
-  put("result", el("dl", { class: "facts" }, ...Object.entries(facts).flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)])));
+  for (const [name, value] of Object.entries(result.statistics)) if (!["orders", "refused"].includes(name)) facts[words(name)] = statistic(name, value);
+  put("result", el("dl", { class: "facts many" }, ...Object.entries(facts).map(([name, value]) => el("div", { class: String(value).length > 40 ? "long" : "" }, el("dt", {}, name), el("dd", {}, value)))));
 }
 function drawLog() {
   const rows = filter ? filtered || [] : view.log;
@@ -308,8 +314,8 @@ function drawControls() {
   $("stop").hidden = view.condition === "report";
   if (!operator) { put("controls"); return; }
   const resume = el("p", { class: "quiet" }, "To come back: ", el("code", {}, `trader resume ${view.run || "RUN"} --by NAME`), ". Resuming belongs to a shell, not to a page.");
-  if (!operator.buttons) { put("controls", el("p", { class: "quiet" }, "This page only shows: no token is set (TRADER_MONITORING__TOKEN). From a shell: "), el("code", {}, `trader kill ${view.run || "RUN"}`)); return; }
   if (over) { put("controls", el("p", { class: "quiet" }, "The session has ended: there is nothing to stop.")); return; }
+  if (!operator.buttons) { put("controls", el("p", { class: "quiet" }, "This page only shows: no token is set (TRADER_MONITORING__TOKEN). From a shell: "), el("code", {}, `trader kill ${view.run || "RUN"}`)); return; }
   if (!operator.csrf) {
     const field = el("input", { type: "password", id: "token", autocomplete: "current-password", required: true });
     const form = el("form", { class: "unlock", on: { submit: (event) => { event.preventDefault(); unlock(field.value); } } }, el("label", {}, "Operator's token ", field), el("button", { class: "act", type: "submit" }, "Unlock the buttons"));
