@@ -44,6 +44,14 @@ from trader_lib.trading.events import (
 )
 
 SPEC = SessionSpec(params={"fast": 5, "slow": 15}, start=date(2005, 1, 3), end=date(2005, 4, 29))
+HALTING = SessionSpec.model_validate(
+    SPEC.values()
+    | {
+        "strategy": "rsi_reversion",
+        "params": {"period": 3, "entry": 45, "exit": 60},
+        "limits": {"max_drawdown": 0.01},
+    }
+)
 RUN = "20260105T210000Z-paper-abcdef"
 
 
@@ -109,8 +117,9 @@ def at(seq: int, **changes: Any) -> Callable[[Event], Event]:
         SPEC.model_copy(update={"strategy": "momentum", "params": {}, "end": date(2005, 3, 1)}),
         SessionSpec.model_validate(SPEC.values() | {"limits": {"max_order_notional": 20_000, "max_daily_loss": 0.001}}),
         SessionSpec.model_validate(SPEC.values() | {"fractional": True, "costs": {"volume_share": 0.00001}}),
+        HALTING,
     ],
-    ids=["sma_cross", "exits", "momentum", "limits", "fractions"],
+    ids=["sma_cross", "exits", "momentum", "limits", "fractions", "drawdown"],
 )
 async def test_replay_of_a_session_agrees_entirely(transport: str, spec: SessionSpec, tmp_path: Path) -> None:
     path = await session(tmp_path, spec, transport)
@@ -142,6 +151,22 @@ async def test_a_resumed_session_replays_as_one(path: Path, tmp_path: Path) -> N
         await run_session(SPEC, settings, journal_path=cut, resume=True)
         result = await replayed(cut)
         assert result.agrees and result.ended, result.sentence()
+
+
+async def test_a_session_that_its_drawdown_halted_resumes_and_replays_as_one(tmp_path: Path) -> None:
+    whole = await session(tmp_path / "whole", HALTING)
+    (halt,) = read(whole, TradingStateChanged)
+    assert isinstance(halt.payload, TradingStateChanged) and halt.payload.exits_pass
+    exits = [event.seq for event in read(whole, OrderIntended) if event.seq > halt.seq]
+    settings = load_settings(environ={}, env_file=None, overrides={"broker": {"transport": "in_process"}})
+    for last in (halt.seq - 1, halt.seq, exits[0] if exits else halt.seq + 5):
+        cut = forge(whole, lambda event, last=last: event if event.seq <= last else None)
+        await run_session(HALTING, settings, journal_path=cut, resume=True)
+        result = await replayed(cut)
+        assert result.agrees and result.ended, result.sentence()
+        assert [event.payload for event in read(cut, OrderIntended)] == [
+            event.payload for event in read(whole, OrderIntended)
+        ]
 
 
 @pytest.mark.parametrize("action", ["reduce", "halt", "flatten"])
