@@ -82,7 +82,27 @@ async def test_a_session_over_four_processes_is_the_same_to_the_byte(
     assert facts(result) == alone
     assert keeper.restarts == {}
     assert {one.agent: one.state for one in result.health}["execution"] == "ok"
-    assert next(one.handled for one in result.health if one.agent == "execution") > 10
+    handled = {one.agent: one.handled for one in result.health}
+    assert all(handled[name] > 10 for name in NAMES), "their processes say how they are"
+
+
+async def test_several_strategies_live_in_a_process_each(redis_server: RedisServer, tmp_path: Path) -> None:
+    shares = [
+        {"name": name, "strategy": "sma_cross", "params": {"fast": fast, "slow": 9}, "capital": "50%"}
+        for name, fast in (("quick", 2), ("calm", 5))
+    ]
+    spec = SessionSpec.model_validate({"strategies": shares, "start": "2012-01-03", "end": "2012-02-10"})
+    chosen = Settings(bus={"url": redis_server.url})  # type: ignore[arg-type]
+    one = await run_session(spec, Settings(), journal_path=tmp_path / "one.sqlite")
+    names = ("strategy:quick", "strategy:calm", "risk", "execution")
+    serving = [asyncio.create_task(serve_agent(name, chosen)) for name in names]
+    nobody = asyncio.create_task(serve_agent("strategy:quik", chosen))
+    other = await run_session(spec, chosen, journal_path=tmp_path / "other.sqlite")
+    assert await asyncio.gather(*serving) == ["ended"] * 4
+    assert one.orders
+    assert facts(other) == facts(one)
+    with pytest.raises(Misused, match="strategy:quick"):
+        await nobody
 
 
 @pytest.mark.parametrize("name", NAMES)

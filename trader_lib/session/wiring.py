@@ -410,7 +410,7 @@ def _end_of(spec: SessionSpec, calendar: TradingCalendar) -> datetime | None:
     session = None if spec.end is None else calendar.session_on(spec.end)
     return None if session is None else session.close + timedelta(minutes=15)
 
-# %% ../../nbs/session/01_wiring.ipynb #1cdfda32
+# %% ../../nbs/session/01_wiring.ipynb #836d1a1b
 def strategist(
     one: Assignment,
     bus: Bus,
@@ -420,13 +420,14 @@ def strategist(
     *,
     carry: bool,
     commission: Commission = no_commission,
+    kind: type[StrategyAgent] = StrategyAgent,  # what stands for it, where it lives in another process
 ) -> StrategyAgent:
     """The agent that carries a strategy."""
     if one.label:
         history = history.sel(one.symbols)
         history = history.rows_between(max(history.n - one.strategy.warmup, 0), history.n)
     planner = Planner(history.symbols, one.sizing, one.strategy.exits)
-    return StrategyAgent(
+    return kind(
         bus,
         clock,
         one.strategy,
