@@ -13,14 +13,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 from loguru import logger
 
 from tests.test_session_resume import DAILY, check, fresh, resumed, whole
+from trader_lib.clock.sessions import NEW_YORK, TradingCalendar
+from trader_lib.config.settings import load_settings
 from trader_lib.journal.journal import SqliteJournal
+from trader_lib.session.replay import replay
+from trader_lib.session.session import run_session
+from trader_lib.session.spec import SessionSpec
+from trader_lib.trading.events import AgentFailed, OrderIntended
 
 ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("TRADER_KILLS", "6"))
@@ -190,3 +198,143 @@ def test_write_permission_that_is_revoked_before_a_resume_is_said_and_nothing_is
         assert again.returncode == 0, told + errors
     finally:
         shutil.rmtree(folder)
+
+
+# ---- the exchange, in a process of its own
+
+EXCHANGE = """
+import sys, time
+import orjson
+from datetime import date
+from trader_lib.exchange.engine import Exchange
+from trader_lib.exchange.server import ExchangeServer
+from trader_lib.market.synthetic import synthetic_bars
+bars = synthetic_bars(("AAPL", "IBM"), {first!r}, {last!r}, timeframe="1Min", seed=3)
+with ExchangeServer(Exchange(bars, bars.n - 90), key_id="key", secret_key="secret") as server:
+    addresses = [server.url, server.trading_stream_url, server.data_stream_url]
+    print(orjson.dumps(addresses).decode(), flush=True)
+    sys.stdin.readline()
+    while not server.call(lambda: server.exchange.is_over):
+        server.call(server.exchange.advance)
+        time.sleep(0.25)
+    sys.stdin.readline()
+"""
+
+
+class Proxy:
+    """A port between a session and an exchange, which may be gone for a while."""
+
+    def __init__(self, port: int) -> None:
+        self._to = port
+        self.port = 0
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def open(self) -> None:
+        """Listen, on the same port as before."""
+        self._server = await asyncio.start_server(self._pass_on, "127.0.0.1", self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def close(self) -> None:
+        """Be gone, and let every connection break."""
+        self._server.close()
+        for writer in tuple(self._writers):
+            writer.transport.abort()
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            there, back = await asyncio.open_connection("127.0.0.1", self._to)
+        except OSError:
+            writer.close()
+            return
+        both = {writer, back}
+        self._writers |= both
+        await asyncio.wait(
+            {asyncio.create_task(self._copy(reader, back)), asyncio.create_task(self._copy(there, writer))},
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        for each in both:
+            each.close()
+        self._writers -= both
+
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(65_536):
+                writer.write(data)
+                await writer.drain()
+        except OSError:
+            pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["frozen", "gone"])
+async def test_a_session_survives_an_exchange_that_is_away_for_a_while(fault: str, tmp_path: Path) -> None:
+    """frozen: SIGSTOP of its process, then SIGCONT. gone: its port refuses and breaks connections, then is back."""
+    today = datetime.now(NEW_YORK).date()
+    days = [day.date for day in TradingCalendar().sessions(today - timedelta(days=20), today - timedelta(days=1))][-2:]
+    script = EXCHANGE.format(first=str(days[0]), last=str(days[-1]))
+    exchange = serving(script)
+    assert exchange.stdout is not None
+    try:
+        url, trading, data = orjson.loads(await asyncio.to_thread(exchange.stdout.readline))
+        port = url.rpartition(":")[2]
+        proxy = Proxy(int(port))
+        await proxy.open()
+        here = f":{proxy.port}"
+        broker = {
+            "kind": "alpaca",
+            "key_id": "key",
+            "secret_key": "secret",
+            "trading_url": url.replace(f":{port}", here),
+            "data_url": url.replace(f":{port}", here),
+            "trading_stream_url": trading.replace(f":{port}", here),
+            "data_stream_url": data.replace(f":{port}", here),
+        }
+        resilience = {"reads_timeout_s": 4.0, "orders_timeout_s": 4.0, "cancels_timeout_s": 4.0}
+        overrides = {"broker": broker, "resilience": resilience}
+        wire = load_settings(environ={}, env_file=None, overrides=overrides)
+        spec = SessionSpec(params={"fast": 2, "slow": 4}, symbols=("AAPL", "IBM"), timeframe="1Min", bars_max=40)
+        away, path = asyncio.Event(), fresh(tmp_path / "away") / "journal.sqlite"
+
+        def played(count: int, at: datetime) -> None:
+            if count == 8:
+                away.set()
+
+        async with asyncio.timeout(110):
+            session = asyncio.create_task(run_session(spec, wire, journal_path=path, progress=played))
+            await asyncio.sleep(1.5)
+            await asyncio.to_thread(_say, exchange, "go")
+            await away.wait()
+            if fault == "frozen":
+                exchange.send_signal(signal.SIGSTOP)
+                await asyncio.sleep(6.0)
+                exchange.send_signal(signal.SIGCONT)
+            else:
+                await proxy.close()
+                await asyncio.sleep(6.0)
+                await proxy.open()
+            result = await session
+    finally:
+        exchange.send_signal(signal.SIGCONT)
+        exchange.kill()
+        exchange.communicate()
+    assert result.bars >= 40 and result.reconciliation.ok, result.reconciliation.differences
+    with SqliteJournal(path) as journal:
+        assert journal.verify().ok
+        names = [event.payload.request.client_order_id for event in journal.read(types=[OrderIntended])]  # type: ignore[attr-defined]
+        assert names and len(names) == len(set(names))
+        assert not list(journal.read(types=[AgentFailed]))
+        again = await replay(journal)
+    assert again.agrees, again.sentence()
+
+
+def serving(script: str) -> "subprocess.Popen[str]":
+    """An exchange that waits for a word before it plays."""
+    return subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
+    )
+
+
+def _say(process: "subprocess.Popen[str]", line: str) -> None:
+    assert process.stdin is not None
+    process.stdin.write(line + "\n")
+    process.stdin.flush()

@@ -213,13 +213,6 @@ class BooksTheOrderAsFilled(ExecutionAgent):
             await self.publish(FillRecorded(fill=fill), event)
 
 
-class BelievesTheList(ExecutionAgent):
-    """An order that the broker lists as open is thought to be as it was: how much of it has filled is not looked at."""
-
-    def _has_more(self, track: OrderTrack, order: Order) -> bool:
-        return False
-
-
 class SendsAgainAfterARestart(RecordedBroker):
     """What was intended before the process died is sent again without being looked for."""
 
@@ -305,18 +298,17 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(IntendsAfterwards, EXECUTION),
     Mutation(CountsDoublesTwice, EXECUTION),
     Mutation(TrustsTheStream, EXECUTION),
-    Mutation(TakesCumulativeForIncremental, EXECUTION),
+    Mutation(TakesCumulativeForIncremental, EXECUTION[:1]),  # its repairs heal it; the replay does not
     Mutation(RepairsAtOnce, EXECUTION),
     Mutation(CancelsAndForgets, EXECUTION),
     Mutation(DropsFillsAfterTheEnd, EXECUTION),
     Mutation(TurnsTimeBack, EXECUTION),
     Mutation(BelievesTheFirstNo, EXECUTION),
     Mutation(BooksTheOrderAsFilled, EXECUTION),
-    Mutation(BelievesTheList, EXECUTION, 39),
     Mutation(SendsAgainAfterARestart, ("trader_lib.session.wiring.RecordedBroker",), 44),
-    Mutation(ForgetsWhatWasAnswered, ("trader_lib.session.wiring.RecordedBroker",)),
+    Mutation(ForgetsWhatWasAnswered, ("trader_lib.session.wiring.RecordedBroker",), 2),
     Mutation(ForgetsTheFills, ("trader_lib.session.wiring.PortfolioAgent",)),
     Mutation(IgnoresTheFullDisk, JOURNAL),
     Mutation(CommitsNowAndThen, JOURNAL),
-    Mutation(LeavesEntriesOpen, ("trader_lib.session.session.Session",), 227),
+    Mutation(LeavesEntriesOpen, ("trader_lib.session.session.Session",), 193),
 )

@@ -23,7 +23,7 @@ from tests.simulation.disk import Died, Record, WatchedJournal
 from tests.simulation.loop import LoopClock, VirtualLoop
 from tests.simulation.plan import WARMUP, Plan, calendar, days, plan_of
 from trader_lib.agents.market_data import MarketDataAgent
-from trader_lib.broker.faults import Faults, FaultyBroker, Submission
+from trader_lib.broker.faults import Faults, FaultyBroker
 from trader_lib.broker.in_process import InProcessBroker
 from trader_lib.broker.port import Broker, MarketData
 from trader_lib.bus.bus import InProcessBus
@@ -35,6 +35,7 @@ from trader_lib.errors.taxonomy import Halted, Misconfigured, Retryable, TraderE
 from trader_lib.exchange.book import OrderEvent
 from trader_lib.exchange.engine import Exchange
 from trader_lib.journal.chain import Journal
+from trader_lib.journal.journal import SqliteJournal
 from trader_lib.market.stamps import from_ns
 from trader_lib.session import session as session_module
 from trader_lib.session.control import SessionLock
@@ -43,6 +44,7 @@ from trader_lib.session.reconcile import Reconciler
 from trader_lib.session.session import SessionResult
 from trader_lib.session.spec import SessionSpec
 from trader_lib.session.wiring import AgentProvider, CoreProvider, History, SessionInputs
+from trader_lib.trading.events import OrderAcknowledged
 from trader_lib.trading.orders import Order, OrderRequest
 
 CALM = timedelta(seconds=150)  # after the last bar: the connection is good again, and all must come right
@@ -333,12 +335,13 @@ class World:
     def _look_at_what_was_left(self) -> None:
         """A session that can write nothing down any more cancels what may open a position, if it can."""
         faults = Faults() if self.calm else self.plan.faults
-        if faults.cancel_lost or faults.submit_slow or faults.read_fails:
+        if faults.cancel_lost:
             return  # it may not have been able to
-        taken = {each.request.client_order_id for wire in self.wires for each in wire.submissions if _is_told(each)}
+        with SqliteJournal(self.path, read_only=True) as journal:
+            known = {said.payload.client_order_id for said in journal.read(types=[OrderAcknowledged])}  # type: ignore[attr-defined]
         for order in self.exchange.orders():
             intent = self.record.safe.get(order.client_order_id)
-            if intent is not None and intent.request.purpose == "entry" and order.client_order_id in taken:
+            if intent is not None and intent.request.purpose == "entry" and order.client_order_id in known:
                 self.outcome.broken.append(f"entries: {order.client_order_id} was left open when the disk was full")
 
     async def _session(self) -> SessionResult:
@@ -423,10 +426,6 @@ class World:
         bound = self.plan.limits.max_order_qty
         if bound is not None and not reduces and abs(request.signed_qty) > bound:
             broken.append(f"limit: {name} is over {request.qty} shares, {bound:g} allowed")
-
-
-def _is_told(submission: Submission) -> bool:
-    return submission.fate == "accepted"
 
 
 def _only_what_nobody_meant(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
