@@ -7,19 +7,24 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from itertools import count
 from pathlib import Path
 
 import pytest
 
 from tests.servers import PostgresServer, RedisServer
-from trader_lib.config.settings import Settings
+from trader_lib.clock.sessions import NEW_YORK, TradingCalendar
+from trader_lib.config.settings import Settings, load_settings
 from trader_lib.errors.taxonomy import Misconfigured, Misused
-from trader_lib.journal.opening import open_journal
+from trader_lib.exchange.engine import Exchange
+from trader_lib.exchange.server import ExchangeServer
+from trader_lib.journal.opening import journal_exists, open_journal
+from trader_lib.market.synthetic import synthetic_bars
 from trader_lib.session.distributed import Supervisor, agent_command, find_session, serve_agent
 from trader_lib.session.session import SessionResult, run_session
 from trader_lib.session.spec import SessionSpec
+from trader_lib.trading.events import Reconciled
 
 NAMES = ("strategy", "risk", "execution")
 SPEC = SessionSpec(params={"fast": 3, "slow": 9}, start=date(2012, 1, 3), end=date(2012, 3, 15))
@@ -105,20 +110,68 @@ async def test_several_strategies_live_in_a_process_each(redis_server: RedisServ
         await nobody
 
 
-@pytest.mark.parametrize("name", NAMES)
+async def test_a_session_in_real_time_lives_in_several_processes_too(redis_server: RedisServer, tmp_path: Path) -> None:
+    today = datetime.now(NEW_YORK).date()
+    days = [day.date for day in TradingCalendar().sessions(today - timedelta(days=20), today - timedelta(days=1))][-3:]
+    bars = synthetic_bars(("AAPL", "IBM"), days[0], days[-1], timeframe="1Min", seed=3)
+    path = tmp_path / "journal.sqlite"
+    with ExchangeServer(Exchange(bars, bars.n - 60), key_id="key", secret_key="s3cret") as server:
+        broker = {
+            "kind": "alpaca",
+            "key_id": "key",
+            "secret_key": "s3cret",
+            "trading_url": server.url,
+            "data_url": server.url,
+            "trading_stream_url": server.trading_stream_url,
+            "data_stream_url": server.data_stream_url,
+        }
+        chosen = load_settings(
+            environ={}, env_file=None, overrides={"broker": broker, "bus": {"url": redis_server.url}}
+        )
+        spec = SessionSpec(params={"fast": 2, "slow": 4}, symbols=("AAPL", "IBM"), timeframe="1Min", bars_max=10)
+
+        def has_opened() -> bool:
+            if not journal_exists(path):
+                return False
+            with open_journal(path) as journal:
+                return bool(journal.last([Reconciled]))
+
+        async def market() -> None:
+            for _ in range(1000):
+                if has_opened():
+                    break
+                await asyncio.sleep(0.1)
+            while not server.call(lambda: server.exchange.is_over):
+                await asyncio.to_thread(server.call, server.exchange.advance)
+                await asyncio.sleep(0.05)
+
+        serving = [asyncio.create_task(serve_agent(name, chosen)) for name in NAMES]
+        feed = asyncio.create_task(market())
+        try:
+            result = await asyncio.wait_for(run_session(spec, chosen, journal_path=path), 120)
+        finally:
+            feed.cancel()
+        assert await asyncio.gather(*serving) == ["ended"] * 3
+    assert result.bars >= 10
+    assert result.orders
+    assert result.reconciliation.ok, result.reconciliation.differences
+    assert all(one.state == "ok" for one in result.health), result.health
+
+
 @pytest.mark.slow
-async def test_an_agent_killed_at_any_moment_loses_and_doubles_nothing(
-    redis_server: RedisServer, tmp_path: Path, alone: tuple[str, int, str], name: str
+async def test_agents_killed_at_any_moment_lose_and_double_nothing(
+    redis_server: RedisServer, tmp_path: Path, alone: tuple[str, int, str]
 ) -> None:
-    chance = random.Random(name)
+    chance = random.Random(0)
+    victims = {7: "strategy", 13: "risk", 19: "execution", 25: "strategy", 31: "risk", 37: "execution"}
     async with agents(redis_server) as keeper:
 
         def kill(bar: int) -> None:
-            if bar in {7, 19, 33}:
-                soon(chance, keeper.processes[name].kill)
+            if bar in victims:
+                soon(chance, keeper.processes[victims[bar]].kill)
 
         result = await play(redis_server, tmp_path / "journal.sqlite", kill)
-    assert keeper.restarts[name] == 3
+    assert set(keeper.restarts) == set(NAMES), "each died at least once; one that has not come back cannot die again"
     assert facts(result)[2] == alone[2]
 
 
@@ -180,6 +233,7 @@ from loguru import logger
 from trader_lib.config.settings import load_settings
 from trader_lib.session.session import run_session
 from trader_lib.session.spec import SessionSpec
+from trader_lib.trading.events import Reconciled
 logger.remove()
 spec = SessionSpec(params={"fast": 3, "slow": 9}, start=date(2012, 1, 3), end=date(2012, 3, 15))
 told = lambda bars, at: print(bars, flush=True)
