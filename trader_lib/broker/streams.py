@@ -37,7 +37,7 @@ FAILURES_MAX = 10  # messages in a row that cannot be read, after which a stream
 RECONNECT_BASE_S = 1.0
 RECONNECT_CAP_S = 30.0
 
-# %% ../../nbs/broker/05_streams.ipynb #96b16fb4
+# %% ../../nbs/broker/05_streams.ipynb #993501a4
 class Watcher(Protocol):
     """Who is told how a stream fares."""
 
@@ -90,7 +90,9 @@ class WatchedTradingStream(TradingStream):
     async def _dispatch(self, msg: dict[str, Any]) -> None:
         if msg.get("stream") == "listening":
             self._watcher.ready()
-        await _watched(self._watcher, super()._dispatch(msg))
+            await super()._dispatch(msg)
+        else:
+            await _watched(self._watcher, super()._dispatch(msg))
 
 
 class WatchedDataStream(StockDataStream):
@@ -120,9 +122,11 @@ class WatchedDataStream(StockDataStream):
 
     async def _dispatch(self, msg: dict[str, Any]) -> None:
         kind = msg.get("T")
-        if kind == "subscription":
+        if kind == "subscription":  # an answer is no bar: a stream that says nothing else is silent
             self._watcher.ready()
-        elif kind == "error":
+            await super()._dispatch(msg)
+            return
+        if kind == "error":
             self._watcher.failed(
                 Misconfigured(
                     f"Alpaca's data stream refuses the subscription: {msg.get('msg')} ({msg.get('code')}). "
