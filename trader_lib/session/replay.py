@@ -399,7 +399,7 @@ def divergence(
     replayed = None if line is None else line.payload
     return Divergence(seq, agent, cause, recorded, replayed, tuple(fields), tuple(chain))
 
-# %% ../../nbs/session/12_replay.ipynb #39170a40
+# %% ../../nbs/session/12_replay.ipynb #a53d7ab7
 class _OtherDirector(_Director):
     """Asks another strategy at every bar, in the place of the one that traded."""
 
@@ -424,7 +424,7 @@ class _OtherDirector(_Director):
             )
         if self._of and not known:
             raise Misused(f"The session has one strategy, {started.strategy}: there is none called {self._of!r}.")
-        self._strategy = {name: self._other for name in known} if known else self._other
+        self._strategy = dict.fromkeys(known, self._other) if known else self._other
         await super()._cast(started, said)
         self.strategy = self._other
 
