@@ -227,8 +227,9 @@ async def test_an_unreadable_trade_update_is_counted_and_goes_no_further(
     broken = False
     await broker.submit(ORDER.model_copy(update={"client_order_id": "another"}))
     exchange_server.call(exchange_server.exchange.advance)
-    update = (await broker.inbox.pump(trade_updates=1, timeout_s=5))[-1]
-    assert isinstance(update, TradeUpdated) and broker.streams()["trading"].reconnects == 0
+    items = await broker.inbox.pump(trade_updates=1, timeout_s=5)  # bars among them
+    assert any(isinstance(item, TradeUpdated) for item in items)
+    assert broker.streams()["trading"].reconnects == 0
     await broker.stop()
 
 
