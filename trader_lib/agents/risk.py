@@ -101,7 +101,7 @@ class OpenOrder:
     exempt: bool  # part of a pair or a bracket, or trailing
     remaining: float  # shares
 
-# %% ../../nbs/agents/03_risk.ipynb #0765d500
+# %% ../../nbs/agents/03_risk.ipynb #cf6e268a
 @dataclass(slots=True)
 class Market:
     """Last closes as risk knows them [symbol].
@@ -118,11 +118,12 @@ class Market:
 class RiskBook:
     """One owner's holdings, orders on their way, bounds and trading state.
 
-    limits: the bounds. symbols: how many. capital: USD; None for the account, whose cash is reported.
+    limits: the bounds. symbols: how many. capital: USD; None for the account, whose cash is reported. is_sum: an account
+    of several strategies, in which one's exit may add to another's position.
     """
 
-    def __init__(self, limits: Limits, symbols: int, capital: Decimal | None = None) -> None:
-        self.limits = limits
+    def __init__(self, limits: Limits, symbols: int, capital: Decimal | None = None, *, is_sum: bool = False) -> None:
+        self.limits, self.is_sum = limits, is_sum
         self.is_account = capital is None
         self.state = TradingState.ACTIVE
         self.exits_pass = False  # HALTED by a threshold
@@ -148,6 +149,8 @@ class RiskBook:
                 pending += order.side_sign * order.remaining
         reference, position = float(mark[place]), float(qty[place])
         sign, shares = SIDE_SIGN[request.side], abs(to_float(request.signed_qty))
+        if self.is_sum:
+            pending = sign * self._beside(place, sign)
         local = now.astimezone(NEW_YORK)
         asked = request.asked(
             short=sells_short(sign, shares, position, pending),
@@ -190,9 +193,13 @@ class RiskBook:
 
     def closable(self, request: OrderRequest, place: int) -> tuple[Decimal, Decimal]:
         """The position that an order meets, shares, signed; and what open orders on its side close of it already."""
-        sign = SIDE_SIGN[request.side]
-        held = sum(other.remaining for other in self.open.values() if (other.place, other.side_sign) == (place, sign))
-        return to_decimal(float(self.qty[place]), QTY_DECIMALS), to_decimal(float(held), QTY_DECIMALS)
+        held = self._beside(place, SIDE_SIGN[request.side])
+        return to_decimal(float(self.qty[place]), QTY_DECIMALS), to_decimal(held, QTY_DECIMALS)
+
+    def _beside(self, place: int, sign: int) -> float:
+        """Shares that open orders of one side, exits among them, may still fill."""
+        same = (other.remaining for other in self.open.values() if (other.place, other.side_sign) == (place, sign))
+        return float(sum(same))
 
     def expect(self, adopted: OrderAdopted, place: int, market: Market) -> None:
         """An order that somebody else placed stands like this."""
@@ -269,7 +276,7 @@ class RiskBook:
             return TradingState.HALTED, describe(Check.DRAWDOWN, False, drawdown, values.max_drawdown, nothing)
         return TradingState.REDUCING, describe(Check.DAILY_LOSS, False, daily, values.max_daily_loss, nothing)
 
-# %% ../../nbs/agents/03_risk.ipynb #0ceecf63
+# %% ../../nbs/agents/03_risk.ipynb #016b54f9
 class RiskAgent(Agent):
     """Decides on every proposed order.
 
@@ -293,7 +300,7 @@ class RiskAgent(Agent):
         n = len(history.symbols)
         self._place = {symbol: place for place, symbol in enumerate(history.symbols)}
         self._market = Market(last_closes(history), np.full(n, -math.inf))
-        self._account = RiskBook(limits, n)
+        self._account = RiskBook(limits, n, is_sum=bool(shares))
         self._books = {"": self._account} | {
             label: RiskBook(bounds, n, capital) for label, (bounds, capital) in shares.items()
         }
