@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import requests
@@ -68,10 +67,3 @@ def families(text: str) -> dict[str, Metric]:
     """The metric families of a scrape, by the name that the table has."""
     found = text_string_to_metric_families(text)
     return {f"{one.name}_total" if one.type == "counter" else one.name: one for one in found}
-
-
-def exposed_metrics(transport: str = "http") -> dict[str, Metric]:
-    """What a short session exposes at its end, by name; over HTTP with the broker's guards, cache and streams."""
-    folder = Path(mkdtemp(prefix="trader-"))
-    _, visitor = asyncio.run(observed_session(folder, observed_settings(transport)))
-    return families(visitor.answers["metrics"].text)
