@@ -6,21 +6,19 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import date, datetime, timedelta
+from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
-from trader_lib.clock.sessions import NEW_YORK, TradingCalendar
+from tests.venue import holds, new_session_run, recent_minutes, wait_for
 from trader_lib.config.settings import load_settings
 from trader_lib.exchange.engine import Exchange
 from trader_lib.exchange.server import ExchangeServer
 from trader_lib.journal.journal import SqliteJournal
-from trader_lib.market.synthetic import synthetic_bars
 from trader_lib.runs.store import RunFolder, RunStore
 from trader_lib.session.control import ControlFile
 from trader_lib.session.session import run_session
@@ -67,35 +65,10 @@ def session(
         process.stdout.close()
 
 
-def wait_for(found: Callable[[], object], seconds: float = 60.0) -> None:
-    ends = time.monotonic() + seconds
-    while not found():
-        assert time.monotonic() < ends, "it did not happen"
-        time.sleep(0.1)
-
-
-def trades(run: RunFolder) -> bool:
-    """Whether a session holds something by now."""
-    return run.journal.is_file() and (run.path / "session.lock").stat().st_size > 0 and bool(_status(run))
-
-
-def _status(run: RunFolder) -> object:
-    try:
-        return session_status(run.journal).positions
-    except Exception:  # the journal's first page is being written
-        return ()
-
-
-def simulated_run(tmp_path: Path) -> RunFolder:
-    run = RunStore(tmp_path / "runs").create("paper")
-    run.write_params({"kind": "paper", "parameters": {"broker": "simulated", "profile": None}})
-    return run
-
-
 def test_running_session_is_seen_reduced_flattened_and_resumed(trader: Trader, tmp_path: Path) -> None:
-    run = simulated_run(tmp_path)
+    run = new_session_run(tmp_path)
     with session(run, SIMULATED, 0.1, TRADER_BROKER__TRANSPORT="in_process") as process:
-        wait_for(lambda: trades(run))
+        wait_for(lambda: holds(run))
         code, out, _ = trader("status", "--json")
         shown = json.loads(out)
         assert code == 0 and shown["condition"] == "alive" and shown["runner"]["pid"] == process.pid
@@ -124,9 +97,9 @@ def test_running_session_is_seen_reduced_flattened_and_resumed(trader: Trader, t
 
 
 def test_session_that_was_flattened_and_then_died_is_resumed_halted(trader: Trader, tmp_path: Path) -> None:
-    run, spec = simulated_run(tmp_path), SIMULATED.model_copy(update={"end": date(2005, 6, 30)})
+    run, spec = new_session_run(tmp_path), SIMULATED.model_copy(update={"end": date(2005, 6, 30)})
     with session(run, spec, 0.1, TRADER_BROKER__TRANSPORT="in_process") as process:
-        wait_for(lambda: trades(run))
+        wait_for(lambda: holds(run))
         code, out, err = trader("kill", run.name, "--flatten", "--by", "ada")
         assert code == 0 and "confirmed" in out, out + err
         process.kill()
@@ -139,7 +112,7 @@ def test_session_that_was_flattened_and_then_died_is_resumed_halted(trader: Trad
 
 
 def test_halt_of_a_dead_session_binds_the_one_that_takes_its_folder_up(trader: Trader, tmp_path: Path) -> None:
-    run = simulated_run(tmp_path)
+    run = new_session_run(tmp_path)
     code, out, _ = trader("kill", run.name, "--by", "ada")
     assert code == 0 and "not running" in out
     spec = SIMULATED.model_copy(update={"end": date(2005, 3, 31)})
@@ -151,9 +124,9 @@ def test_halt_of_a_dead_session_binds_the_one_that_takes_its_folder_up(trader: T
 
 
 def test_second_session_in_the_same_folder_is_refused(trader: Trader, tmp_path: Path) -> None:
-    run = simulated_run(tmp_path)
+    run = new_session_run(tmp_path)
     with session(run, SIMULATED, 0.1, TRADER_BROKER__TRANSPORT="in_process"):
-        wait_for(lambda: trades(run))
+        wait_for(lambda: holds(run))
         with session(run, SIMULATED, 0.0, "resume", TRADER_BROKER__TRANSPORT="in_process") as second:
             assert second.wait(60) != 0
             assert second.stdout is not None and b"runs in" in second.stdout.read()
@@ -161,7 +134,7 @@ def test_second_session_in_the_same_folder_is_refused(trader: Trader, tmp_path: 
 
 
 def test_resume_wants_a_name(trader: Trader, tmp_path: Path) -> None:
-    run = simulated_run(tmp_path)
+    run = new_session_run(tmp_path)
     code, _, err = trader("resume", run.name)
     assert code == 2 and "--by" in err
     assert trader("resume", run.name, "--by", "")[0] == 2 and not ControlFile.beside(run.journal).commands()
@@ -181,9 +154,7 @@ def test_backtest_cannot_be_operated(trader: Trader, tmp_path: Path) -> None:
 @contextmanager
 def market(feed_s: float = 0.1) -> Iterator[ExchangeServer]:
     """The exchange on minute bars of recent days, whose market moves by itself."""
-    today = datetime.now(NEW_YORK).date()
-    days = [day.date for day in TradingCalendar().sessions(today - timedelta(days=20), today - timedelta(days=1))][-3:]
-    bars = synthetic_bars(("AAPL", "IBM"), days[0], days[-1], timeframe="1Min", seed=3)
+    bars = recent_minutes()
     stop = threading.Event()
     with ExchangeServer(Exchange(bars, bars.n - 300), key_id="key", secret_key="secret") as server:
 

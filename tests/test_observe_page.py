@@ -5,8 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, date, datetime
 from decimal import Decimal
@@ -17,13 +16,14 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
+from tests.venue import holds, new_session_run, wait_for
 from trader_lib.config.settings import load_settings
 from trader_lib.journal.journal import SqliteJournal
 from trader_lib.observe.companions import companions
 from trader_lib.observe.page import COOKIE, FolderControls, page_app
 from trader_lib.observe.server import MonitorServer
 from trader_lib.observe.watch import SessionWatch
-from trader_lib.runs.store import RunFolder, RunStore
+from trader_lib.runs.store import RunFolder
 from trader_lib.session.control import ControlFile
 from trader_lib.session.session import run_session
 from trader_lib.session.spec import SessionSpec, StrategyShare
@@ -127,30 +127,6 @@ def slow_session(folder: Path, fast: int = 60, bar_s: float = 0.1) -> Iterator[s
         process.wait()
 
 
-def wait_for(found: Callable[[], object], seconds: float = 60.0) -> None:
-    ends = time.monotonic() + seconds
-    while not found():
-        assert time.monotonic() < ends, "it did not happen"
-        time.sleep(0.1)
-
-
-def holds(run: RunFolder) -> bool:
-    return run.journal.is_file() and (run.path / "session.lock").stat().st_size > 0 and bool(_positions(run))
-
-
-def _positions(run: RunFolder) -> object:
-    try:
-        return session_status(run.journal).positions
-    except Exception:  # the journal's first page is being written
-        return ()
-
-
-def new_run(tmp_path: Path) -> RunFolder:
-    run = RunStore(tmp_path / "runs").create("paper")
-    run.write_params({"kind": "paper", "parameters": {"broker": "simulated", "profile": None}})
-    return run
-
-
 def figure(shown: Any, name: str) -> str:
     return str(shown.locator(f"[data-figure='{name}']").evaluate("node => node.firstChild.textContent"))
 
@@ -173,7 +149,7 @@ def unlock(shown: Any) -> None:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A session of a year, ended in good order."""
-    run = new_run(tmp_path_factory.mktemp("finished"))
+    run = new_session_run(tmp_path_factory.mktemp("finished"))
     settings = load_settings(environ={}, env_file=None, overrides={"broker": {"transport": "in_process"}})
     spec = SessionSpec(
         params={"fast": 5, "slow": 15}, symbols=("AAPL", "IBM", "MSFT"), start=date(2011, 1, 3), end=date(2011, 12, 30)
@@ -227,7 +203,7 @@ def test_figures_of_a_finished_run_are_the_journals(finished: RunFolder, chromiu
 
 
 def test_page_halts_and_kills_a_session_that_runs(chromium: Any, tmp_path: Path) -> None:
-    run = new_run(tmp_path)
+    run = new_session_run(tmp_path)
     with slow_session(run.path) as process:
         wait_for(lambda: holds(run))
         with served(run.path) as server, tab(chromium, server.url, PHONE) as shown:
@@ -275,7 +251,7 @@ def test_page_halts_and_kills_a_session_that_runs(chromium: Any, tmp_path: Path)
 
 
 def test_session_that_is_killed_is_shown_dead_within_seconds(chromium: Any, tmp_path: Path) -> None:
-    run = new_run(tmp_path)
+    run = new_session_run(tmp_path)
     with slow_session(run.path) as process:
         wait_for(lambda: holds(run))
         with served(run.path) as server, tab(chromium, server.url) as shown:
@@ -322,7 +298,7 @@ def test_page_fits_its_screen_and_is_named_for_those_who_listen(
 
 def test_hostile_journal_stays_text_and_live_is_loud(chromium: Any, tmp_path: Path) -> None:
     """Nothing that comes from a symbol, a reason, a name or a log record becomes markup."""
-    run, moment = new_run(tmp_path), datetime(2026, 1, 5, 21, tzinfo=UTC)
+    run, moment = new_session_run(tmp_path), datetime(2026, 1, 5, 21, tzinfo=UTC)
     request = OrderRequest(symbol="IBM", side=OrderSide.BUY, qty=Decimal(5), client_order_id=HOSTILE[:100])
     check = CheckOutcome(name=HOSTILE, passed=False, reason=HOSTILE)
     row = BarRow(open=1, high=1, low=1, close=1, volume=1)
@@ -355,7 +331,7 @@ def test_hostile_journal_stays_text_and_live_is_loud(chromium: Any, tmp_path: Pa
 
 
 def test_session_serves_its_own_page_with_its_agents_health(tmp_path: Path) -> None:
-    run = new_run(tmp_path)
+    run = new_session_run(tmp_path)
     overrides = {
         "broker": {"transport": "in_process"},
         "monitoring": {"port": 0, "token": TOKEN, "hosts": "trader.lan"},
@@ -473,7 +449,7 @@ def test_without_a_token_there_are_no_buttons(finished: RunFolder) -> None:
 
 def test_several_strategies_each_show_their_state_and_what_is_theirs(tmp_path: Path, request: Any) -> None:
     """One of two was halted by its own drawdown; both hold the same symbol."""
-    run = new_run(tmp_path)
+    run = new_session_run(tmp_path)
     settings = load_settings(environ={}, env_file=None, overrides={"broker": {"transport": "in_process"}})
     shares = (
         StrategyShare(name="trend", strategy="sma_cross", params={"fast": 5, "slow": 20}, capital="50%"),

@@ -7,20 +7,19 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from datetime import date, datetime, timedelta
+from datetime import date, datetime
 from itertools import count
 from pathlib import Path
 
 import pytest
 
 from tests.servers import PostgresServer, RedisServer
-from trader_lib.clock.sessions import NEW_YORK, TradingCalendar
+from tests.venue import as_alpaca, goes_on, recent_minutes
 from trader_lib.config.settings import Settings, load_settings
 from trader_lib.errors.taxonomy import Misconfigured, Misused
 from trader_lib.exchange.engine import Exchange
 from trader_lib.exchange.server import ExchangeServer
 from trader_lib.journal.opening import journal_exists, open_journal
-from trader_lib.market.synthetic import synthetic_bars
 from trader_lib.session.distributed import Supervisor, agent_command, find_session, serve_agent
 from trader_lib.session.session import SessionResult, run_session
 from trader_lib.session.spec import SessionSpec
@@ -111,20 +110,10 @@ async def test_several_strategies_live_in_a_process_each(redis_server: RedisServ
 
 
 async def test_a_session_in_real_time_lives_in_several_processes_too(redis_server: RedisServer, tmp_path: Path) -> None:
-    today = datetime.now(NEW_YORK).date()
-    days = [day.date for day in TradingCalendar().sessions(today - timedelta(days=20), today - timedelta(days=1))][-3:]
-    bars = synthetic_bars(("AAPL", "IBM"), days[0], days[-1], timeframe="1Min", seed=3)
+    bars = recent_minutes()
     path = tmp_path / "journal.sqlite"
     with ExchangeServer(Exchange(bars, bars.n - 60), key_id="key", secret_key="s3cret") as server:
-        broker = {
-            "kind": "alpaca",
-            "key_id": "key",
-            "secret_key": "s3cret",
-            "trading_url": server.url,
-            "data_url": server.url,
-            "trading_stream_url": server.trading_stream_url,
-            "data_stream_url": server.data_stream_url,
-        }
+        broker = as_alpaca(server, "s3cret")
         chosen = load_settings(
             environ={}, env_file=None, overrides={"broker": broker, "bus": {"url": redis_server.url}}
         )
@@ -141,9 +130,7 @@ async def test_a_session_in_real_time_lives_in_several_processes_too(redis_serve
                 if has_opened():
                     break
                 await asyncio.sleep(0.1)
-            while not server.call(lambda: server.exchange.is_over):
-                await asyncio.to_thread(server.call, server.exchange.advance)
-                await asyncio.sleep(0.05)
+            await goes_on(server, 0.0)
 
         serving = [asyncio.create_task(serve_agent(name, chosen)) for name in NAMES]
         feed = asyncio.create_task(market())

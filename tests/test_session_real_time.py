@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 from loguru import logger
 
+from tests.venue import as_alpaca, goes_on, recent_minutes
 from trader_lib.agents.market_data import MarketDataAgent
 from trader_lib.broker.inbox import BarArrived, Inbox
 from trader_lib.broker.port import StreamCounters
 from trader_lib.bus.bus import InProcessBus
 from trader_lib.clock.clock import VirtualClock
 from trader_lib.clock.ids import SeededIds
-from trader_lib.clock.sessions import NEW_YORK, TradingCalendar
+from trader_lib.clock.sessions import TradingCalendar
 from trader_lib.config.settings import load_settings
 from trader_lib.errors.taxonomy import Retryable, Unauthorized
 from trader_lib.exchange.engine import Exchange
@@ -386,35 +387,15 @@ async def test_stream_that_is_lost_for_good_ends_the_run() -> None:
 # ---- live, against the exchange's own server
 
 
-def recent_days(count: int) -> list[date]:
-    today = datetime.now(NEW_YORK).date()
-    return [day.date for day in CALENDAR.sessions(today - timedelta(days=20), today - timedelta(days=1))][-count:]
-
-
 async def test_session_at_alpaca_runs_in_real_time(tmp_path: Path) -> None:
-    days = recent_days(3)
-    bars = synthetic_bars(("AAPL", "IBM"), days[0], days[-1], timeframe="1Min", seed=3)
+    bars = recent_minutes()
     start_index = bars.n - 60
     with ExchangeServer(Exchange(bars, start_index), key_id="key", secret_key="secret") as server:
-        broker = {
-            "kind": "alpaca",
-            "key_id": "key",
-            "secret_key": "secret",
-            "trading_url": server.url,
-            "data_url": server.url,
-            "trading_stream_url": server.trading_stream_url,
-            "data_stream_url": server.data_stream_url,
-        }
+        broker = as_alpaca(server)
         settings = load_settings(environ={}, env_file=None, overrides={"broker": broker})
         spec = SessionSpec(params={"fast": 2, "slow": 4}, symbols=("AAPL", "IBM"), timeframe="1Min", bars_max=10)
 
-        async def market() -> None:
-            await asyncio.sleep(1.0)
-            while not server.call(lambda: server.exchange.is_over):
-                await asyncio.to_thread(server.call, server.exchange.advance)
-                await asyncio.sleep(0.05)
-
-        feed = asyncio.create_task(market())
+        feed = asyncio.create_task(goes_on(server))
         try:
             async with asyncio.timeout(60):
                 result = await run_session(spec, settings, journal_path=tmp_path / "journal.sqlite")

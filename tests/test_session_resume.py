@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import date, datetime, timedelta
+from datetime import date, datetime
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 from loguru import logger
 
-from trader_lib.clock.sessions import NEW_YORK, TradingCalendar
+from tests.venue import as_alpaca, goes_on, recent_minutes
 from trader_lib.config.settings import Settings, load_settings
 from trader_lib.errors.taxonomy import BadData, InvariantBroken, Misused
 from trader_lib.exchange.costs import Costs
@@ -277,20 +277,10 @@ async def test_another_version_of_a_strategy_does_not_go_on(tmp_path: Path) -> N
 
 
 async def test_session_at_alpaca_goes_on_where_it_died(tmp_path: Path) -> None:
-    today = datetime.now(NEW_YORK).date()
-    days = [day.date for day in TradingCalendar().sessions(today - timedelta(days=20), today - timedelta(days=1))][-3:]
-    bars = synthetic_bars(("AAPL", "IBM"), days[0], days[-1], timeframe="1Min", seed=3)
+    bars = recent_minutes()
     path = fresh(tmp_path / "live") / "journal.sqlite"
     with ExchangeServer(Exchange(bars, bars.n - 80), key_id="key", secret_key="secret") as server:
-        broker = {
-            "kind": "alpaca",
-            "key_id": "key",
-            "secret_key": "secret",
-            "trading_url": server.url,
-            "data_url": server.url,
-            "trading_stream_url": server.trading_stream_url,
-            "data_stream_url": server.data_stream_url,
-        }
+        broker = as_alpaca(server)
         wire = load_settings(environ={}, env_file=None, overrides={"broker": broker})
         spec = SessionSpec(params={"fast": 2, "slow": 4}, symbols=("AAPL", "IBM"), timeframe="1Min", bars_max=14)
         dead = asyncio.Event()
@@ -299,14 +289,8 @@ async def test_session_at_alpaca_goes_on_where_it_died(tmp_path: Path) -> None:
             if count == 7:
                 dead.set()
 
-        async def market() -> None:
-            await asyncio.sleep(1.0)
-            while not server.call(lambda: server.exchange.is_over):
-                await asyncio.to_thread(server.call, server.exchange.advance)
-                await asyncio.sleep(0.05)
-
         async with asyncio.timeout(100):
-            feed = asyncio.create_task(market())
+            feed = asyncio.create_task(goes_on(server))
             first = asyncio.create_task(run_session(spec, wire, journal_path=path, progress=die))
             await dead.wait()
             first.cancel()  # no drain, no last word: as if it were killed
@@ -314,7 +298,7 @@ async def test_session_at_alpaca_goes_on_where_it_died(tmp_path: Path) -> None:
             feed.cancel()
             for _ in range(3):  # what was open fills, and nobody hears of it
                 await asyncio.to_thread(server.call, server.exchange.advance)
-            feed = asyncio.create_task(market())
+            feed = asyncio.create_task(goes_on(server))
             try:
                 result = await run_session(spec, wire, journal_path=path, resume=True)
             finally:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from datetime import date, datetime, timedelta
+from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pytest
 from loguru import logger
 from numpy.typing import NDArray
 
-from trader_lib.clock.sessions import NEW_YORK, TradingCalendar
+from tests.venue import as_alpaca, goes_on, recent_minutes
 from trader_lib.config.settings import Settings, load_settings
 from trader_lib.errors.taxonomy import Halted, Misused
 from trader_lib.exchange.costs import Costs
@@ -25,7 +25,6 @@ from trader_lib.exchange.server import ExchangeServer
 from trader_lib.journal.journal import SqliteJournal
 from trader_lib.market.bars import Bars
 from trader_lib.market.sample import sample_bars
-from trader_lib.market.synthetic import synthetic_bars
 from trader_lib.research.backtest import BacktestResult, backtest
 from trader_lib.risk.limits import Limits
 from trader_lib.session.control import ControlFile
@@ -389,31 +388,15 @@ async def test_operator_who_flattens_closes_what_the_strategies_hold(tmp_path: P
 @asynccontextmanager
 async def market() -> AsyncIterator[Settings]:
     """Alpaca's protocol around an account that holds 10 IBM already, and whose market goes on by itself."""
-    calendar, today = TradingCalendar(), datetime.now(NEW_YORK).date()
-    days = [day.date for day in calendar.sessions(today - timedelta(days=20), today - timedelta(days=1))][-3:]
-    bars = synthetic_bars(("AAPL", "IBM"), days[0], days[-1], timeframe="1Min", seed=3)
+    bars = recent_minutes()
     with ExchangeServer(Exchange(bars, bars.n - 60), key_id="key", secret_key="secret") as server:
         held = OrderRequest(symbol="IBM", side=OrderSide.BUY, qty=Decimal(10), client_order_id="before")
         server.call(server.exchange.advance)
         server.call(lambda: server.exchange.submit(held))
         server.call(server.exchange.advance)
-        broker = {
-            "kind": "alpaca",
-            "key_id": "key",
-            "secret_key": "secret",
-            "trading_url": server.url,
-            "data_url": server.url,
-            "trading_stream_url": server.trading_stream_url,
-            "data_stream_url": server.data_stream_url,
-        }
+        broker = as_alpaca(server)
 
-        async def play() -> None:
-            await asyncio.sleep(1.0)
-            while not server.call(lambda: server.exchange.is_over):
-                await asyncio.to_thread(server.call, server.exchange.advance)
-                await asyncio.sleep(0.05)
-
-        feed = asyncio.create_task(play())
+        feed = asyncio.create_task(goes_on(server))
         try:
             async with asyncio.timeout(60):
                 yield load_settings(environ={}, env_file=None, overrides={"broker": broker})
