@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['Verdict', 'NEEDED', 'FOR_RUNS', 'CALENDAR_DAYS', 'DISK_MB', 'SKEW_S', 'Doubt', 'Finding', 'check_python',
-           'check_packages', 'check_strategies', 'check_sample', 'check_templates', 'check_kernel', 'check_compiler',
-           'check_runs', 'check_calendar', 'check_disk', 'check_secret_files', 'check_broker', 'diagnose']
+           'check_packages', 'check_versions', 'check_strategies', 'check_sample', 'check_templates', 'check_kernel',
+           'check_compiler', 'check_runs', 'check_calendar', 'check_disk', 'check_secret_files', 'check_broker',
+           'diagnose']
 
-# %% ../../nbs/app/02_doctor.ipynb #694704f6
+# %% ../../nbs/app/02_doctor.ipynb #573abe8e
 import importlib
 import platform
 import shutil
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from importlib import metadata
@@ -21,6 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
+from .. import __version__
 from ..clock.clock import Clock, WallClock
 from ..clock.sessions import NEW_YORK, TradingCalendar
 from ..config.settings import Settings, load_settings
@@ -53,7 +55,7 @@ class Finding:
         """For JSON."""
         return asdict(self)
 
-# %% ../../nbs/app/02_doctor.ipynb #d19169e1
+# %% ../../nbs/app/02_doctor.ipynb #41fd8cfd
 def check_python() -> str:
     """Which interpreter runs; the package's metadata demands 3.11."""
     return f"{platform.python_version()} at {sys.executable}"
@@ -70,6 +72,24 @@ def check_packages(names: tuple[str, ...] = NEEDED + FOR_RUNS) -> str:
     if missing:
         raise Misconfigured(f"Missing: {', '.join(missing)}. Install with `pip install 'trader_lib[all]'`.")
     return f"{len(names)} packages are installed"
+
+
+def check_versions(demanded: Sequence[str] | None = None) -> str:
+    """What is installed is of a version that this one was made for. demanded: requirements; None: the package's own."""
+    from packaging.requirements import Requirement
+
+    wrong = []
+    asked = [Requirement(text) for text in (metadata.requires("trader_lib") or () if demanded is None else demanded)]
+    for need in asked:
+        try:
+            found = metadata.version(need.name)
+        except metadata.PackageNotFoundError:
+            continue  # of an extra, or named by the check before
+        if not need.specifier.contains(found, prereleases=True):
+            wrong.append(f"{need.name} {found} (wanted: {need.specifier})")
+    if wrong:
+        raise Misconfigured(f"Versions that were not tried: {', '.join(wrong)}. Install again, with constraints.txt.")
+    return f"trader_lib {__version__}, {len(asked)} requirements"
 
 
 def check_strategies() -> str:
@@ -197,7 +217,7 @@ def check_broker(settings: Settings, clock: Clock, *, offline: bool = False) -> 
         raise Doubt(f"{told}: the account is {state}. Look at the broker's page.")
     return f"{told}: the keys are taken, the account is {state}, clocks {abs(skew_s):.1f} s apart"
 
-# %% ../../nbs/app/02_doctor.ipynb #e30b411e
+# %% ../../nbs/app/02_doctor.ipynb #a7c060a2
 def diagnose(profile: str | None = None, *, offline: bool = False, clock: Clock | None = None) -> list[Finding]:
     """Run every check; what fails is a finding, never an exception. offline: the broker is not asked."""
     found: list[Finding] = []
@@ -216,6 +236,7 @@ def diagnose(profile: str | None = None, *, offline: bool = False, clock: Clock 
     checks: tuple[tuple[str, Callable[[], str]], ...] = (
         ("python", check_python),
         ("packages", check_packages),
+        ("versions", check_versions),
         ("strategies", check_strategies),
         ("sample data", check_sample),
         ("templates", check_templates),
