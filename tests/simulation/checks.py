@@ -123,8 +123,8 @@ def _check_fills(world: World, events: list[Event]) -> None:
     if not reported or reported[-1] != account.cash:
         broken.append(f"cash: we report {reported[-1:]}, the exchange {account.cash}")
     ended = [event.payload.equity for event in events if isinstance(event.payload, SessionEnded)]
-    if len(ended) != 1 or world.equity_at_the_end not in {None, ended[0]}:
-        broken.append(f"end: the session ended with {ended} USD, the exchange says {world.equity_at_the_end}")
+    if ended != [world.equity_told]:
+        broken.append(f"end: the session ended with {ended} USD, the exchange said {world.equity_told}")
 
 
 def _check_limits(world: World) -> None:

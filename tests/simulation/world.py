@@ -44,7 +44,7 @@ from trader_lib.session.reconcile import Reconciler
 from trader_lib.session.session import SessionResult
 from trader_lib.session.spec import SessionSpec
 from trader_lib.session.wiring import AgentProvider, CoreProvider, History, SessionInputs
-from trader_lib.trading.events import OrderAcknowledged
+from trader_lib.trading.events import AccountReported, OrderAcknowledged
 from trader_lib.trading.orders import Order, OrderRequest
 
 CALM = timedelta(seconds=150)  # after the last bar: the connection is good again, and all must come right
@@ -111,6 +111,11 @@ class Wire(FaultyBroker):
         found = await super().order_by_client_id(client_order_id)
         self.looked_up.add(client_order_id)
         return found
+
+    async def account(self) -> AccountReported:
+        report = await super().account()
+        self._world.equity_told = report.equity
+        return report
 
     async def submit(self, request: OrderRequest) -> Order:
         self._refuse_the_dead()
@@ -236,7 +241,7 @@ class World:
         self.wires: list[Wire] = []
         self.journal: WatchedJournal | None = None
         self.lock: SessionLock | None = None
-        self.equity_at_the_end: Decimal | None = None  # by the exchange, where no bar came after the session
+        self.equity_told: Decimal | None = None  # in the exchange's last answer; its market may have gone on since
         self.calm = False
         self.result: SessionResult | None = None
         self.last_error: TraderError | None = None
@@ -310,7 +315,6 @@ class World:
             return self.record.down_s
         try:
             self.result = life.result()
-            self.equity_at_the_end = self.exchange.account().equity if self.exchange.is_over else None
         except (Retryable, Halted) as error:
             self.outcome.faults["start again"] += 1
             self.last_error = error

@@ -101,7 +101,7 @@ class OpenOrder:
     exempt: bool  # part of a pair or a bracket, or trailing
     remaining: float  # shares
 
-# %% ../../nbs/agents/03_risk.ipynb #cf6e268a
+# %% ../../nbs/agents/03_risk.ipynb #7af8e756
 @dataclass(slots=True)
 class Market:
     """Last closes as risk knows them [symbol].
@@ -131,6 +131,7 @@ class RiskBook:
         self.cash = self.equity = self.day_start = self.peak = math.nan if capital is None else float(capital)
         self._recent = RecentOrders(limits)
         self.working: dict[str, ApprovedOrder] = {}
+        self._leaving: dict[str, ApprovedOrder] = {}  # taken back, and not yet known to have ended
         self.open: dict[str, OpenOrder] = {}  # targets and exits
 
     def facts(self, request: OrderRequest, place: int, market: Market, now: datetime) -> RiskFacts:
@@ -236,26 +237,41 @@ class RiskBook:
             remaining,
         )
 
+    def _lists(self) -> tuple[dict[str, ApprovedOrder] | dict[str, OpenOrder], ...]:
+        return self.working, self._leaving, self.open
+
     def end(self, client_order_id: str) -> None:
         """An order is not on its way any more."""
-        self.working.pop(client_order_id, None)
+        for orders in self._lists():
+            orders.pop(client_order_id, None)
+
+    def withdraw(self, client_order_id: str) -> None:
+        """An order is taken back: what may replace it counts in its stead."""
+        order = self.working.pop(client_order_id, None)
+        if order is not None:
+            self._leaving[client_order_id] = order
         self.open.pop(client_order_id, None)
+
+    def end_short(self, client_order_id: str, filled_qty: float) -> None:
+        """An order ended with so many shares filled: those that no fill has told yet are still on their way."""
+        order = self.working.get(client_order_id) or self._leaving.get(client_order_id)
+        self.end(client_order_id)
+        untold = 0.0 if order is None else round_to(filled_qty - (order.qty - order.remaining), QTY_DECIMALS)
+        if order is not None and untold > 0.0:
+            cost = order.cost * filled_qty / order.qty
+            self.working[client_order_id] = ApprovedOrder(order.place, order.side_sign, filled_qty, untold, cost)
 
     def fill(self, fill: Fill, place: int, fee: Decimal) -> None:
         """An order was filled. fee: its commission, USD."""
         self.qty[place] = round_to(self.qty[place] + to_float(fill.signed_qty), QTY_DECIMALS)
         if not self.is_account:
             self.cash = cash_after(self.cash, fill, fee)
-        order = self.working.get(fill.client_order_id)
-        if order is not None:
-            order.remaining = round_to(order.remaining - to_float(fill.qty), QTY_DECIMALS)
-            if order.remaining <= 0.0:
-                del self.working[fill.client_order_id]
-        resting = self.open.get(fill.client_order_id)
-        if resting is not None:
-            resting.remaining = round_to(resting.remaining - to_float(fill.qty), QTY_DECIMALS)
-            if resting.remaining <= 0.0:
-                del self.open[fill.client_order_id]
+        for orders in self._lists():
+            order = orders.get(fill.client_order_id)
+            if order is not None:
+                order.remaining = round_to(order.remaining - to_float(fill.qty), QTY_DECIMALS)
+                if order.remaining <= 0.0:
+                    del orders[fill.client_order_id]
 
     def value(self, market: Market, *, new_day: bool) -> None:
         """A bar has closed."""
@@ -276,7 +292,7 @@ class RiskBook:
             return TradingState.HALTED, describe(Check.DRAWDOWN, False, drawdown, values.max_drawdown, nothing)
         return TradingState.REDUCING, describe(Check.DAILY_LOSS, False, daily, values.max_daily_loss, nothing)
 
-# %% ../../nbs/agents/03_risk.ipynb #016b54f9
+# %% ../../nbs/agents/03_risk.ipynb #d43e2a41
 class RiskAgent(Agent):
     """Decides on every proposed order.
 
@@ -470,7 +486,8 @@ class RiskAgent(Agent):
     async def _on_cancel(self, event: Event) -> None:
         proposal = event.payload
         assert isinstance(proposal, CancelProposed)
-        self._end(proposal.client_order_id)
+        for book in self._books.values():
+            book.withdraw(proposal.client_order_id)
 
     async def _on_failure(self, event: Event) -> None:
         failure = event.payload
@@ -499,6 +516,7 @@ class RiskAgent(Agent):
         self._observe(update.order.client_order_id, update.order)
 
     def _observe(self, order_id: str, order: Order) -> None:
-        """An order that ended without filling wholly is no longer on its way; one that filled ends with its fills."""
+        """An order that ended without filling wholly is no longer on its way, but for fills that are yet to be told."""
         if order.status in ENDED_SHORT:
-            self._end(order_id)
+            for book in self._books.values():
+                book.end_short(order_id, to_float(order.filled_qty))
