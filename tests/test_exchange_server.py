@@ -52,7 +52,20 @@ def client(exchange_server: ExchangeServer) -> TradingClient:
     return TradingClient(*KEYS, url_override=exchange_server.url)
 
 
-def eventually(condition: Callable[[], bool], within_s: float = 5.0) -> None:
+def confirmed(stream: StockDataStream) -> threading.Event:
+    """Set as soon as the server has said that it knows what the stream subscribes to."""
+    told, dispatch = threading.Event(), stream._dispatch
+
+    async def listen(message: dict[str, Any]) -> None:
+        await dispatch(message)
+        if message.get("T") == "subscription":
+            told.set()
+
+    stream._dispatch = listen  # type: ignore[method-assign]
+    return told
+
+
+def eventually(condition: Callable[[], bool], within_s: float = 20.0) -> None:
     """Wait until something that another thread does has happened."""
     end = time.monotonic() + within_s
     while not condition():
@@ -87,10 +100,12 @@ def test_a_whole_session_through_unmodified_clients(
     data = StockDataStream(*KEYS, url_override=exchange_server.data_stream_url)
     trading.subscribe_trade_updates(on_update)
     data.subscribe_daily_bars(on_bar, "IBM", "MSFT")
+    subscribed = confirmed(data)
     threads = [threading.Thread(target=stream.run, daemon=True) for stream in (trading, data)]
     for thread in threads:
         thread.start()
-    eventually(lambda: trading._running and data._running)
+    eventually(lambda: trading._running)
+    assert subscribed.wait(20)
 
     order = client.submit_order(market(client_order_id="mine"))
     exchange_server.call(exchange_server.exchange.advance)
@@ -326,9 +341,10 @@ def test_intraday_bars_travel_on_the_bars_channel() -> None:
             got.append(bar)
 
         stream.subscribe_bars(on_bar, "IBM")
+        subscribed = confirmed(stream)
         thread = threading.Thread(target=stream.run, daemon=True)
         thread.start()
-        eventually(lambda: stream._running)
+        assert subscribed.wait(20)
         server.call(server.exchange.advance)
         eventually(lambda: len(got) == 1)
         assert got[0].timestamp == minutes.at(0)
