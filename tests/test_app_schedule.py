@@ -15,7 +15,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from trader_lib.app.firings import ALIVE_S, Firings
+from trader_lib.app.firings import ALIVE_S, KEPT, Firing, Firings
 from trader_lib.app.jobs import Job, JobFile, read_jobs
 from trader_lib.app.schedule import MAIN, CommandAttempt, Outcome, Scheduler, keep
 from trader_lib.clock.clock import WallClock
@@ -242,6 +242,8 @@ def test_run_takes_a_notebook_of_ones_own_and_the_templates(trader: Trader, tmp_
     assert code == 0 and json.loads(out)["kind"] == "notebook" and json.loads(out)["parameters"] == {"n": 3}
     code, out, err = trader("run", "own.ipynb", "-p", "n=-1", "--json")
     assert code == 5 and "n should be positive" in err and json.loads(out)["status"] == "failed"
+    code, _, err = trader("run", "own.ipynb", "--seed", "3")
+    assert code == 2 and "takes no parameter 'seed'" in err  # an option that is not read is refused
     code, _, err = trader("run", "own.ipynb", "-p", "m=1")
     assert code == 2 and "takes no parameter 'm'" in err
     code, _, err = trader("run", "backtest", "-p", "broker=simulated")
@@ -281,3 +283,44 @@ def test_a_failed_job_reaches_the_webhook(trader: Trader, tmp_path: Path, monkey
     server.server_close()
     assert code == 5 and "no data today" in err
     assert len(told) == 1 and "A scheduled job needs you" in told[0] and "no data today" in told[0]
+
+
+def test_a_long_sleep_is_told_once_and_counted_within_bounds(tmp_path: Path) -> None:
+    job = Job(name="often", notebook="backtest", cron="* * * * *", calendar="")
+    firings, alerts = Firings(tmp_path / "s.sqlite", "one"), list[str]()
+    jobs = JobFile(path=tmp_path / "j.toml", jobs=(job,))
+    runs = RunStore(tmp_path / "runs")
+    scheduler = Scheduler(jobs, firings, lambda job, run, stop: Outcome(0), CLOCK, runs=runs, alert=alerts.append)
+    firings.take(job, CLOCK.now() - timedelta(days=400))
+    missed = scheduler.attend(job)
+    assert len(alerts) == 1 and f"due {KEPT - 1} times" in alerts[0]
+    assert [firing.state for firing in missed].count("done") == 1 and len(missed) == KEPT
+
+
+def test_runs_that_take_every_thread_do_not_stop_the_heart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trader_lib.app.schedule.THREADS", 1)
+    monkeypatch.setattr("trader_lib.app.schedule.ALIVE_S", 0.6)  # a beat each tenth of a second
+    job, stop, beats, busy = often("often"), threading.Event(), list[float](), threading.Event()
+
+    def attempt(job: Job, resume: str, stopping: threading.Event) -> Outcome:
+        busy.set()
+        stopping.wait(20)
+        return Outcome(0)
+
+    class Counted(Firings):
+        def beat(self, now: datetime) -> list[Firing]:
+            if busy.is_set():
+                beats.append(time.monotonic())
+            if len(beats) == 3:
+                stop.set()
+            return super().beat(now)
+
+    jobs = JobFile(path=tmp_path / "jobs.toml", jobs=(job,))
+    jobs.jobs[0].__dict__["moments"] = Often()
+    firings = Counted(tmp_path / "s.sqlite", "one")
+    scheduler = Scheduler(jobs, firings, attempt, CLOCK, runs=RunStore(tmp_path / "runs"), stop=stop)
+    guard = threading.Timer(30, stop.set)
+    guard.start()
+    keep(scheduler, CLOCK, stop)
+    guard.cancel()
+    assert len(beats) >= 3

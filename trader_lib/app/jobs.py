@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['AT', 'UNIT_SECONDS', 'OFFSET_MAX', 'AHEAD_DAYS', 'Moments', 'Job', 'JobFile', 'read_jobs']
 
-# %% ../../nbs/app/20_jobs.ipynb #9b45fa94
+# %% ../../nbs/app/20_jobs.ipynb #36dc6d94
 import re
 import tomllib
 from collections.abc import Iterator
-from datetime import date, datetime, time, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -21,7 +21,7 @@ from ..clock.sessions import NEW_YORK, TradingCalendar
 from ..errors.taxonomy import BadData, Misused, TraderError
 from ..runs.runner import readable
 
-# %% ../../nbs/app/20_jobs.ipynb #73ba182e
+# %% ../../nbs/app/20_jobs.ipynb #068bf60e
 AT = re.compile(r"^(?P<end>open|close)(?:(?P<sign>[+-])(?P<amount>\d{1,4})(?P<unit>s|min|h))?$")
 UNIT_SECONDS = {"s": 1, "min": 60, "h": 3600}
 OFFSET_MAX = timedelta(hours=24)
@@ -63,20 +63,25 @@ class Moments:
             day += timedelta(days=1)
 
     def _fires(self, cron: Any, moment: datetime) -> Iterator[datetime]:
-        due: datetime | None = moment + timedelta(microseconds=1)
-        while due is not None:
-            due = cron.get_next_fire_time(None, due)
-            if due is None:
+        seen = moment.astimezone(UTC)
+        while True:
+            found = cron.get_next_fire_time(None, seen + timedelta(microseconds=1))
+            if found is None:
                 return
+            due = found.astimezone(UTC)
+            if found.fold or due <= seen:  # an hour that the clocks repeat counts once; and every step goes forward
+                seen = max(due, seen + timedelta(minutes=1))
+                continue
             try:
                 gated = self._calendar is not None and self._calendar.session_on(_day(due)) is None
             except BadData:
                 return
             if gated:  # on to the next day in New York
-                due = datetime.combine(_day(due) + timedelta(days=1), time(), NEW_YORK)
+                seen = datetime.combine(_day(due) + timedelta(days=1), time(), NEW_YORK) - timedelta(microseconds=1)
+                seen = seen.astimezone(UTC)
                 continue
-            yield due.astimezone(ZoneInfo("UTC"))
-            due += timedelta(microseconds=1)
+            yield due
+            seen = due
 
 
 def _day(moment: datetime) -> date:

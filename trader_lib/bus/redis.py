@@ -184,7 +184,7 @@ def _flat(entries: Any) -> Iterator[tuple[bytes, dict[bytes, bytes]]]:
         else:
             yield entry[0], entry[1]
 
-# %% ../../nbs/bus/02_redis.ipynb #57dcf519
+# %% ../../nbs/bus/02_redis.ipynb #0033d75a
 class Archive(Recorder, Protocol):
     """What the hub needs of a journal."""
 
@@ -205,7 +205,6 @@ class _Remote:
     incarnation: str = ""  # of the process that serves it now
     ready: bool = False  # whether it has lived through the past
     sent: int = 0  # number of the last event that was sent to this process
-    hellos: int = 0
     state: dict[str, Any] = field(default_factory=dict)  # what it said of itself last
     answers: dict[int, dict[str, Any] | None] = field(default_factory=dict)  # by request; None while in the making
     moved: asyncio.Event = field(default_factory=asyncio.Event)
@@ -414,7 +413,6 @@ class RedisHub(InProcessBus):
         if message["k"] == "hello":
             if message["by"] != remote.incarnation:
                 remote.incarnation, remote.ready, remote.sent = message["by"], False, 0
-                remote.hellos += 1
                 remote.answers.clear()
         elif message["by"] != remote.incarnation:
             self._start(self._refuse(message))

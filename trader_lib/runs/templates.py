@@ -28,7 +28,7 @@ def template_path(kind: Kind) -> Path:
         raise Misused("A run of kind notebook needs a notebook. Name one.")
     return Path(str(resources.files("trader_lib.runs").joinpath("templates", TEMPLATES[kind])))
 
-# %% ../../nbs/runs/02_templates.ipynb #9f490515
+# %% ../../nbs/runs/02_templates.ipynb #134d4639
 @dataclass(frozen=True)
 class Parameter:
     """One parameter of a template."""
@@ -65,7 +65,7 @@ def check_names(notebook: Path, parameters: Mapping[str, object]) -> None:
     for name in parameters:
         if name not in known:
             raise Misused(
-                f"{notebook.name} takes no parameter {name!r}.{did_you_mean(name, known)} It takes {', '.join(known)}.",
+                f"{notebook.name} takes no parameter {name!r}.{did_you_mean(name, known)} It takes {', '.join(known) or 'none'}.",
                 parameter=name,
             )
 
