@@ -20,6 +20,7 @@ from trader_lib.exchange.engine import Exchange
 from trader_lib.exchange.server import ExchangeServer
 from trader_lib.journal.journal import SqliteJournal
 from trader_lib.runs.store import RunFolder, RunStore
+from trader_lib.runs.templates import template_path
 from trader_lib.session.control import ControlFile
 from trader_lib.session.session import run_session
 from trader_lib.session.spec import SessionSpec
@@ -308,6 +309,16 @@ def test_what_was_rehearsed_on_paper_may_go_live(
         other = [word.replace("slow=4", "slow=5") for word in live]
         code, _, err = trader(*other, *LIMITS, "--account", "SIMULATED")
         assert code == 3 and "no reconciled paper session" in err
+
+        before = server.call(lambda: len(server.exchange.orders(open_only=False)))
+        template = str(template_path("live"))  # the same notebook, run past the guard
+        words = {"profile": "live", "broker": "alpaca", "source": "alpaca", "timeframe": "1Min", "bars_max": 3}
+        given = [part for name, value in words.items() for part in ("-p", f"{name}={value}")]
+        code, _, err = trader(
+            "run", template, *given, "-p", 'symbols=["AAPL", "IBM"]', "-p", 'params={"fast": 2, "slow": 4}'
+        )
+        assert code == 5 and "which `trader live` alone does" in err, err
+        assert server.call(lambda: len(server.exchange.orders(open_only=False))) == before
 
         code, out, err = trader(*live, *LIMITS, "--account", "SIMULATED", "--bars-max", "3", "--json")
         assert code == 0 and json.loads(out)["kind"] == "live", out + err

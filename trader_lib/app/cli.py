@@ -7,14 +7,15 @@ __all__ = ['app', 'runs', 'Strategies', 'Json', 'Profile', 'Folder', 'Session', 
            'backtest', 'paper', 'live', 'run_', 'exchange', 'list_', 'show', 'compare', 'kill', 'reduce', 'resume',
            'status', 'config', 'doctor', 'demo', 'strategies', 'main']
 
-# %% ../../nbs/app/04_cli.ipynb #d0e79a26
+# %% ../../nbs/app/04_cli.ipynb #7bbee2b0
 import asyncio
 import getpass
 import json as json_module
 import socket
 import sys
 import traceback
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from os import environ
 from pathlib import Path
@@ -33,6 +34,7 @@ from trader_lib.app.options import (
     LimitOptions,
     WhatOptions,
     given_parameters,
+    how_parameters,
     read_strategies,
     setting_overrides,
     strategy_params,
@@ -42,6 +44,7 @@ from .watch import dashboard, watch
 from ..errors.taxonomy import Interrupted, Misconfigured, Misused, RunFailed, TraderError
 
 if TYPE_CHECKING:
+    from trader_lib.config.settings import Settings
     from trader_lib.runs.result import Kind
     from trader_lib.runs.store import RunFolder, RunStore
 
@@ -84,7 +87,7 @@ Json = Annotated[bool, Parameter(negative=(), help="Print JSON.")]
 Profile = Annotated[Literal["research", "paper", "live"] | None, Parameter(help="Settings profile. [research]")]
 Folder = Annotated[str | None, Parameter(name="--runs", help="Folder of the run folders. [./runs]")]
 
-# %% ../../nbs/app/04_cli.ipynb #d313f618
+# %% ../../nbs/app/04_cli.ipynb #c5799485
 def _run(
     kind: "Kind",
     given: dict[str, object],
@@ -96,11 +99,11 @@ def _run(
 ) -> int:
     """Check, run, and print what came of it."""
     from trader_lib.app.console import progress_bar, say
-    from trader_lib.app.views import show_run
     from trader_lib.config.settings import load_settings
     from trader_lib.runs.parameters import RunParameters, resolved
     from trader_lib.runs.runner import checked, run_notebook
-    from trader_lib.runs.store import RunFolder, RunStore
+    from trader_lib.runs.store import RunStore
+    from trader_lib.session.session import REAL_MONEY
 
     chosen = how or HowOptions()
     overrides = {**setting_overrides(how), **({"broker": extra} if extra else {})}
@@ -120,10 +123,10 @@ def _run(
         own = bounds if isinstance(bounds, dict) else {}
         check_live(asked, settings, account=account, given_limits=own, store=RunStore(settings.runs.path))
     elif real_time and not settings.broker.paper:
-        raise Misused("These settings trade real money, which `trader live` alone does. Use the profile paper.")
-    try:
-        with progress_bar(kind) as report:
-            run = run_notebook(
+        raise Misused(REAL_MONEY)
+    with _shown(chosen, settings if kind != "backtest" else None) as done, progress_bar(kind) as report:
+        done(
+            run_notebook(
                 kind,
                 asked.values() | extra_parameters(kind, settings.broker.kind, settings.broker.transport),
                 store=RunStore(settings.runs.path),
@@ -133,15 +136,28 @@ def _run(
                 said=say,
                 resume=resume,
             )
+        )
+    return 0
+
+
+@contextmanager
+def _shown(how: HowOptions, told: "Settings | None" = None) -> "Iterator[Callable[[RunFolder], None]]":
+    """Show the run that the body hands over, or the one that failed or was stopped. told: who hears of a session's death."""
+    from trader_lib.app.views import show_run
+    from trader_lib.runs.store import RunFolder
+
+    runs: list[RunFolder] = []
+    try:
+        yield runs.append
     except (RunFailed, Interrupted) as error:
         stopped = error.context.get("run")
         if isinstance(stopped, RunFolder):
-            show_run(stopped, as_json=chosen.json)
-            if kind != "backtest" and isinstance(error, RunFailed):
-                announce_death(settings, stopped, error.message)
+            show_run(stopped, as_json=how.json)
+            if told is not None and isinstance(error, RunFailed):
+                announce_death(told, stopped, error.message)
         raise
-    show_run(run, as_json=chosen.json)
-    return 0
+    for run in runs:
+        show_run(run, as_json=how.json)
 
 
 def _resume(command: "Kind", which: str, how: HowOptions | None, account: str = "") -> int:
@@ -289,14 +305,12 @@ def run_(
 
     Example: trader run review.ipynb -p day=2026-11-20
     """
-    given = {**_from_file(parameters), **strategy_params(param)}
+    given = {**_from_file(parameters), **strategy_params(param), **how_parameters(how)}
     if notebook in {"backtest", "paper"}:
         extra = {name: given.pop(key) for key, name in (("broker", "kind"), ("transport", "transport")) if key in given}
         kind: Kind = "backtest" if notebook == "backtest" else "paper"
         if kind == "backtest" and extra:
             raise Misused("A backtest takes neither broker nor transport.")
-        chosen = how or HowOptions()
-        given |= {name: value for name in ("seed", "profile") if (value := getattr(chosen, name)) is not None}
         return _run(kind, given, how, extra)
     return _run_own(Path(notebook), given, how)
 
@@ -316,16 +330,15 @@ def _from_file(path: Path | None) -> dict[str, object]:
 def _run_own(notebook: Path, given: dict[str, object], how: HowOptions | None) -> int:
     """Run a notebook of the user's own."""
     from trader_lib.app.console import progress_bar, say
-    from trader_lib.app.views import show_run
     from trader_lib.config.settings import load_settings
     from trader_lib.runs.runner import run_notebook
-    from trader_lib.runs.store import RunFolder, RunStore
+    from trader_lib.runs.store import RunStore
 
     chosen = how or HowOptions()
     settings = load_settings(chosen.profile, overrides=setting_overrides(how))
-    try:
-        with progress_bar("notebook") as report:
-            run = run_notebook(
+    with _shown(chosen) as done, progress_bar("notebook") as report:
+        done(
+            run_notebook(
                 "notebook",
                 given,
                 store=RunStore(settings.runs.path),
@@ -334,12 +347,7 @@ def _run_own(notebook: Path, given: dict[str, object], how: HowOptions | None) -
                 report=report,
                 said=say,
             )
-    except (RunFailed, Interrupted) as error:
-        stopped = error.context.get("run")
-        if isinstance(stopped, RunFolder):
-            show_run(stopped, as_json=chosen.json)
-        raise
-    show_run(run, as_json=chosen.json)
+        )
     return 0
 
 

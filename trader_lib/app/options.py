@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WHAT', 'ACCOUNT', 'RISK', 'HOW', 'WhatOptions', 'CostOptions', 'LimitOptions', 'HowOptions', 'strategy_params',
-           'given_parameters', 'read_strategies', 'setting_overrides']
+           'how_parameters', 'given_parameters', 'read_strategies', 'setting_overrides']
 
 # %% ../../nbs/app/01_options.ipynb #6cffde4a
 import json
@@ -115,7 +115,7 @@ class HowOptions:
     timeout: Annotated[float | None, Parameter(group=HOW, help="Longest time for the run, in seconds. [3600]")] = None
     json: Annotated[bool, Parameter(group=HOW, negative=(), help="Print the result as JSON.")] = False
 
-# %% ../../nbs/app/01_options.ipynb #02384b0f
+# %% ../../nbs/app/01_options.ipynb #239247f2
 def strategy_params(pairs: Sequence[str]) -> dict[str, object]:
     """`["fast=10", "slow=50"]` as `{"fast": 10, "slow": 50}`.
 
@@ -141,6 +141,12 @@ def _given(options: object) -> dict[str, object]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def how_parameters(how: HowOptions | None) -> dict[str, object]:
+    """The options about the run that are parameters of a notebook as well."""
+    chosen = how or HowOptions()
+    return {name: value for name in ("seed", "profile") if (value := getattr(chosen, name)) is not None}
+
+
 def given_parameters(
     what: WhatOptions | None, costs: CostOptions | None, limits: LimitOptions | None, how: HowOptions | None
 ) -> dict[str, object]:
@@ -162,8 +168,7 @@ def given_parameters(
             bounds["symbols"] = symbol_bounds(bounds.pop("symbol_limits"))
         except ValueError as error:
             raise Misused(f"--symbol-limits {error}.") from None
-    chosen = how or HowOptions()
-    given |= {name: value for name in ("seed", "profile") if (value := getattr(chosen, name)) is not None}
+    given |= how_parameters(how)
     return given | ({"costs": account} if account else {}) | ({"limits": bounds} if bounds else {})
 
 
