@@ -486,3 +486,13 @@ def test_several_strategies_each_show_their_state_and_what_is_theirs(tmp_path: P
                 "HALTED" in shown.locator(place).inner_text()
                 and "below its highest" in shown.locator(place).inner_text()
             )
+
+
+def test_a_server_leaves_in_good_order_while_pages_listen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = new_session_run(tmp_path)
+    with served(run.path) as server, httpx.stream("GET", f"{server.url}/api/events", timeout=10) as answer:
+        lines = answer.iter_lines()
+        assert next(lines) == "event: view"
+        server.__exit__()
+        assert list(lines), "the rest of the stream, and its end"
+    assert not [record for record in caplog.records if record.name.startswith("uvicorn")], caplog.text

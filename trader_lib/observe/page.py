@@ -7,10 +7,11 @@ __all__ = ['SAFE_HEADERS', 'COOKIE', 'UNLOCKED_S', 'WRONG_MAX', 'PAUSE_S', 'Told
            'BODY_MAX', 'STATIC', 'is_known_host', 'check_same_origin', 'guarded_route', 'Gate', 'Controls',
            'FolderControls', 'Wish', 'Unlock', 'changes', 'page_router', 'page_app', 'session_page']
 
-# %% ../../nbs/observe/13_page.ipynb #a37b5412
+# %% ../../nbs/observe/13_page.ipynb #0050ec7e
 import hashlib
 import hmac
 import ipaddress
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from importlib import resources
 from pathlib import Path
@@ -190,7 +191,7 @@ class Unlock(BaseModel):
 
     token: SecretStr = Field(max_length=500)
 
-# %% ../../nbs/observe/13_page.ipynb #68a7a4d5
+# %% ../../nbs/observe/13_page.ipynb #ac45e10e
 BEAT_S = 1.0
 HURRY_S = 0.05  # while a long journal is being read
 STREAM_S = 900.0
@@ -198,10 +199,12 @@ STREAMS_MAX = 32
 BODY_MAX = 4096  # bytes of a request
 
 
-async def changes(watch: SessionWatch, clock: Clock) -> AsyncIterator[ServerSentEvent]:
-    """The picture, then what changes in it, then the end of the stream."""
+async def changes(
+    watch: SessionWatch, clock: Clock, is_leaving: Callable[[], bool] = lambda: False
+) -> AsyncIterator[ServerSentEvent]:
+    """The picture, then what changes in it, then the end of the stream: after a while, or when its server leaves."""
     ends, known = clock.monotonic() + STREAM_S, dict[str, Any]()
-    while clock.monotonic() < ends:
+    while clock.monotonic() < ends and not is_leaving():
         found = (await run_in_threadpool(watch.look)).document()
         changed = {name: value for name, value in found.items() if known.get(name, ...) != value}
         if changed.keys() <= {"seen_at", "silent_s"} and known:
@@ -227,7 +230,7 @@ async def _small_body(request: Request) -> None:
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise HTTPException(415, "JSON is expected.")
 
-# %% ../../nbs/observe/13_page.ipynb #c994204e
+# %% ../../nbs/observe/13_page.ipynb #596a9ebd
 def page_router(
     watch: SessionWatch,
     controls: Controls | None,  # None: the page only shows
@@ -258,13 +261,14 @@ def page_router(
         return Response(orjson.dumps(view.document()), media_type="application/json")
 
     @router.get("/api/events")
-    async def events() -> Response:
+    async def events(request: Request) -> Response:
+        leaving: threading.Event | None = getattr(request.app.state, "leaving", None)
         if listeners.borrowed_tokens >= STREAMS_MAX:
             raise HTTPException(503, "Too many pages listen to this session. Close some.")
 
         async def stream() -> AsyncIterator[ServerSentEvent]:
             async with listeners:
-                async for event in changes(watch, wall):
+                async for event in changes(watch, wall, leaving.is_set if leaving else lambda: False):
                     yield event
 
         return EventSourceResponse(stream(), send_timeout=10)
