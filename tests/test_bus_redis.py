@@ -280,6 +280,22 @@ async def test_a_process_that_only_seemed_dead_is_refused(hub: RedisHub, redis_s
     await new.close()
 
 
+async def test_a_successor_is_not_put_off_by_what_its_predecessor_is_told(
+    hub: RedisHub, redis_server: RedisServer
+) -> None:
+    hub.subscribe("risk", (ClockTicked,), nobody)
+    old = await risk(redis_server, [])
+    await hub.idle(timeout_s=10)
+    new = await risk(redis_server, [])
+    await old.fall_silent()  # so that the successor reads whatever is sent to either
+    for number in range(5):
+        await old._line.send(old._hub, old._message("ask", ask=1000 + number))
+        assert (await new.publish(HALT, source="risk", correlation_id="c")).seq == number + 1
+    assert not new.over.done()
+    await old.close()
+    await new.close()
+
+
 async def test_the_end_of_the_session_and_a_new_process_of_it_are_noticed(
     hub: RedisHub, redis_server: RedisServer
 ) -> None:

@@ -90,6 +90,23 @@ async def test_a_session_over_four_processes_is_the_same_to_the_byte(
     assert all(handled[name] > 10 for name in NAMES), "their processes say how they are"
 
 
+async def test_a_process_that_is_replaced_leaves_the_field_to_its_successor(
+    redis_server: RedisServer, tmp_path: Path, alone: tuple[str, int, str]
+) -> None:
+    chosen = Settings(bus={"url": redis_server.url})  # type: ignore[arg-type]
+    serving = {name: asyncio.create_task(serve_agent(name, chosen)) for name in NAMES}
+    successors: list[asyncio.Task[str]] = []
+
+    def at_bar(bar: int) -> None:
+        if bar == 10:
+            successors.append(asyncio.create_task(serve_agent("risk", chosen)))
+
+    result = await play(redis_server, tmp_path / "journal.sqlite", at_bar)
+    assert facts(result) == alone
+    assert await serving.pop("risk") == "another process serves this agent"
+    assert await asyncio.gather(*serving.values(), *successors) == ["ended"] * len(NAMES)
+
+
 async def test_several_strategies_live_in_a_process_each(redis_server: RedisServer, tmp_path: Path) -> None:
     shares = [
         {"name": name, "strategy": "sma_cross", "params": {"fast": fast, "slow": 9}, "capital": "50%"}

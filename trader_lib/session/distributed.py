@@ -7,7 +7,7 @@ __all__ = ['JOIN_S', 'deciding_agents', 'Understudy', 'Elsewhere', 'ExecutionEls
            'DistributedProvider', 'AgentsElsewhereProvider', 'Casting', 'state_teller', 'find_session',
            'session_agents', 'serve_agent', 'Supervisor', 'agent_command']
 
-# %% ../../nbs/session/21_distributed.ipynb #dababe9c
+# %% ../../nbs/session/21_distributed.ipynb #5444fe25
 import asyncio
 import os
 import signal
@@ -31,7 +31,7 @@ from ..broker.alpaca import AlpacaBroker
 from ..broker.connection import AlpacaAccess
 from ..broker.port import Broker
 from ..bus.bus import InProcessBus
-from ..bus.redis import SESSIONS, HubClock, RedisHub, RedisMember, connect, insisting, text
+from ..bus.redis import SESSIONS, SUPERSEDED, HubClock, RedisHub, RedisMember, connect, insisting, text
 from ..clock.clock import Clock, WallClock
 from ..clock.ids import Ids
 from ..config.settings import Settings
@@ -214,7 +214,7 @@ class AgentsElsewhereProvider(Provider):
         agent.hub = bus
         return agent
 
-# %% ../../nbs/session/21_distributed.ipynb #733ed6be
+# %% ../../nbs/session/21_distributed.ipynb #b83123c9
 @dataclass(frozen=True)
 class Casting:
     """What an agent in a process of its own is made from."""
@@ -331,7 +331,7 @@ async def serve_agent(name: str, settings: Settings, session: str = "", *, stop:
         while reason != "ended" and not (stop and stop.is_set()):
             reason = await _serve_once(name, settings, url, session_id, stop)
             get_logger(name).info("The {} agent's process leaves the session: {}", name, reason)
-            if "another process serves" in reason and "new one" not in reason:
+            if reason == SUPERSEDED:  # to come back would be to push the successor out
                 break
     return reason
 
