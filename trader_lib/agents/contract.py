@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['HealthState', 'AgentHealth', 'Agent']
 
-# %% ../../nbs/agents/00_contract.ipynb #df38399d
+# %% ../../nbs/agents/00_contract.ipynb #7e5605e9
 import abc
 from collections.abc import Mapping
 from datetime import datetime
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+import orjson
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from ..bus.bus import Bus, Handler
 from ..clock.clock import Clock
-from ..errors.taxonomy import InvariantBroken
+from ..errors.taxonomy import BadData, InvariantBroken
 from ..trading.events import AgentFailed, Event, Payload
 
 # %% ../../nbs/agents/00_contract.ipynb #408f1cef
@@ -36,7 +37,7 @@ class AgentHealth(BaseModel):
     restarts: int
     last_event_at: datetime | None  # UTC
 
-# %% ../../nbs/agents/00_contract.ipynb #12396a0c
+# %% ../../nbs/agents/00_contract.ipynb #2ce6a92a
 class Agent(abc.ABC):
     """Base of all agents.
 
@@ -46,6 +47,7 @@ class Agent(abc.ABC):
 
     name: str
     emits: ClassVar[tuple[type[Payload], ...]]
+    memory: ClassVar[TypeAdapter[Any]] = TypeAdapter(None)  # what it knows, beside its health
 
     def __init__(
         self, bus: Bus, clock: Clock, *, restarts_max: int = 5, backoff_s: float = 0.5, backoff_cap_s: float = 30.0
@@ -94,6 +96,31 @@ class Agent(abc.ABC):
             restarts=self._restarts,
             last_event_at=self._last_event_at,
         )
+
+    def snapshot(self) -> bytes:
+        """What the agent knows, as JSON; asked for while it is at rest."""
+        health = orjson.Fragment(Agent.health(self).model_dump_json())
+        memory = orjson.Fragment(self.memory.dump_json(self._remember(), exclude_defaults=True))
+        return orjson.dumps({"health": health, "memory": memory})
+
+    def restore(self, snapshot: bytes) -> None:
+        """Know what another of its kind knew; raises BadData where that cannot be read, and then knows nothing."""
+        try:
+            told = orjson.loads(snapshot)
+            health = AgentHealth.model_validate(told["health"])
+            memory = self.memory.validate_json(orjson.dumps(told["memory"]))
+        except (ValidationError, orjson.JSONDecodeError, KeyError, TypeError) as error:
+            raise BadData(f"What the {self.name} agent knew cannot be read: {error}", agent=self.name) from error
+        self._state, self._reason, self._last_event_at = health.state, health.reason, health.last_event_at
+        self._handled, self._failed, self._missed = health.handled, health.failed, health.missed
+        self._restarts = health.restarts
+        self._recall(memory)
+
+    def _remember(self) -> Any:  # noqa: B027
+        """What `memory` describes."""
+
+    def _recall(self, memory: Any) -> None:  # noqa: B027
+        """Take over what `_remember` gave."""
 
     async def publish(
         self,
