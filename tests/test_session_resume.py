@@ -17,6 +17,7 @@ import pytest
 from loguru import logger
 
 from tests.venue import as_alpaca, goes_on, recent_minutes
+from trader_lib.broker.in_process import InProcessBroker
 from trader_lib.config.settings import Settings, load_settings
 from trader_lib.errors.taxonomy import BadData, InvariantBroken, Misused
 from trader_lib.exchange.costs import Costs
@@ -29,7 +30,14 @@ from trader_lib.session.drivers import STOPPED
 from trader_lib.session.session import SessionResult, run_session
 from trader_lib.session.spec import SessionSpec
 from trader_lib.strategy.rsi_reversion import RsiReversion
-from trader_lib.trading.events import CancelIntended, OperatorCommand, OrderIntended, SessionEnded, TradeUpdated
+from trader_lib.trading.events import (
+    AccountReported,
+    CancelIntended,
+    OperatorCommand,
+    OrderIntended,
+    SessionEnded,
+    TradeUpdated,
+)
 from trader_lib.trading.order_list import order_list_hash
 
 DAILY = SessionSpec(
@@ -212,6 +220,21 @@ async def test_session_that_ended_gives_its_result_again(tmp_path: Path) -> None
     other = await resumed(tmp_path / "whole")
     check(one, other, before)
     assert rows_of(other) == before and other.reason == one.reason
+
+
+async def test_session_that_ended_is_worth_what_it_was_worth_then(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Found by seed 51558: what the account has become since is not the session's doing."""
+    one, answer = await whole(tmp_path / "whole"), InProcessBroker.account
+
+    async def richer(self: InProcessBroker) -> AccountReported:
+        account = await answer(self)
+        return account.model_copy(update={"equity": account.equity + 7, "cash": account.cash + 7})
+
+    monkeypatch.setattr(InProcessBroker, "account", richer)
+    other = await resumed(tmp_path / "whole")
+    assert (other.equity_end, other.cash_end) == (one.equity_end, one.cash_end)
 
 
 async def test_session_that_did_not_end_is_not_started_over(tmp_path: Path) -> None:

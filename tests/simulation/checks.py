@@ -125,6 +125,8 @@ def _check_fills(world: World, events: list[Event]) -> None:
     ended = [event.payload.equity for event in events if isinstance(event.payload, SessionEnded)]
     if ended != [world.equity_told]:
         broken.append(f"end: the session ended with {ended} USD, the exchange said {world.equity_told}")
+    if world.result is not None and ended != [world.result.equity_end]:
+        broken.append(f"end: the session ended with {ended} USD, its result says {world.result.equity_end}")
 
 
 def _check_limits(world: World) -> None:

@@ -194,7 +194,7 @@ class SessionResult:
         """Equity at every closed bar, USD."""
         return self.curve["equity"]
 
-# %% ../../nbs/session/03_session.ipynb #91f4c8c2
+# %% ../../nbs/session/03_session.ipynb #c3eedc78
 class Session:
     """One session over wired parts. Use `run_session`."""
 
@@ -315,11 +315,15 @@ class Session:
 
     async def close(
         self, agents: Agents, desk: Desk, driver: Driver, reconciler: Reconciler, reason: str
-    ) -> tuple[Reconciled, AccountReported]:
-        """Cancel what is open, let it come to rest, reconcile, and write down the end, each unless it is done."""
+    ) -> tuple[Reconciled, AccountReported, tuple[Position, ...]]:
+        """Cancel what is open, let it come to rest, reconcile, and write down the end, each unless it is done.
+
+        Gives the last reconciliation, the account as it was at the end, and what is held.
+        """
         past = self._inputs.past
-        if past.ended is not None and past.reconciled is not None:
-            return past.reconciled, await self._answer(driver, self._broker.account)
+        if past.ended is not None and past.reconciled is not None and past.account is not None:
+            then = past.account.model_copy(update={"equity": past.ended.equity})  # whatever it has become
+            return past.reconciled, then, await self._answer(driver, self._broker.positions)
         await self._publish(OperatorCommand(action="cancel_all", reason=reason, by=SOURCE))
         await driver.settle()
         for _ in range(LAST_LOOKS):
@@ -332,11 +336,12 @@ class Session:
         await self._bus.idle()
         found = await self._reconcile(reconciler, driver, closing=True)
         account = await self._answer(driver, self._broker.account)
+        positions = await self._answer(driver, self._broker.positions)
         await self._publish(SessionEnded(reason=reason, equity=account.equity))
         await self._bus.idle()
         for agent in agents.all():
             await agent.stop()
-        return found, account
+        return found, account, positions
 
     async def leave(self, agents: Agents) -> str:
         """Where nothing can be written down any more: cancel at the broker what may open a position; exits stay.
@@ -355,7 +360,7 @@ class Session:
         more = f" {left} could not be canceled: do it on the broker's own page." if left else ""
         return f"{canceled} open entries were canceled at the broker; protective exits stay there.{more}"
 
-# %% ../../nbs/session/03_session.ipynb #0c884069
+# %% ../../nbs/session/03_session.ipynb #93420e78
 def _versions() -> dict[str, str]:
     """What the numbers of a session rest on; a replay by another version names the two."""
     python = platform.python_version()
@@ -548,8 +553,7 @@ async def _run(inputs: SessionInputs, companions: Iterable[Companion]) -> Sessio
                             raise
                         reason, failure = _ending(inputs.past) or await _drive(driver, stop)
                         try:
-                            found, account = await session.close(agents, desk, driver, reconciler, reason)
-                            positions = await broker.positions()
+                            found, account, positions = await session.close(agents, desk, driver, reconciler, reason)
                         except Exception as worse:
                             (failure or worse).add_note(await session.leave(agents))
                             if failure is None:
