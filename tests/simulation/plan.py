@@ -102,6 +102,7 @@ class Plan:
     full: tuple[Full, ...] = ()
     jumps: tuple[Jump, ...] = ()
     stormy_restart: bool = False  # the connection is as bad while it starts again
+    snapshot_events: int = 0  # events between two snapshots of the agents, 0 for none
     bars: int = BARS
     symbols: tuple[str, ...] = SYMBOLS
     only: frozenset[int] | None = field(default=None)  # draws of fate that may strike; None: every one
@@ -210,7 +211,7 @@ def plan_of(seed: int) -> Plan:
         deaths, full, jumps = [], [], []
     return Plan(
         seed, faults, strategy, costs, limits, very_late, to_the_end, tuple(deaths), tuple(full), tuple(jumps),
-        stormy_restart=bool(rng.random() < 0.5),
+        stormy_restart=bool(rng.random() < 0.5), snapshot_events=int(rng.choice([0, 10, 40])),
     )  # fmt: skip
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
+import os
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -38,10 +40,12 @@ from trader_lib.journal.chain import Journal
 from trader_lib.journal.journal import SqliteJournal
 from trader_lib.market.stamps import from_ns
 from trader_lib.session import session as session_module
+from trader_lib.session import wiring as wiring_module
 from trader_lib.session.control import SessionLock
 from trader_lib.session.drivers import Desk, Driver, RealTimeDriver
 from trader_lib.session.reconcile import Reconciler
 from trader_lib.session.session import SessionResult
+from trader_lib.session.snapshots import SnapshotKeeper
 from trader_lib.session.spec import SessionSpec
 from trader_lib.session.wiring import AgentProvider, CoreProvider, History, SessionInputs
 from trader_lib.trading.events import AccountReported, OrderAcknowledged
@@ -201,6 +205,7 @@ class StormProvider(Provider):
         journal: Journal,
         history: History,
         reconciler: Reconciler,
+        keeper: SnapshotKeeper,
         world: dict,  # type: ignore[type-arg]
     ) -> Driver:
         plan: Plan = world["world"].plan
@@ -209,8 +214,9 @@ class StormProvider(Provider):
             inputs.spec.timeframe, inputs.past.last_bar or history.at(history.n - 1), count=inputs.past.bars,
             ends_at=world["world"].ends_at, wait_s=5.0, tick_s=TICK_S, reconcile_s=RECONCILE_S,
             reconciler=reconciler if plan.seed % RECONCILING == RECONCILING - 1 else None,
-            resumed=not inputs.past.is_empty,
+            resumed=not inputs.past.is_empty, keeper=keeper,
         )  # fmt: skip
+        keeper.disk = world["world"].record  # type: ignore[attr-defined]
         driver.world = world["world"]
         return driver
 
@@ -221,10 +227,22 @@ def _template() -> AsyncContainer:
     return make_async_container(*providers, start_scope=Scope.RUNTIME, lock_factory=None)
 
 
+class Keeper(SnapshotKeeper):
+    """Writes snapshots to the same disk as the journal."""
+
+    disk: Record
+
+    def _add_orders(self) -> None:
+        if self.disk.fullness() is not None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super()._add_orders()
+
+
 @cache
-def _settings() -> Settings:
+def _settings(snapshot_events: int) -> Settings:
     broker = {"kind": "alpaca", "key_id": "simulated", "secret_key": "simulated"}
-    return load_settings(environ={}, env_file=None, overrides={"broker": broker})
+    overrides = {"broker": broker, "session": {"snapshot_events": snapshot_events}}
+    return load_settings(environ={}, env_file=None, overrides=overrides)
 
 
 class World:
@@ -349,9 +367,12 @@ class World:
                 self.outcome.broken.append(f"entries: {order.client_order_id} was left open when the disk was full")
 
     async def _session(self) -> SessionResult:
-        past = session_module._recall(self.path, _settings().journal, resume=True)
+        settings = _settings(self.plan.snapshot_events)
+        wanted = session_module._wanted(self.spec, settings, self.plan.strategy)
+        past, snapshot = session_module._recall(self.path, settings.journal, wanted, resume=True)
+        self.outcome.faults["began with a snapshot"] += snapshot is not None
         inputs = SessionInputs(
-            self.spec, _settings(), self.plan.strategy, None, 0, self.session_id, self.path, past=past
+            self.spec, settings, self.plan.strategy, None, 0, self.session_id, self.path, past=past, snapshot=snapshot
         )
         return await session_module._run(inputs, ())
 
@@ -447,6 +468,7 @@ def play(plan: Plan, patches: Patches | None = None) -> Outcome:
         folder = stack.enter_context(TemporaryDirectory(prefix="simulation-", dir=_fast_folder()))
         world = World(plan, Path(folder))
         stack.enter_context(patch.object(session_module, "session_container", functools.partial(_container, world)))
+        stack.enter_context(patch.object(wiring_module, "SnapshotKeeper", Keeper))
         for target, other in (patches or {}).items():
             stack.enter_context(patch(target, other))
         runner = stack.enter_context(asyncio.Runner(loop_factory=VirtualLoop))

@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['DUPLICATE_CODE', 'REPLACEMENTS_MAX', 'FailureOutcome', 'Patience', 'closing_order', 'closing_orders',
-           'ExecutionAgent']
+           'ExecutionMemory', 'ExecutionAgent']
 
-# %% ../../nbs/agents/05_execution.ipynb #1189303a
+# %% ../../nbs/agents/05_execution.ipynb #9889c145
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Literal
+
+from pydantic import TypeAdapter
 
 from .contract import Agent, AgentHealth
 from .tracking import REPAIR, LocalState, OrderBook, OrderTrack
@@ -38,7 +41,7 @@ from trader_lib.trading.events import (
     TradingState,
     TradingStateChanged,
 )
-from ..trading.orders import Order, OrderRequest, OrderSide, OrderStatus, decimal_text
+from ..trading.orders import SIDE_SIGN, Order, OrderRequest, OrderSide, OrderStatus, decimal_text
 from ..trading.portfolio import Fill, Position
 
 
@@ -105,7 +108,18 @@ def closing_orders(
         orders.append(closing_order(position.model_copy(update={"qty": sign * left}), command_id))
     return orders
 
-# %% ../../nbs/agents/05_execution.ipynb #d6223f17
+# %% ../../nbs/agents/05_execution.ipynb #41112d1f
+@dataclass(frozen=True, slots=True)
+class ExecutionMemory:
+    """What the execution agent knows, beside its orders."""
+
+    halted: bool
+    exits_pass: bool
+    flattened: list[tuple[str, str]]  # command, symbol
+    held: dict[str, dict[str, Decimal]]  # symbol: shares by strategy, signed
+    outdated: list[tuple[str, str, datetime, str]]  # strategy, symbol: decision that no longer holds, and why
+
+
 class ExecutionAgent(Agent):
     """Turns approved decisions into orders at the broker, and the broker's messages into fills.
 
@@ -115,6 +129,7 @@ class ExecutionAgent(Agent):
 
     name = "execution"
     emits = (OrderIntended, CancelIntended, OrderAcknowledged, OrderFailed, FillRecorded, OrderAdopted)
+    memory = TypeAdapter(ExecutionMemory)  # the orders are in the book, which writes down those alone that changed
 
     def __init__(
         self,
@@ -159,6 +174,16 @@ class ExecutionAgent(Agent):
             ClockTicked: self._on_tick,
         }
 
+    def _remember(self) -> ExecutionMemory:
+        outdated = [(*key, *value) for key, value in self._outdated.items()]
+        return ExecutionMemory(self._halted, self._exits_pass, sorted(self._flattened), dict(self._held), outdated)
+
+    def _recall(self, memory: ExecutionMemory) -> None:
+        self._halted, self._exits_pass = memory.halted, memory.exits_pass
+        self._flattened = set(memory.flattened)
+        self._held = defaultdict(dict, memory.held)
+        self._outdated = {(strategy, symbol): (at, why) for strategy, symbol, at, why in memory.outdated}
+
     # --- placing
 
     async def _on_decision(self, event: Event) -> None:
@@ -173,8 +198,16 @@ class ExecutionAgent(Agent):
             await self._fail(event, request.client_order_id, "trading is halted", "not_sent")
         elif decided_at == decision.decided_at:
             await self._fail(event, request.client_order_id, reason, "not_sent")
+        elif self._is_blind(request):
+            reason = f"the broker has filled more {request.symbol} than was known when this was decided"
+            await self._fail(event, request.client_order_id, reason, "not_sent")
         else:
             await self._place(event, request, decision.decided_at)
+
+    def _is_blind(self, request: OrderRequest) -> bool:
+        """Whether an order rests on a position that the broker has moved meanwhile; an exit may protect too little."""
+        untold = SIDE_SIGN[request.side] * self.book.untold_qty(request.strategy, request.symbol)
+        return untold > 0 if request.purpose == "exit" else untold != 0
 
     async def _place(self, event: Event, request: OrderRequest, decided_at: datetime) -> None:
         track = self.book.plan(request, event.correlation_id)
@@ -300,7 +333,7 @@ class ExecutionAgent(Agent):
         except TraderError:
             return None
         if order is None:
-            track.absent += 1
+            self.book.miss(track)
             if track.is_unresolved and track.absent >= self._patience.attempts:
                 track.state = LocalState.NOT_SENT
                 await self._fail(event, track.client_order_id, f"the broker has no such order ({reason})", "not_sent")

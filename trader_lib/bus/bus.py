@@ -84,7 +84,7 @@ class Bus(Protocol):
         """Stop delivering."""
         ...
 
-# %% ../../nbs/bus/01_bus.ipynb #46001d06
+# %% ../../nbs/bus/01_bus.ipynb #28ab24ae
 class InProcessBus:
     """Events between the agents of one process.
 
@@ -124,6 +124,11 @@ class InProcessBus:
     def last_seq(self) -> int:
         """The number of the last event."""
         return self._seq
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every inbox is empty, no handler runs and no publisher waits."""
+        return not self._outstanding
 
     def subscribe(self, name: str, types: Collection[type[Payload]], handler: Handler) -> Subscription:
         """Deliver events from now on to a handler; raises Misused for a name that is taken or a closed bus."""
@@ -226,23 +231,35 @@ class InProcessBus:
         """
         self._past = past
         for event in events:
-            for subscription in self._route(type(event.payload)):
-                if subscription.name in deaf:
-                    continue
-                if subscription.depth >= self._queue_max:
-                    await self._standstill()
-                if subscription.depth >= self._queue_max:
-                    raise Overloaded(
-                        f"{subscription.name} has no room for what happened before the restart. Raise bus.queue_max.",
-                        depths=self.depths(),
-                    )
-                subscription.put(event)
-                self._outstanding += 1
-                self._quiet.clear()
+            await self._deliver_again(event, deaf)
         await self._standstill()
         past.finish()
         self._past = None
         self._relived.set()
+
+    async def remind(self, events: Iterable[Event], deaf: Collection[str]) -> None:
+        """Deliver single events of the past once more to those who were not there, before `relive` begins later than they.
+
+        deaf: names of subscribers that know of them in another way. Raises Overloaded where an inbox has no room.
+        """
+        for event in events:
+            await self._deliver_again(event, deaf)
+        await self._standstill()
+
+    async def _deliver_again(self, event: Event, deaf: Collection[str]) -> None:
+        for subscription in self._route(type(event.payload)):
+            if subscription.name in deaf:
+                continue
+            if subscription.depth >= self._queue_max:
+                await self._standstill()
+            if subscription.depth >= self._queue_max:
+                raise Overloaded(
+                    f"{subscription.name} has no room for what happened before the restart. Raise bus.queue_max.",
+                    depths=self.depths(),
+                )
+            subscription.put(event)
+            self._outstanding += 1
+            self._quiet.clear()
 
     async def hold(self) -> None:
         """Wait, inside a handler, for the end of `relive`; at once where the past is over."""

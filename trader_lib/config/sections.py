@@ -240,7 +240,7 @@ class ResilienceSettings(Section):
             }
         )
 
-# %% ../../nbs/config/00_sections.ipynb #6a080858
+# %% ../../nbs/config/00_sections.ipynb #00e9f5b0
 class JournalSettings(Section):
     """How hard a session's record is pressed onto the disk."""
 
@@ -278,6 +278,9 @@ class SessionSettings(Section):
     )
     reconcile_bars: int = Field(
         100, ge=1, le=1_000_000, description="the same at the embedded exchange, whose time is not ours, in bars"
+    )
+    snapshot_events: int = Field(
+        2_000, ge=0, le=1_000_000, description="events between two snapshots of the agents for a restart; 0 for none"
     )
 
 

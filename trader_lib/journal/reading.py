@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHUNK', 'payload_types', 'select', 'told', 'write_json_lines', 'write_parquet']
 
-# %% ../../nbs/journal/02_reading.ipynb #0ecdec63
+# %% ../../nbs/journal/02_reading.ipynb #ab820fdb
 from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -30,10 +30,12 @@ from trader_lib.trading.events import (
     OrderProposed,
     Payload,
     PortfolioChanged,
+    PositionsReported,
     Reconciled,
     RiskDecided,
     SessionEnded,
     SessionStarted,
+    SnapshotTaken,
     TargetsDecided,
     TradeUpdated,
     TradingStateChanged,
@@ -68,7 +70,7 @@ def select(
         if correlation is None or event.correlation_id.startswith(correlation):
             yield event
 
-# %% ../../nbs/journal/02_reading.ipynb #c8ae137b
+# %% ../../nbs/journal/02_reading.ipynb #1acbdcb8
 def told(payload: Payload) -> str:
     """What a payload says, in one line."""
     match payload:
@@ -100,6 +102,8 @@ def told(payload: Payload) -> str:
             return order_id
         case AccountReported(cash=cash, equity=equity):
             return f"cash {cash:,.2f}, equity {equity:,.2f}"
+        case PositionsReported(positions=positions):
+            return _held(positions)
         case PortfolioChanged(equity=equity, positions=positions, strategies=several):
             each = "".join(f"; {one.strategy} {one.equity:,.2f}: {_held(one.positions)}" for one in several)
             return f"equity {0 if equity is None else equity:,.2f}: {_held(positions)}{each}"
@@ -111,6 +115,8 @@ def told(payload: Payload) -> str:
             return "books agree" if ok else "; ".join(differences)
         case AgentFailed(agent=agent, error=error):
             return f"{agent}: {error}"
+        case SnapshotTaken(digest=digest):
+            return f"what the agents knew, {digest[:12]}"
         case SessionEnded(reason=reason, equity=equity):
             return f"{reason}{'' if equity is None else f'; equity {equity:,.2f}'}"
     return payload.to_json().decode()

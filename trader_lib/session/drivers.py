@@ -6,11 +6,13 @@
 __all__ = ['SOURCE', 'Progress', 'STOPPED', 'ACCOUNTS_MAX', 'RECOVERY_PAUSE_S', 'Desk', 'Driver', 'LockstepDriver',
            'RealTimeDriver']
 
-# %% ../../nbs/session/02_drivers.ipynb #8b801d1f
+# %% ../../nbs/session/02_drivers.ipynb #0a3d83b2
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Protocol
+
+import orjson
 
 from ..agents.market_data import MarketDataAgent
 from ..broker.inbox import BarArrived, InboxItem
@@ -26,6 +28,7 @@ from .control import Operator
 from ..telemetry.log import get_logger
 from .rebuild import NOWHERE, Standing
 from .reconcile import CONFIRM_S, Reconciler
+from .snapshots import SnapshotKeeper
 from trader_lib.trading.events import (
     AccountReported,
     BarRow,
@@ -42,7 +45,7 @@ from trader_lib.trading.events import (
 SOURCE = "driver"
 Progress = Callable[[int, datetime], None]  # bars so far, stamp of the last one
 
-# %% ../../nbs/session/02_drivers.ipynb #9f105fca
+# %% ../../nbs/session/02_drivers.ipynb #04f2fd6d
 class Desk:
     """Publishes what the broker says, each message under the correlation of the decision that it belongs to.
 
@@ -57,6 +60,18 @@ class Desk:
         self._reported = ""  # id of our last report
         self.sent = 0  # orders and cancels that were on their way to the wire so far
 
+    def snapshot(self) -> bytes:
+        """How far the account is known, as JSON; the correlations are those of the orders."""
+        return orjson.dumps([self._changes, self._known, self._reported, self.sent])
+
+    def restore(self, snapshot: bytes) -> None:
+        """Know that instead."""
+        self._changes, self._known, self._reported, self.sent = orjson.loads(snapshot)
+
+    def correlate(self, correlations: Mapping[str, str]) -> None:
+        """Know which decision the orders of before belong to. correlations: ids by client order id."""
+        self._correlations.update(correlations)
+
     def start(self) -> None:
         """Begin to listen for orders."""
         kinds: list[type[Payload]] = [OrderIntended, OrderAcknowledged, CancelIntended, FillRecorded, AccountReported]
@@ -68,7 +83,8 @@ class Desk:
                 self.sent += 1
                 self._correlations[request.client_order_id] = event.correlation_id
             case OrderAcknowledged(order=order):
-                self._correlations.update((leg.client_order_id, event.correlation_id) for leg in order.legs)
+                for leg in order.legs:
+                    self._correlations.setdefault(leg.client_order_id, event.correlation_id)
             case CancelIntended():
                 self.sent += 1
             case FillRecorded():  # told by the stream, or repaired from the broker's record
@@ -242,7 +258,7 @@ class LockstepDriver:
         if when > self._clock.now():
             self._clock.advance_to(when)
 
-# %% ../../nbs/session/02_drivers.ipynb #20580122
+# %% ../../nbs/session/02_drivers.ipynb #2c7b91d1
 class RealTimeDriver:
     """Follows a real market until an end.
 
@@ -250,7 +266,7 @@ class RealTimeDriver:
     at which to end. delay_s: how long after a bar's close it is asked for, seconds. tick_s: between two ticks, and between
     two attempts to fetch a bar, seconds. wait_s: longest wait for a message, and so for the stop, real seconds.
     reconciler, reconcile_s: who compares the books with the broker's, and how often, seconds. resumed: bars may have
-    closed while nobody listened.
+    closed while nobody listened. keeper: who writes down what the agents know.
     """
 
     def __init__(
@@ -272,6 +288,7 @@ class RealTimeDriver:
         operator: Operator | None = None,
         reconciler: Reconciler | None = None,
         reconcile_s: float = 300.0,
+        keeper: SnapshotKeeper | None = None,
         resumed: bool = False,
         bars_max: int | None = None,
         ends_at: datetime | None = None,
@@ -292,6 +309,7 @@ class RealTimeDriver:
         self._log = get_logger(SOURCE)
         self._ask_at = self._next_close() + self._delay if self._is_polled else None
         self._tick_at = clock.monotonic() + tick_s  # a wall clock that is set back must not stop the ticks
+        self._keeper = keeper
         self._reconciler, self._reconcile_every = reconciler, timedelta(seconds=reconcile_s)
         self._reconcile_at = clock.now() + self._reconcile_every
         self._gap_at = clock.now() if resumed and not self._is_polled else None
@@ -324,6 +342,8 @@ class RealTimeDriver:
             if now >= self._reconcile_at:
                 await self._reconcile(now)
             self._commit()
+            if self._keeper is not None:
+                await self._keeper.attend()
             if self._bars_max is not None and self._count >= self._bars_max:
                 return f"{self._count} bars were traded"
         return STOPPED

@@ -6,8 +6,8 @@
 __all__ = ['SOURCE', 'CONFIRM_S', 'LOOKS_MAX', 'Settle', 'Finding', 'position_findings', 'order_findings', 'cash_findings',
            'missed_fills', 'unrecorded', 'Reconciler']
 
-# %% ../../nbs/session/04_reconcile.ipynb #2bf7b35e
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+# %% ../../nbs/session/04_reconcile.ipynb #29db5628
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -19,7 +19,7 @@ from ..broker.port import Broker
 from ..bus.bus import Bus
 from ..clock.clock import Clock
 from ..clock.ids import Ids
-from ..trading.events import Discrepancy, OrdersReported, Payload, Reconciled
+from ..trading.events import Discrepancy, OrdersReported, Payload, PositionsReported, Reconciled
 from ..trading.orders import SIDE_SIGN, Order, decimal_text
 from ..trading.portfolio import Portfolio, Position
 
@@ -130,7 +130,7 @@ def unrecorded(order: Order, book: OrderBook, since: datetime) -> Decimal:
         return order.filled_qty - carried
     return order.filled_qty if order.submitted_at >= since else Decimal(0)
 
-# %% ../../nbs/session/04_reconcile.ipynb #fe87787b
+# %% ../../nbs/session/04_reconcile.ipynb #ae5c9801
 SOURCE = "session"
 CONFIRM_S = 6.0  # between two looks; longer than the execution agent waits for a fill
 LOOKS_MAX = 5
@@ -141,7 +141,8 @@ Settle = Callable[[], Awaitable[None]]
 class Reconciler:
     """Lays the books beside the broker's.
 
-    since: when the session began. foresees_cash: whether every change of cash follows from fills, as at the embedded
+    since: when the session began. symbols: those that it trades; what the account holds of others is told at every
+    reconciliation, with what it is worth. foresees_cash: whether every change of cash follows from fills, as at the embedded
     exchange, where nobody pays fees, dividends or transfers that are not in them.
     """
 
@@ -155,11 +156,13 @@ class Reconciler:
         execution: ExecutionAgent,
         *,
         since: datetime,
+        symbols: Collection[str],
         foresees_cash: bool,
     ) -> None:
         self._bus, self._broker, self._clock, self._ids = bus, broker, clock, ids
         self._portfolio, self._execution = portfolio, execution
-        self._since, self._foresees_cash = since, foresees_cash
+        self._since, self._symbols, self._foresees_cash = since, symbols, foresees_cash
+        self._others: tuple[Position, ...] = ()  # held at the broker, in symbols that the session does not trade
         self._seen: set[tuple[object, ...]] = set()
         self._looks = 0
         self._noted = Decimal(0)  # drift of cash that was told already, USD
@@ -200,6 +203,8 @@ class Reconciler:
         halting = tuple(one.sentence for one in said if one.resolution == "halts")
         self.last = Reconciled(ok=not halting, differences=halting, discrepancies=said)
         self.last_at = self._clock.now()
+        if self._others:
+            await self._publish(PositionsReported(positions=self._others))
         await self._publish(self.last)
         await settle()
         return self.last
@@ -207,6 +212,7 @@ class Reconciler:
     async def _findings(self, *, opening: bool, closing: bool) -> list[Finding]:
         self._broker.refresh()
         positions, orders = await self._broker.positions(), await self._broker.orders()
+        self._others = tuple(position for position in positions if position.symbol not in self._symbols)
         cash = None if opening else (await self._broker.account()).cash
         found = position_findings(self._portfolio.portfolio, positions)
         found += order_findings(self._execution.book, orders, at_rest=opening or closing)

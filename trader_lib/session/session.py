@@ -6,7 +6,7 @@
 __all__ = ['SOURCE', 'ANSWERS_MAX', 'LEAVE_S', 'LAST_LOOKS', 'T', 'REAL_MONEY', 'stop_on_signals', 'SessionResult', 'Session',
            'run_session']
 
-# %% ../../nbs/session/03_session.ipynb #47ddee92
+# %% ../../nbs/session/03_session.ipynb #fe683700
 import asyncio
 import gc
 import platform
@@ -53,6 +53,7 @@ from ..market.store import BarStore
 from .companions import Companion, SessionParts, accompanied
 from .control import ControlFile
 from .drivers import RECOVERY_PAUSE_S, STOPPED, Desk, Driver, Progress
+from .drivers import SOURCE as DESK
 from trader_lib.session.orders import (
     ORDER_EVENTS,
     Refusal,
@@ -64,6 +65,7 @@ from trader_lib.session.orders import (
 )
 from .reconcile import CONFIRM_S, LOOKS_MAX, Reconciler
 from .recovery import Recollection
+from .snapshots import Snapshot, find_snapshot, identity, snapshot_folder
 from .spec import SessionSpec, session_name, title
 from .wiring import Agents, History, SessionInputs, session_container
 from ..strategy.contract import Strategy
@@ -194,7 +196,7 @@ class SessionResult:
         """Equity at every closed bar, USD."""
         return self.curve["equity"]
 
-# %% ../../nbs/session/03_session.ipynb #c3eedc78
+# %% ../../nbs/session/03_session.ipynb #b8d4c17f
 class Session:
     """One session over wired parts. Use `run_session`."""
 
@@ -212,19 +214,25 @@ class Session:
         driver: Driver,
         reconciler: Reconciler,
         history: Bars,
-        events: Iterable[Event],  # of the journal
+        journal: Journal,
     ) -> None:
         """Start the agents, tell them what the journal holds, then what it does not: the account and its holdings.
 
         Open orders of others are adopted. Raises Halted where our books and the broker's differ.
         """
-        inputs, past = self._inputs, self._inputs.past
+        inputs, past, snapshot = self._inputs, self._inputs.past, self._inputs.snapshot
+        if snapshot is not None:
+            self._take_over(snapshot, agents, desk, journal)
         for agent in agents.all():
             await agent.start()
         desk.start()
         if past.history is not None:
             agents.market_data.recall(past.last_bar or past.history.last, past.bars)
+        if snapshot is not None:
+            knowing = [agent.name for agent in agents.all()]
+            await self._bus.remind(snapshot.standing, deaf=[*knowing, DESK])
         if not past.is_empty:
+            events = journal.read(past.relived_from)
             await driver.recover(self._bus.relive(past, events, deaf=[agents.monitor.name]))
         if past.started is None:
             await self._publish(
@@ -260,6 +268,14 @@ class Session:
                 + "; ".join(found.differences)
                 + ". Compare the orders at the broker with `trader journal show`; a new session takes over what is held."
             )
+
+    def _take_over(self, snapshot: Snapshot, agents: Agents, desk: Desk, journal: Journal) -> None:
+        """Let the agents know what they knew, bars and orders included, so that only the rest is lived through."""
+        book, bars = agents.execution.book, tuple(snapshot.bars(journal))
+        snapshot.restore(agents.knowing() | {DESK: desk}, book)
+        desk.correlate(book.correlations())
+        for strategist in agents.strategies:
+            strategist.follow(bars)
 
     def _ensure_capital(self, account: AccountReported) -> None:
         total = sum(self._inputs.capital.values(), Decimal(0))
@@ -360,7 +376,7 @@ class Session:
         more = f" {left} could not be canceled: do it on the broker's own page." if left else ""
         return f"{canceled} open entries were canceled at the broker; protective exits stay there.{more}"
 
-# %% ../../nbs/session/03_session.ipynb #93420e78
+# %% ../../nbs/session/03_session.ipynb #a50452ab
 def _versions() -> dict[str, str]:
     """What the numbers of a session rest on; a replay by another version names the two."""
     python = platform.python_version()
@@ -449,13 +465,19 @@ def _collecting_later() -> Iterator[None]:
             gc.enable()
 
 
-def _recall(journal_path: Path, settings: JournalSettings, *, resume: bool) -> Recollection:
+def _recall(
+    journal_path: Path,
+    settings: JournalSettings,
+    wanted: str,  # identity of a snapshot that may be taken over; "" for none
+    *,
+    resume: bool,
+) -> tuple[Recollection, Snapshot | None]:
     """What the journal holds already; raises Misused for a session that is not to be resumed."""
     if not journal_exists(journal_path):
-        return Recollection()
+        return Recollection(), None
     with open_journal(journal_path, settings, read_only=False) as journal:
         if journal.last_seq == 0:
-            return Recollection()
+            return Recollection(), None
         if not resume:
             raise Misused(
                 f"{journal_path} holds a session already. Resume it (`trader paper --resume RUN`, resume=True), or "
@@ -464,11 +486,16 @@ def _recall(journal_path: Path, settings: JournalSettings, *, resume: bool) -> R
         found = journal.verify()
         if not found.ok:
             raise BadData(f"The journal {journal_path} cannot be resumed from: {found.reason}. Start a new session.")
+        snapshot = find_snapshot(snapshot_folder(journal_path), journal, wanted) if wanted else None
         with _collecting_later():
-            past = Recollection(journal.read())
+            if snapshot is None:
+                past = Recollection(journal.read())
+            else:
+                rest = journal.read(snapshot.landmarks.last_seq + 1)
+                past = Recollection(rest, snapshot.landmarks, snapshot.standing)
     if past.failed:
         raise Misused(f"This session has ended in a failure: {past.ended and past.ended.reason} Start a new one.")
-    return past
+    return past, snapshot
 
 
 async def run_session(
@@ -494,7 +521,7 @@ async def run_session(
         raise Misused("Bars can be played by the embedded exchange only. Leave them out, or set broker.kind=simulated.")
     played, start_index = _cut(spec, settings, warmup, bars) if simulated else (None, 0)
     path = Path(journal_path or Path(mkdtemp(prefix="trader-")) / "journal.sqlite")
-    past = _recall(path, settings.journal, resume=resume)
+    past, snapshot = _recall(path, settings.journal, _wanted(spec, settings, strategy), resume=resume)
     session_id = spec.session_id(strategy, played) if simulated else f"{session_name(strategy)}-{UniqueIds().new()}"
     if simulated and past.session_id not in {"", session_id}:
         raise Misused(
@@ -511,9 +538,17 @@ async def run_session(
         journal_path=path,
         progress=progress,
         past=past,
+        snapshot=snapshot,
     )
     with bind_session(inputs.session_id):
         return await _run(inputs, companions)
+
+
+def _wanted(spec: SessionSpec, settings: Settings, strategy: Strategy | Mapping[str, Strategy]) -> str:
+    """Which snapshot a session may begin with: none where the exchange, or an agent, lives through everything anyway."""
+    if settings.broker.kind == "simulated" or settings.bus.url is not None or not settings.session.snapshot_events:
+        return ""
+    return identity(spec, strategy)
 
 
 async def _run(inputs: SessionInputs, companions: Iterable[Companion]) -> SessionResult:
@@ -547,7 +582,7 @@ async def _run(inputs: SessionInputs, companions: Iterable[Companion]) -> Sessio
                     )
                     async with accompanied(beside, companions):
                         try:
-                            await session.open(agents, desk, driver, reconciler, history, journal.read())
+                            await session.open(agents, desk, driver, reconciler, history, journal)
                         except Misconfigured as error:  # such as a disk that is full
                             error.add_note(await session.leave(agents))
                             raise

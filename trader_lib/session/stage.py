@@ -65,7 +65,7 @@ def failure_again(said: AgentFailed) -> Exception:
     kind: type[Exception] = type(name if name.isidentifier() else "RecordedFailure", (Exception,), {})
     return kind(words)
 
-# %% ../../nbs/session/11_stage.ipynb #c8d0aeeb
+# %% ../../nbs/session/11_stage.ipynb #e252a23a
 class ScriptedBroker:
     """The broker's side of the conversation, read from a script.
 
@@ -141,8 +141,8 @@ class ScriptedBroker:
     def _last_of_many(self, client_order_id: str) -> None:
         """The broker said several times that it has no such order, over several ticks; only the last is on record."""
         track = None if self.book is None else self.book.get(client_order_id)
-        if track is not None:
-            track.absent = max(track.absent, self._attempts - 1)
+        if self.book is not None and track is not None:
+            self.book.miss(track, max(self._attempts - 1 - track.absent, 0))
 
     async def cancel(self, order_id: str) -> None:
         """Nothing: what came of it, a look-up told."""

@@ -7,7 +7,7 @@ __all__ = ['History', 'ORDER_FRESH_S', 'SIMULATED_KEY', 'Strategists', 'SessionI
            'EmbeddedExchangeProvider', 'InProcessProvider', 'HttpProvider', 'answers_kept', 'AlpacaProvider',
            'RealMarketProvider', 'strategist', 'bounds', 'Agents', 'AgentProvider', 'session_container']
 
-# %% ../../nbs/session/01_wiring.ipynb #19dffc7c
+# %% ../../nbs/session/01_wiring.ipynb #22c7d0dd
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -45,16 +45,18 @@ from ..resilience.cache import TtlCache
 from ..risk.limits import Limits
 from .control import ControlFile, Operator, SessionLock
 from .drivers import Desk, Driver, LockstepDriver, Progress, RealTimeDriver
+from .drivers import SOURCE as DESK
 from .rebuild import Standing, rebuild
 from .reconcile import Reconciler
-from .recovery import Recollection, RecordedBroker
+from .recovery import Recollection, RecordedBroker, Summary
+from .snapshots import Knowing, Snapshot, SnapshotKeeper, identity, snapshot_folder
 from .spec import Assignment, SessionSpec
 from ..strategy.contract import Strategy
 from ..strategy.planner import Planner
-from ..trading.events import AccountReported, OperatorCommand
+from ..trading.events import AccountReported
 from ..trading.portfolio import Commission, Fill, Position, no_commission
 
-# %% ../../nbs/session/01_wiring.ipynb #40a4ca87
+# %% ../../nbs/session/01_wiring.ipynb #c600e721
 History = NewType("History", Bars)
 ORDER_FRESH_S = 300.0  # how old an order may be that a restart finds unsent in a real market, seconds
 
@@ -76,6 +78,7 @@ class SessionInputs:
     journal_path: Path
     progress: Progress | None = None
     past: Recollection = field(default_factory=Recollection)  # what the journal holds already
+    snapshot: Snapshot | None = None  # what the agents knew before the past that is lived through again
 
     @property
     def is_simulated(self) -> bool:
@@ -101,7 +104,7 @@ class SessionInputs:
         """What a fill costs at the embedded exchange, USD; Alpaca charges nothing that is known beforehand."""
         return self.spec.commission(fill) if self.is_simulated else no_commission(fill)
 
-# %% ../../nbs/session/01_wiring.ipynb #42bd1845
+# %% ../../nbs/session/01_wiring.ipynb #3b4c3d36
 class CoreProvider(Provider):
     """Calendar, identifiers, journal and bus."""
 
@@ -134,10 +137,9 @@ class CoreProvider(Provider):
         return ControlFile.beside(inputs.journal_path)
 
     @provide
-    def operator(self, control: ControlFile, bus: InProcessBus, broker: Broker, journal: Journal) -> Operator:
+    def operator(self, inputs: SessionInputs, control: ControlFile, bus: InProcessBus, broker: Broker) -> Operator:
         """The one who hands it on."""
-        known = [event.correlation_id for event in journal.read(types=[OperatorCommand])]
-        return Operator(control, bus, broker, known)
+        return Operator(control, bus, broker, inputs.past.commands)
 
     @provide
     async def journal(self, inputs: SessionInputs, lock: SessionLock) -> AsyncIterator[Journal]:
@@ -345,7 +347,7 @@ class AlpacaProvider(Provider):
         """As a source of history."""
         return broker
 
-# %% ../../nbs/session/01_wiring.ipynb #1a1d4c55
+# %% ../../nbs/session/01_wiring.ipynb #0f51ec25
 class RealMarketProvider(Provider):
     """Alpaca's own addresses, the wall clock, and the driver that follows the market."""
 
@@ -378,6 +380,7 @@ class RealMarketProvider(Provider):
         history: History,
         operator: Operator,
         reconciler: Reconciler,
+        keeper: SnapshotKeeper,
     ) -> Driver:
         """Free-running."""
         spec = inputs.spec
@@ -398,6 +401,7 @@ class RealMarketProvider(Provider):
             operator=operator,
             reconciler=reconciler,
             reconcile_s=inputs.settings.session.reconcile_interval_s,
+            keeper=keeper,
             resumed=not inputs.past.is_empty,
             count=inputs.past.bars,
             bars_max=spec.bars_max,
@@ -410,7 +414,7 @@ def _end_of(spec: SessionSpec, calendar: TradingCalendar) -> datetime | None:
     session = None if spec.end is None else calendar.session_on(spec.end)
     return None if session is None else session.close + timedelta(minutes=15)
 
-# %% ../../nbs/session/01_wiring.ipynb #836d1a1b
+# %% ../../nbs/session/01_wiring.ipynb #70548bc5
 def strategist(
     one: Assignment,
     bus: Bus,
@@ -467,6 +471,10 @@ class Agents:
     def all(self) -> tuple[Agent, ...]:
         """Those who consume before those who emit."""
         return self.monitor, self.portfolio, self.execution, self.risk, *self.strategies, self.market_data
+
+    def knowing(self) -> dict[str, Knowing]:
+        """Those whose decisions follow from what they know, by name."""
+        return {agent.name: agent for agent in (self.portfolio, self.execution, self.risk, *self.strategies)}
 
 
 class AgentProvider(Provider):
@@ -528,6 +536,25 @@ class AgentProvider(Provider):
     agents = provide(Agents)
 
     @provide
+    def keeper(
+        self, inputs: SessionInputs, journal: Journal, bus: InProcessBus, ids: Ids, agents: Agents, desk: Desk
+    ) -> SnapshotKeeper:
+        """What they know, written down from time to time, where all of them live in this process."""
+        past, alone = inputs.past, inputs.settings.bus.url is None
+        return SnapshotKeeper(
+            snapshot_folder(inputs.journal_path),
+            journal,
+            bus,
+            ids,
+            agents.knowing() | {DESK: desk},
+            agents.execution.book,
+            Summary(past.landmarks(), past.standing),
+            identity(inputs.spec, inputs.strategy),
+            inputs.settings.session.snapshot_events if alone else 0,
+            b"" if inputs.snapshot is None else inputs.snapshot.orders,
+        )
+
+    @provide
     def reconciler(
         self,
         inputs: SessionInputs,
@@ -540,8 +567,10 @@ class AgentProvider(Provider):
     ) -> Reconciler:
         """Our books beside the broker's."""
         since = inputs.past.started_at or clock.now()
-        foresees = inputs.is_simulated
-        return Reconciler(bus, broker, clock, ids, portfolio, execution, since=since, foresees_cash=foresees)
+        foresees, symbols = inputs.is_simulated, inputs.spec.symbols
+        return Reconciler(
+            bus, broker, clock, ids, portfolio, execution, since=since, symbols=symbols, foresees_cash=foresees
+        )
 
 # %% ../../nbs/session/01_wiring.ipynb #c5cc4aca
 def session_container(inputs: SessionInputs) -> AsyncContainer:

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Finite', 'Figure', 'Kind', 'PAYLOADS', 'DiscrepancyKind', 'Resolution', 'ENVELOPE', 'utc_text', 'Payload', 'Input',
            'Output', 'payload_from_json', 'SessionStarted', 'BarRow', 'BarsClosed', 'HistoryLoaded', 'TradeUpdated',
-           'AssetsReported', 'AccountReported', 'OrdersReported', 'OrderAcknowledged', 'OrderFailed', 'OperatorCommand',
-           'ClockTicked', 'TradingState', 'TargetsDecided', 'OrderProposed', 'CancelProposed', 'CheckOutcome',
-           'RiskDecided', 'OrderIntended', 'CancelIntended', 'FillRecorded', 'StrategyHoldings', 'PortfolioChanged',
-           'TradingStateChanged', 'OrderAdopted', 'Discrepancy', 'Reconciled', 'AgentFailed', 'SessionEnded', 'Event',
-           'canonical_row']
+           'AssetsReported', 'AccountReported', 'PositionsReported', 'OrdersReported', 'OrderAcknowledged',
+           'OrderFailed', 'OperatorCommand', 'SnapshotTaken', 'ClockTicked', 'TradingState', 'TargetsDecided',
+           'OrderProposed', 'CancelProposed', 'CheckOutcome', 'RiskDecided', 'OrderIntended', 'CancelIntended',
+           'FillRecorded', 'StrategyHoldings', 'PortfolioChanged', 'TradingStateChanged', 'OrderAdopted', 'Discrepancy',
+           'Reconciled', 'AgentFailed', 'SessionEnded', 'Event', 'canonical_row']
 
 # %% ../../nbs/trading/05_events.ipynb #23a33cd0
 from datetime import UTC, datetime
@@ -100,7 +100,7 @@ def payload_from_json(type_name: str, text: bytes | str) -> Payload:
     except ValidationError as error:
         raise BadData(f"An event of type {type_name!r} cannot be read: {error}", type=type_name) from error
 
-# %% ../../nbs/trading/05_events.ipynb #2e455e15
+# %% ../../nbs/trading/05_events.ipynb #47f92aca
 class SessionStarted(Input):
     """A session begins: everything it was started with, secrets excluded."""
 
@@ -192,6 +192,13 @@ class AccountReported(Input):
     trading_blocked: bool = False
 
 
+class PositionsReported(Input):
+    """The broker says what positions in symbols that the session does not trade are worth."""
+
+    type: ClassVar[str] = "positions_reported"
+    positions: tuple[Position, ...]
+
+
 class OrdersReported(Input):
     """The broker's record of orders of which a reconciliation found that we did not know all."""
 
@@ -227,6 +234,13 @@ class OperatorCommand(Input):
     reason: str
     by: str
     positions: tuple[Position, ...] = ()  # to flatten: what the broker reported
+
+
+class SnapshotTaken(Input):
+    """What the agents knew just before was written down beside the journal, so that a restart can begin there."""
+
+    type: ClassVar[str] = "snapshot_taken"
+    digest: str  # SHA-256 of what was written
 
 
 class ClockTicked(Input):

@@ -63,7 +63,7 @@ def no_commission(fill: Fill) -> Decimal:
     """Alpaca's price for trading stocks: nothing."""
     return Decimal(0)
 
-# %% ../../nbs/trading/03_portfolio.ipynb #7c0d7a6c
+# %% ../../nbs/trading/03_portfolio.ipynb #40cb9be8
 class Position(BaseModel):
     """What is held of one symbol, and what the fills so far have realized."""
 
@@ -73,6 +73,14 @@ class Position(BaseModel):
     qty: Number = Decimal(0)  # shares, negative when short
     avg_entry_price: Number = Decimal(0)  # USD a share, 0 when flat
     realized_pl: Number = Decimal(0)  # USD, before commission
+    market_value: Annotated[Number | None, Field(exclude_if=lambda value: value is None)] = (
+        None  # USD, as a broker says
+    )
+
+    @property
+    def market_price(self) -> Decimal | None:
+        """What the broker's market value comes to, USD a share; None where it does not say."""
+        return None if self.market_value is None or not self.qty else self.market_value / self.qty
 
     def apply(self, fill: Fill) -> "Position":
         """The position after a fill; raises ValueError for a fill of another symbol."""
