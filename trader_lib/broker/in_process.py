@@ -39,7 +39,7 @@ def as_over_the_wire(error: Rejected, *, order_post: bool = False) -> TraderErro
     answer: APIError = APIError(body, requests.HTTPError(response=response))  # type: ignore[no-untyped-call]
     return from_alpaca(answer, order_post=order_post)
 
-# %% ../../nbs/broker/02_in_process.ipynb #bca332df
+# %% ../../nbs/broker/02_in_process.ipynb #6ab6a59f
 def trade_update(event: OrderEvent) -> TradeUpdated:
     """What the exchange told of an order, as a broker's message."""
     return TradeUpdated(
@@ -94,7 +94,12 @@ class InProcessBroker:
     async def positions(self) -> tuple[Position, ...]:
         """Positions that are not flat; a broker does not report what they have realized."""
         return tuple(
-            Position(symbol=held.symbol, qty=held.qty, avg_entry_price=held.avg_entry_price)
+            Position(
+                symbol=held.symbol,
+                qty=held.qty,
+                avg_entry_price=held.avg_entry_price,
+                market_value=held.qty * self._exchange.mark(held.symbol),
+            )
             for held in self._exchange.positions()
         )
 

@@ -29,7 +29,7 @@ from ..trading.numbers import PRICE_DECIMALS, QTY_DECIMALS, to_decimal
 from ..trading.orders import Order, OrderClass, OrderRequest, OrderType
 from ..trading.portfolio import Position
 
-# %% ../../nbs/broker/04_translation.ipynb #94de6677
+# %% ../../nbs/broker/04_translation.ipynb #4b34089e
 def order_to_alpaca(request: OrderRequest) -> AlpacaOrderRequest:
     """alpaca-py's request for an order of ours; prices and quantities leave as JSON numbers, which carry them exactly."""
     fields: dict[str, Any] = {
@@ -89,7 +89,10 @@ def account_from_alpaca(account: TradeAccount) -> AccountReported:
 def position_from_alpaca(position: AlpacaPosition) -> Position:
     """Our position from alpaca-py's, signed."""
     return Position(
-        symbol=position.symbol, qty=Decimal(position.qty), avg_entry_price=Decimal(position.avg_entry_price)
+        symbol=position.symbol,
+        qty=Decimal(position.qty),
+        avg_entry_price=Decimal(position.avg_entry_price),
+        market_value=None if position.market_value is None else Decimal(position.market_value),
     )
 
 # %% ../../nbs/broker/04_translation.ipynb #ccbf50b3

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROWS_MAX', 'HAPPENINGS_MAX', 'OPEN_MAX', 'ENDS', 'ViewFold']
 
-# %% ../../nbs/observe/11_fold.ipynb #63cb8cf2
+# %% ../../nbs/observe/11_fold.ipynb #a49456c7
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -41,6 +41,7 @@ from trader_lib.trading.events import (
     OrderFailed,
     OrderIntended,
     PortfolioChanged,
+    PositionsReported,
     Reconciled,
     RiskDecided,
     SessionEnded,
@@ -57,12 +58,13 @@ ROWS_MAX = 60  # decisions, fills
 HAPPENINGS_MAX = 30
 OPEN_MAX = 200  # open orders and positions that are shown
 
-# %% ../../nbs/observe/11_fold.ipynb #bd13e99c
+# %% ../../nbs/observe/11_fold.ipynb #fa0c2cdc
 class ViewFold:
     """What a session's events come to, for people who look on."""
 
     TYPES = (
         *(SessionStarted, SessionEnded, BarsClosed, PortfolioChanged, AccountReported, FillRecorded, Reconciled),
+        PositionsReported,
         *(RiskDecided, OrderIntended, OrderAcknowledged, OrderAdopted, OrderFailed, TradeUpdated),
         *(TradingStateChanged, OperatorCommand, AgentFailed),
     )
@@ -101,6 +103,8 @@ class ViewFold:
             case PortfolioChanged(equity=equity, strategies=strategies):
                 self._holdings = strategies
                 self._worth(event.time, equity)
+            case PositionsReported(positions=positions):
+                self._marks.update((held.symbol, float(held.market_price)) for held in positions if held.market_price)
             case FillRecorded():
                 self._take_fill(event, event.payload)
             case RiskDecided():
