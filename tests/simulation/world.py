@@ -7,7 +7,7 @@ import errno
 import functools
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -41,6 +41,7 @@ from trader_lib.journal.journal import SqliteJournal
 from trader_lib.market.stamps import from_ns
 from trader_lib.session import session as session_module
 from trader_lib.session import wiring as wiring_module
+from trader_lib.session.companions import Companion
 from trader_lib.session.control import SessionLock
 from trader_lib.session.drivers import Desk, Driver, RealTimeDriver
 from trader_lib.session.reconcile import Reconciler
@@ -314,7 +315,7 @@ class World:
         """One life; says how long it stays dead, seconds, or None where the session has ended."""
         loop = asyncio.get_running_loop()
         before = asyncio.all_tasks()
-        life = loop.create_task(self._session())
+        life = loop.create_task(self.session())
         dying = loop.create_task(self._died.wait())
         await asyncio.wait({life, dying}, return_when=asyncio.FIRST_COMPLETED)
         dying.cancel()
@@ -366,15 +367,18 @@ class World:
             if intent is not None and intent.request.purpose == "entry" and order.client_order_id in known:
                 self.outcome.broken.append(f"entries: {order.client_order_id} was left open when the disk was full")
 
-    async def _session(self) -> SessionResult:
-        settings = _settings(self.plan.snapshot_events)
+    async def session(
+        self, companions: Iterable[Companion] = (), *, snapshot_events: int | None = None
+    ) -> SessionResult:
+        """Begin the session, or go on with what its journal holds."""
+        settings = _settings(self.plan.snapshot_events if snapshot_events is None else snapshot_events)
         wanted = session_module._wanted(self.spec, settings, self.plan.strategy)
         past, snapshot = session_module._recall(self.path, settings.journal, wanted, resume=True)
         self.outcome.faults["began with a snapshot"] += snapshot is not None
         inputs = SessionInputs(
             self.spec, settings, self.plan.strategy, None, 0, self.session_id, self.path, past=past, snapshot=snapshot
         )
-        return await session_module._run(inputs, ())
+        return await session_module._run(inputs, companions)
 
     def open_journal(self, path: Path) -> WatchedJournal:
         self.journal = WatchedJournal(path, self.record)
