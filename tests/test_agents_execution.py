@@ -409,7 +409,9 @@ async def test_order_decided_in_ignorance_of_a_fill_is_dropped(stage: Stage) -> 
     assert len(stage.broker.submitted) == 1 and stage.outcomes == ["not_sent"]
     other = request("c-3", symbol="AAPL")
     later = RiskDecided(request=request("c-4"), decided_at=BAR + timedelta(days=1), approved=True)
-    await stage.say(RiskDecided(request=other, decided_at=BAR, approved=True), later)
+    await stage.say(RiskDecided(request=other, decided_at=BAR, approved=True))
+    await stage.fill("x-1", 10, 10)
+    await stage.say(later)
     assert [sent.client_order_id for sent in stage.broker.submitted] == ["c-1", "c-3", "c-4"]
 
 
@@ -418,6 +420,27 @@ async def test_order_is_dropped_when_the_one_before_had_filled_already(stage: St
     await stage.fill("x-1", 10, 10)
     await stage.say(cancel(), RiskDecided(request=request("c-2"), decided_at=BAR, approved=True))
     assert not stage.broker.canceled and len(stage.broker.submitted) == 1
+
+
+@pytest.mark.parametrize(
+    ("side", "purpose", "goes_out"),
+    [("sell", "entry", False), ("buy", "entry", False), ("sell", "exit", False), ("buy", "exit", True)],
+)
+async def test_order_waits_for_the_fills_that_the_broker_reports_and_nobody_has_told(
+    stage: Stage, side: str, purpose: str, goes_out: bool
+) -> None:
+    """Found by seed 51311: the exit had sold 473 of 1,060 shares, and the next one was for 1,060 again."""
+    await stage.approve(request(side=OrderSide.SELL, purpose="exit"))
+    await stage.report("canceled", "canceled", filled=4, side="sell")
+    await stage.approve(request("c-2", side=OrderSide(side), purpose=purpose))
+    assert len(stage.broker.submitted) == 1 + goes_out
+    if not goes_out:
+        assert "filled more IBM than was known" in stage.heard(OrderFailed)[0].reason
+    await stage.approve(request("c-3", "AAPL"))
+    await stage.approve(request("c-4", strategy="another"))
+    await stage.fill("x-1", 4, 4, side="sell")
+    await stage.approve(request("c-5", side=OrderSide(side), purpose=purpose))
+    assert [order.client_order_id for order in stage.broker.submitted[-3:]] == ["c-3", "c-4", "c-5"]
 
 
 async def test_order_is_dropped_when_the_cancel_is_not_confirmed_in_time(stage: Stage) -> None:

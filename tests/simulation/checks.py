@@ -21,6 +21,7 @@ from trader_lib.trading.events import (
     SessionEnded,
     TradeUpdated,
 )
+from trader_lib.trading.orders import SIDE_SIGN, Order
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -57,6 +58,7 @@ async def check(world: World) -> None:
     broken += [f"reconciliation: {one.sentence}" for one in found if one.kind != "cash"]
     broken += [f"down: {health.agent}" for health in world.result.health if health.state == "down"]
     _check_orders(world, events)
+    _check_sight(world, events)
     _check_fills(world, events)
     _check_limits(world)
     result = await replay(Read(events), strategy=world.plan.strategy)  # type: ignore[arg-type]
@@ -92,6 +94,30 @@ def _check_orders(world: World, events: list[Event]) -> None:
         given_up = {e.payload.client_order_id for e in events if _gives_up(e)}
         early = sorted(given_up & {order.client_order_id for order in placed})
         broken += [f"given up too early: {name} was said not to have been sent" for name in early]
+
+
+def _check_sight(world: World, events: list[Event]) -> None:
+    """An order that the broker's own words had made wrong before it was intended."""
+    said: dict[str, Order] = {}
+    told: dict[str, Decimal] = defaultdict(Decimal)
+    for event in events:
+        match event.payload:
+            case FillRecorded(fill=fill):
+                told[fill.order_id] += fill.qty
+            case OrderAcknowledged(order=order):
+                for part in (order, *order.legs):
+                    said[part.id] = max(part, said.get(part.id, part), key=lambda one: one.filled_qty)
+            case OrderIntended(request=request):
+                untold = sum(
+                    SIDE_SIGN[part.side] * SIDE_SIGN[request.side] * max(part.filled_qty - told[part.id], Decimal(0))
+                    for part in said.values()
+                    if part.symbol == request.symbol
+                )
+                if untold > 0 if request.purpose == "exit" else untold != 0:
+                    world.outcome.broken.append(
+                        f"blind: {request.client_order_id} was sent when {abs(untold)} shares were known to be filled "
+                        "and not counted"
+                    )
 
 
 def _check_fills(world: World, events: list[Event]) -> None:

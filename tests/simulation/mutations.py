@@ -156,6 +156,13 @@ class CancelsAndForgets(ExecutionAgent):
         self.book._open.pop(track.client_order_id, None)
 
 
+class TradesBlindly(ExecutionAgent):
+    """What the broker says is filled, and no fill has told yet, stops no order."""
+
+    def _is_blind(self, request: OrderRequest) -> bool:
+        return False
+
+
 class DropsFillsAfterTheEnd(ExecutionAgent):
     """Messages about an order that is over are thrown away, fills that come late with them."""
 
@@ -301,6 +308,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(TakesCumulativeForIncremental, EXECUTION[:1]),  # its repairs heal it; the replay does not
     Mutation(RepairsAtOnce, EXECUTION),
     Mutation(CancelsAndForgets, EXECUTION),
+    Mutation(TradesBlindly, EXECUTION, 137),
     Mutation(DropsFillsAfterTheEnd, EXECUTION),
     Mutation(TurnsTimeBack, EXECUTION),
     Mutation(BelievesTheFirstNo, EXECUTION),
