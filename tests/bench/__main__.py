@@ -31,6 +31,8 @@ from loguru import logger
 from tests.bench.scaling import scaling
 from tests.bench.watching import watching
 from trader_lib.agents.execution import ExecutionAgent
+from trader_lib.agents.monitor import MonitorAgent
+from trader_lib.agents.portfolio import PortfolioAgent
 from trader_lib.agents.risk import RiskAgent
 from trader_lib.broker.alpaca import AlpacaBroker
 from trader_lib.broker.connection import AlpacaAccess
@@ -39,13 +41,15 @@ from trader_lib.broker.translation import order_to_alpaca
 from trader_lib.bus.bus import InProcessBus
 from trader_lib.clock.clock import WallClock
 from trader_lib.clock.ids import UniqueIds
-from trader_lib.config.sections import ResilienceSettings
+from trader_lib.config.sections import LoggingSettings, ResilienceSettings
 from trader_lib.exchange.engine import Exchange
 from trader_lib.exchange.server import ExchangeServer
 from trader_lib.journal.chain import NO_HASH, chain_hash
 from trader_lib.journal.journal import INSERT, WRITE_HEAD, SqliteJournal
 from trader_lib.market.bars import Bars
 from trader_lib.risk.limits import Limits
+from trader_lib.session.drivers import Desk
+from trader_lib.telemetry.log import bind_session, configure_logging
 from trader_lib.trading.events import BarRow, BarsClosed, CancelProposed, Event, OrderProposed
 from trader_lib.trading.orders import Order, OrderRequest, OrderSide, OrderType
 
@@ -205,9 +209,15 @@ async def _order_path(folder: Path) -> dict[str, list[float]]:
         for durability in ("process", "power"):
             journal = SqliteJournal(folder / f"{durability}.sqlite", durability)
             bus = InProcessBus(clock, UniqueIds(), journal, "bench")
-            agents = RiskAgent(bus, clock, limits, bars.head(5)), ExecutionAgent(bus, clock, broker, journal.commit)
+            agents = (  # as in a session
+                MonitorAgent(bus, clock),
+                PortfolioAgent(bus, clock),
+                ExecutionAgent(bus, clock, broker, journal.commit),
+                RiskAgent(bus, clock, limits, bars.head(5)),
+            )
             for agent in agents:
                 await agent.start()
+            Desk(bus, broker, UniqueIds()).start()
             rows = {symbol: BarRow(**values._asdict()) for symbol, values in bars.rows(5).items()}
             said = {"source": "bench", "correlation_id": "bench"}
             await bus.publish(await adapter.account(), **said)
@@ -238,7 +248,7 @@ async def _order_path(folder: Path) -> dict[str, list[float]]:
                     took[kind].append(time.perf_counter() - began)
                     client.cancel_order_by_id(order.id)
                 else:
-                    bus = pipes[kind][0]
+                    bus, journal, _ = pipes[kind]
                     proposal = OrderProposed(request=request, reference_price=180.0, decided_at=step.bar_at)
                     await bus.publish(proposal, source="strategy", correlation_id=name)
                     await bus.idle()
@@ -246,6 +256,8 @@ async def _order_path(folder: Path) -> dict[str, list[float]]:
                     cancel = CancelProposed(client_order_id=name, reason="bench", decided_at=step.bar_at)
                     await bus.publish(cancel, source="strategy", correlation_id=name)
                     await bus.idle()
+                    for _ in range(2):  # as a session's driver does, every second at least
+                        journal.commit()
                 await adapter.inbox.pump()
         for bus, journal, agents in pipes.values():
             for agent in agents:
@@ -260,7 +272,13 @@ async def _order_path(folder: Path) -> dict[str, list[float]]:
 def order_path() -> list[Row]:
     """Decision to wire and back, beside alpaca-py's own submit_order to the same server, and the disk, in turns."""
     with TemporaryDirectory() as folder:
-        took = asyncio.run(_order_path(Path(folder)))
+        log = Path(folder) / "log.jsonl"
+        configure_logging(LoggingSettings(terminal="off"), log, ["the key's secret"])
+        with bind_session("bench"):
+            took = asyncio.run(_order_path(Path(folder)))
+        logger.remove()
+        sent = [json.loads(line) for line in log.read_text().splitlines()]
+        assert sum(row["message"].startswith("Sends: ") for row in sent) == 2 * (ORDERS + WARM_UP)
     rows = []
     for kind, seconds in took.items():
         assert min(seconds) > 0.0, f"an order of {kind} was not sent"

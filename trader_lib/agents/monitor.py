@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Record', 'ALERTS_MAX', 'describe', 'MonitorAgent']
 
-# %% ../../nbs/agents/07_monitor.ipynb #25963595
+# %% ../../nbs/agents/07_monitor.ipynb #4cfa3262
 from collections import Counter
 from collections.abc import Callable, Mapping
 from decimal import Decimal
@@ -21,6 +21,7 @@ from trader_lib.trading.events import (
     FillRecorded,
     OperatorCommand,
     OrderFailed,
+    OrderIntended,
     Payload,
     Reconciled,
     RiskDecided,
@@ -29,11 +30,11 @@ from trader_lib.trading.events import (
     TradingState,
     TradingStateChanged,
 )
-from ..trading.orders import decimal_text
+from ..trading.orders import OrderRequest, decimal_text
 
 Record = tuple[str, str]  # level and text
 
-# %% ../../nbs/agents/07_monitor.ipynb #e4abe3e6
+# %% ../../nbs/agents/07_monitor.ipynb #8f7c0183
 def describe(payload: Payload) -> Record | None:
     """The level and text of the log record that a payload deserves; None for none."""
     match payload:
@@ -47,6 +48,13 @@ def describe(payload: Payload) -> Record | None:
             )
             whose, reasons = _of(request.strategy), " ".join(scoped)
             return "WARNING", f"Refused{whose}: {request.side.value} {_told(request.qty)} {request.symbol}. {reasons}"
+        case OrderIntended(request=request):
+            said = (request.type.value.replace("_", " "), *_prices(request))
+            whose = _of(request.strategy)
+            return (
+                "INFO",
+                f"Sends{whose}: {request.side.value} {_told(request.qty)} {request.symbol}, {' '.join(said)}.",
+            )
         case OrderFailed(outcome="unknown", client_order_id=order_id, reason=reason):
             return "ERROR", f"Nobody knows whether order {order_id} exists ({reason}); it is being looked up."
         case OrderFailed(outcome=outcome, client_order_id=order_id, reason=reason):
@@ -80,10 +88,15 @@ def _of(strategy: str) -> str:
     return f" of {strategy}" if strategy else ""
 
 
+def _prices(request: OrderRequest) -> list[str]:
+    prices = (request.stop_price, request.limit_price, request.stop_loss_price)
+    return [decimal_text(price) for price in prices if price is not None]
+
+
 def _told(value: Decimal | None) -> str:
     return "an amount of" if value is None else decimal_text(value)
 
-# %% ../../nbs/agents/07_monitor.ipynb #a13e2ad9
+# %% ../../nbs/agents/07_monitor.ipynb #c61b62e5
 ALERTS_MAX = 1_000
 
 
@@ -107,6 +120,7 @@ class MonitorAgent(Agent):
             SessionEnded,
             BarsClosed,
             RiskDecided,
+            OrderIntended,
             OrderFailed,
             FillRecorded,
             TradingStateChanged,

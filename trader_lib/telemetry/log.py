@@ -67,7 +67,7 @@ def get_logger(agent: str) -> "Logger":
     """Return the logger of an agent or another named part."""
     return logger.bind(agent=agent)
 
-# %% ../../nbs/telemetry/00_log.ipynb #f6797316
+# %% ../../nbs/telemetry/00_log.ipynb #838d72ba
 MASKED = "********"
 
 _DEPTH_MAX = 8
@@ -77,6 +77,15 @@ _SECRET_NAME = re.compile(_NAMES, re.IGNORECASE)
 _SECRET_IN_TEXT = re.compile(
     rf"""((?:[\w-]*(?:{_NAMES})[\w-]*)["']?\s*[:=]\s*["']?(?:(?:Basic|Bearer)\s+)?)([^\s"',;&)}}\]]+)""", re.IGNORECASE
 )
+
+
+_HINTS = ("secret", "passw", "passphrase", "token", "key", "author", "credent", "apca")  # one is in every such name
+
+
+def _is_clean(text: str, secrets: tuple[str, ...]) -> bool:
+    """Whether a text holds neither a secret nor a name that one goes by; quicker than to look for where."""
+    folded = text.casefold()
+    return not any(hint in folded for hint in _HINTS) and not any(secret in text for secret in secrets)
 
 
 def mask(
@@ -121,6 +130,8 @@ def _under(name: str, value: object, secrets: tuple[str, ...], depth: int) -> An
 
 
 def _clean(text: str, secrets: tuple[str, ...]) -> str:
+    if _is_clean(text, secrets):
+        return text
     for secret in secrets:
         text = text.replace(secret, MASKED)
     return _SECRET_IN_TEXT.sub(rf"\g<1>{MASKED}", text)
@@ -132,7 +143,7 @@ def _said(value: object) -> str:
     except Exception as error:  # a broken __str__ must not break the log
         return f"({type(value).__name__} whose text failed: {type(error).__name__})"
 
-# %% ../../nbs/telemetry/00_log.ipynb #3ddc8097
+# %% ../../nbs/telemetry/00_log.ipynb #6ad6eae4
 class _Sink:
     def __init__(self, secrets: tuple[str, ...], file: TextIO | None, form: str) -> None:
         self._secrets = secrets
@@ -175,6 +186,9 @@ class _Sink:
             "extra": extra,
             "exception": "".join(traceback.format_exception(*raised)) if raised else None,
         }
+        told = [value for value in row.values() if value]
+        if all(isinstance(value, str) for value in told) and _is_clean("\n".join(told), self._secrets):
+            return row  # looked through at once, as nearly every record can be
         return {name: _masked(value, self._secrets, 0) for name, value in row.items()}
 
 
