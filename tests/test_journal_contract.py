@@ -78,6 +78,15 @@ def test_a_long_journal_is_read_in_pieces(opened: Opener, monkeypatch: pytest.Mo
         assert journal.verify().rows == 10
 
 
+def test_payloads_of_one_type_come_as_they_were_written(opened: Opener) -> None:
+    with opened() as journal:
+        for seq in range(1, 11):
+            journal.append(event(seq, payload=HALT) if seq % 4 == 0 else event(seq))
+        assert list(journal.payloads(OperatorCommand, 10)) == [HALT.to_json().decode()] * 2
+        assert list(journal.payloads(OperatorCommand, 7)) == [HALT.to_json().decode()]
+        assert len(list(journal.payloads(ClockTicked, 3))) == 3
+
+
 @pytest.mark.parametrize("seq", [1, 2, 4, 100])
 def test_a_gap_or_a_repeat_is_refused(opened: Opener, seq: int) -> None:
     with opened() as journal:

@@ -38,6 +38,7 @@ from trader_lib.exchange.book import OrderEvent
 from trader_lib.exchange.engine import Exchange
 from trader_lib.journal.chain import Journal
 from trader_lib.journal.journal import SqliteJournal
+from trader_lib.market.bars import Bars
 from trader_lib.market.stamps import from_ns
 from trader_lib.session import session as session_module
 from trader_lib.session import wiring as wiring_module
@@ -267,7 +268,7 @@ class World:
 
     async def run(self) -> Outcome:
         """Play the session, through all its lives, check, and say what did not hold."""
-        plan, bars = self.plan, days(self.plan.seed % 10, self.plan.symbols, self.plan.bars)
+        plan, bars = self.plan, self.played()
         self.bars = bars
         self.spec = SessionSpec(
             strategy="tests.simulation.plan:Restless",
@@ -298,6 +299,10 @@ class World:
             for task in outside:
                 task.cancel()
         return self.outcome
+
+    def played(self) -> Bars:
+        """What the market plays, after the warm-up."""
+        return days(self.plan.seed % 10, self.plan.symbols, self.plan.bars)
 
     # --- lives
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['order_request', 'StrategyMemory', 'StrategyAgent', 'strategy_agent', 'cash_after', 'last_closes']
 
-# %% ../../nbs/agents/02_strategy.ipynb #7c76d6a4
+# %% ../../nbs/agents/02_strategy.ipynb #67f00437
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -83,7 +83,7 @@ def order_request(action: PlannedAction, order_id: str, strategy: str = "") -> O
 def _price(price: float) -> Decimal | None:
     return None if math.isnan(price) else to_decimal(price, PRICE_DECIMALS)
 
-# %% ../../nbs/agents/02_strategy.ipynb #08f84843
+# %% ../../nbs/agents/02_strategy.ipynb #14d9a53b
 @dataclass(frozen=True, slots=True)
 class StrategyMemory:
     """What the strategy agent knows, beside the bars."""
@@ -186,25 +186,24 @@ class StrategyAgent(Agent):
         self._uncovered = set(memory.uncovered)
         self._numbers = Counter({(symbol, purpose): number for symbol, purpose, number in memory.numbers})
 
-    def follow(self, bars: Iterable[BarsClosed]) -> None:
-        """Know bars that closed, without deciding on them: what was decided then is known from a snapshot."""
-        for closed in bars:
-            self._append(closed)
+    def follow(self, symbols: Sequence[str], times_ns: NDArray[np.int64], block: NDArray[np.float64]) -> None:
+        """Know bars that closed, without deciding on them: what was decided then is known from a snapshot.
 
-    def _append(self, closed: BarsClosed) -> bool:
-        """Add what closed of our symbols; say whether there was any."""
-        own = {symbol: row for symbol, row in closed.bars.items() if symbol in self._place}
-        if own:
-            self._bars = self._bars.append(closed.at, own, carry=self._carry)
-        return bool(own)
+        symbols: of the columns, ours among them. times_ns: their starts, UTC. block: open … volume [field × time × symbol].
+        """
+        own = block[:, :, [symbols.index(symbol) for symbol in self._bars.symbols]]
+        told = ~np.isnan(own[3]).all(axis=1)
+        self._bars = self._bars.extend(times_ns[told], own[:, told], carry=self._carry)
 
     # --- deciding
 
     async def _on_bars(self, event: Event) -> None:
         closed = event.payload
         assert isinstance(closed, BarsClosed)
-        if not self._append(closed):
+        own = {symbol: row for symbol, row in closed.bars.items() if symbol in self._place}
+        if not own:
             return
+        self._bars = self._bars.append(closed.at, own, carry=self._carry)
         close = self._bars.close[-1]
         np.copyto(self._mark, close, where=~np.isnan(close))
         self._planner.on_close(close)

@@ -19,7 +19,7 @@ from pydantic import Field, PlainSerializer, TypeAdapter
 from ..trading.numbers import AVERAGE_PRICE_DECIMALS
 from ..trading.orders import TERMINAL, Order, OrderRequest, OrderSide, OrderStatus, Purpose
 
-# %% ../../nbs/agents/04_tracking.ipynb #6d09e244
+# %% ../../nbs/agents/04_tracking.ipynb #afc95503
 class LocalState(StrEnum):
     """What an order is before, or instead of, being known to the broker."""
 
@@ -29,7 +29,7 @@ class LocalState(StrEnum):
     NOT_SENT = "not_sent"
 
 
-OrderState = LocalState | OrderStatus
+OrderState = OrderStatus | LocalState
 REPAIR = "repair:"  # begins the execution id of what was taken from the broker's record of an order
 
 RANK: dict[OrderState, int] = {
@@ -60,7 +60,7 @@ def next_state(current: OrderState, reported: OrderState) -> OrderState:
         return current
     return reported
 
-# %% ../../nbs/agents/04_tracking.ipynb #15dce4cf
+# %% ../../nbs/agents/04_tracking.ipynb #882c9142
 @dataclass(slots=True, eq=False)
 class OrderTrack:
     """What is known of one order: the parent, one leg, or one successor of what one request became.
@@ -73,7 +73,7 @@ class OrderTrack:
     side: OrderSide
     purpose: Purpose
     correlation_id: str
-    state: OrderState = LocalState.PLANNED
+    state: Annotated[OrderState, Field(union_mode="left_to_right")] = LocalState.PLANNED
     strategy: str = ""  # whose it is, in a session of several
     order_id: str | None = None
     reported_qty: Decimal = Decimal(0)  # shares, cumulative, as the broker says
@@ -252,7 +252,7 @@ class OrderTrack:
         price = (order.filled_avg_price * order.filled_qty - self.filled_value - carried) / qty
         return qty, round(price, AVERAGE_PRICE_DECIMALS)
 
-# %% ../../nbs/agents/04_tracking.ipynb #465f11c0
+# %% ../../nbs/agents/04_tracking.ipynb #7a54bec5
 FAMILIES: TypeAdapter[list[OrderTrack]] = TypeAdapter(list[OrderTrack])  # each with its legs and successors
 
 
@@ -283,7 +283,7 @@ class OrderBook:
                 self._adopted[root.order_id or ""] = root
             else:
                 self._tracks[root.client_order_id] = root
-            for member in root.family():
+            for member in root.family() if root.legs or root.successor else (root,):  # most have no family
                 if member.successor is not None:
                     member.successor.predecessor = member
                 for leg in member.legs:

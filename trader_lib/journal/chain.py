@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from ..trading.events import ENVELOPE, Event, Payload, canonical_row
 
-# %% ../../nbs/journal/00_chain.ipynb #b7faa9f3
+# %% ../../nbs/journal/00_chain.ipynb #e976ee31
 @dataclass(frozen=True, slots=True)
 class Verification:
     """What a check of the whole chain found."""
@@ -47,6 +47,10 @@ class Journal(Protocol):
 
     def read(self, from_seq: int = 0, types: Collection[type[Payload]] = ()) -> Iterator[Event]:
         """Events in order, from a number on, of some payload types or of all."""
+        ...
+
+    def payloads(self, kind: type[Payload], last: int) -> Iterator[str]:
+        """What the events of one payload type say, as JSON, in order, up to an event; nothing is checked."""
         ...
 
     def verify(self) -> Verification:

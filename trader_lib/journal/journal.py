@@ -27,7 +27,7 @@ from ..trading.events import ENVELOPE, Event, Payload
 
 _all_ = ["NO_HASH", "Journal", "Verification"]
 
-# %% ../../nbs/journal/01_journal.ipynb #0653870f
+# %% ../../nbs/journal/01_journal.ipynb #b987822b
 Durability = Literal["process", "power"]
 SCHEMA_VERSION = 1
 READ_ROWS = 500  # rows in memory at a time
@@ -66,10 +66,12 @@ ORDER BY seq DESC LIMIT :rows
 SELECT_CANONICAL = """
 SELECT
     seq, prev_hash, hash,
-    '{"causation_id":' || json_quote(causation_id) || ',"correlation_id":' || json_quote(correlation_id)
-    || ',"id":' || json_quote(id) || ',"kind":' || json_quote(kind) || ',"payload":' || payload
-    || ',"recorded_at":' || json_quote(recorded_at) || ',"seq":' || seq || ',"session_id":' || json_quote(session_id)
-    || ',"source":' || json_quote(source) || ',"time":' || json_quote(time) || ',"type":' || json_quote(type) || '}'
+    CAST(printf(
+        '%s{"causation_id":%s,"correlation_id":%s,"id":%s,"kind":%s,"payload":%s,"recorded_at":%s,"seq":%d,'
+        || '"session_id":%s,"source":%s,"time":%s,"type":%s}',
+        prev_hash, json_quote(causation_id), json_quote(correlation_id), json_quote(id), json_quote(kind), payload,
+        json_quote(recorded_at), seq, json_quote(session_id), json_quote(source), json_quote(time), json_quote(type)
+    ) AS BLOB)
 FROM events ORDER BY seq
 """
 WRITE_HEAD = (
@@ -111,7 +113,7 @@ def _translated(method: "Callable[Concatenate[SqliteJournal, P], R]") -> "Callab
 
     return translated
 
-# %% ../../nbs/journal/01_journal.ipynb #007fc1e4
+# %% ../../nbs/journal/01_journal.ipynb #8cd39c27
 class SqliteJournal:
     """A journal in one SQLite file.
 
@@ -260,6 +262,15 @@ class SqliteJournal:
                 yield Event.from_row(dict(zip(ENVELOPE, row, strict=False)), row[len(ENVELOPE)])
             from_seq = rows[-1][ENVELOPE.index("seq")] + 1
 
+    def payloads(self, kind: type[Payload], last: int) -> Iterator[str]:
+        """What the events of one payload type say, as JSON, in order, up to an event; nothing is checked."""
+        query = "SELECT payload FROM events WHERE type = ? AND seq <= ? ORDER BY seq"
+        try:
+            for (payload,) in self._connection.execute(query, (kind.type, last)):
+                yield payload
+        except sqlite3.Error as error:
+            raise _refusal(self.path, error) from error
+
     @_translated
     def last(self, types: Collection[type[Payload]], count: int = 1) -> list[Event]:
         """The latest events of some payload types, in order, without reading what came before them."""
@@ -287,8 +298,7 @@ class SqliteJournal:
             try:
                 for seq, before, link, text in self._connection.execute(SELECT_CANONICAL):
                     rows += 1
-                    kept = seq == rows and before == expected and text is not None
-                    kept = kept and sha256((before + text).encode()).hexdigest() == link
+                    kept = seq == rows and before == expected and sha256(text).hexdigest() == link
                     if not kept and (reason := self._fault(rows, expected)):
                         return Verification(False, rows, rows, reason)
                     expected = link

@@ -57,7 +57,7 @@ RECONNECTS_MAX = 40  # attempts to reach a server that went away
 RECONNECT_PAUSE_S = 0.25  # between two of them
 LOCK_TRIES_MAX = 20  # until whoever wrote before has let go, a pause apart
 
-# %% ../../nbs/journal/03_postgres.ipynb #43f9a799
+# %% ../../nbs/journal/03_postgres.ipynb #3df3bb93
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -312,6 +312,13 @@ class PostgresJournal:
         names = [payload.type for payload in types] or None
         values = (self.name, from_seq, names, names, READ_ROWS)
         return self._surviving(lambda: self._connection.execute(READ_EVENTS, values).fetchall())
+
+    @_translated
+    def payloads(self, kind: type[Payload], last: int) -> Iterator[str]:
+        """What the events of one payload type say, as JSON, in order, up to an event; nothing is checked."""
+        query = "SELECT payload FROM journal_events WHERE journal = %s AND type = %s AND seq <= %s ORDER BY seq"
+        values = (self.name, kind.type, last)
+        return iter([row[0] for row in self._surviving(lambda: self._connection.execute(query, values).fetchall())])
 
     @_translated
     def last(self, types: Collection[type[Payload]], count: int = 1) -> list[Event]:

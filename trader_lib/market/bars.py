@@ -41,7 +41,7 @@ class Provenance:
     content_hash: str = ""
     synthetic: bool = False
 
-# %% ../../nbs/market/03_bars.ipynb #d87b5c54
+# %% ../../nbs/market/03_bars.ipynb #99779204
 @lru_cache(maxsize=64)
 def _labels(symbols: tuple[str, ...]) -> "pd.Index[str]":
     return pd.Index(list(symbols))
@@ -297,6 +297,23 @@ class Bars:
         buffer.block[:, n : n + 1], buffer.times[n] = fresh, time_ns
         buffer.used = n + 1
         return self._trusted(buffer.block[:, : n + 1], buffer.times[: n + 1], self.symbols, self._origin, buffer)
+
+    def extend(self, times_ns: NDArray[np.int64], block: NDArray[np.float64], *, carry: bool = False) -> Self:
+        """These bars and many more rows, as if they had been appended one by one.
+
+        times_ns: starts of the new bars, UTC; block: open … volume [field × time × symbol], NaN where a symbol has no bar.
+        Raises BadData as construction does.
+        """
+        times, whole = np.concatenate([self.times_ns, times_ns]), np.concatenate([self._block, block], axis=1)
+        check_values(block, times_ns, self.symbols)
+        check_times(times, self.timeframe)
+        if carry:
+            close = pd.DataFrame(whole[3]).ffill().to_numpy()
+            gaps = np.isnan(whole[3])
+            gaps[: len(self)] = False
+            whole[:4, gaps], whole[4, gaps] = close[gaps], close[gaps] * 0.0
+        check_lives(whole[3], times, self.symbols)
+        return self._trusted(whole, times, self.symbols, self._origin)
 
     def frame(self, field: str = "close") -> pd.DataFrame:
         """One field as a DataFrame, a column a symbol, UTC index."""

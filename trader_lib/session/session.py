@@ -196,7 +196,7 @@ class SessionResult:
         """Equity at every closed bar, USD."""
         return self.curve["equity"]
 
-# %% ../../nbs/session/03_session.ipynb #b8d4c17f
+# %% ../../nbs/session/03_session.ipynb #c43ff93a
 class Session:
     """One session over wired parts. Use `run_session`."""
 
@@ -271,11 +271,12 @@ class Session:
 
     def _take_over(self, snapshot: Snapshot, agents: Agents, desk: Desk, journal: Journal) -> None:
         """Let the agents know what they knew, bars and orders included, so that only the rest is lived through."""
-        book, bars = agents.execution.book, tuple(snapshot.bars(journal))
+        book, symbols = agents.execution.book, self._inputs.spec.symbols
         snapshot.restore(agents.knowing() | {DESK: desk}, book)
         desk.correlate(book.correlations())
+        bars = snapshot.bars(journal, symbols)
         for strategist in agents.strategies:
-            strategist.follow(bars)
+            strategist.follow(symbols, *bars)
 
     def _ensure_capital(self, account: AccountReported) -> None:
         total = sum(self._inputs.capital.values(), Decimal(0))
