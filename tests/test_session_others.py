@@ -1,8 +1,9 @@
 """What others do with the account of a session, in symbols that it trades and in others."""
 
 import asyncio
-from collections.abc import Iterator
-from datetime import datetime
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,23 @@ from trader_lib.exchange.server import ExchangeServer
 from trader_lib.journal.journal import SqliteJournal
 from trader_lib.journal.opening import open_journal
 from trader_lib.market.bars import Bars
+from trader_lib.market.synthetic import synthetic_bars
 from trader_lib.risk.limits import Limits
+from trader_lib.session.companions import SessionParts
 from trader_lib.session.replay import replay
-from trader_lib.session.session import run_session
+from trader_lib.session.session import SessionResult, run_session
 from trader_lib.session.spec import SessionSpec
 from trader_lib.strategy.contract import Strategy
-from trader_lib.trading.events import AccountReported, Event, OrderAdopted, PortfolioChanged, Reconciled, RiskDecided
+from trader_lib.trading.events import (
+    AccountReported,
+    BarsClosed,
+    Event,
+    OrderAdopted,
+    PortfolioChanged,
+    Reconciled,
+    RiskDecided,
+    TradeUpdated,
+)
 from trader_lib.trading.orders import OrderRequest, OrderSide
 
 
@@ -129,3 +141,90 @@ def _is_gone(event: Event) -> bool:
         "resting",
         0,
     )
+
+
+# ---- on the embedded exchange, which dies with the session
+
+
+DAILY = SessionSpec(
+    strategy="rsi_reversion",
+    params={"period": 3, "entry": 45.0, "exit": 65.0, "stop_loss": 0.02, "take_profit": 0.03},
+    symbols=("AAPL", "IBM"),
+    start=date(2010, 1, 4),
+    end=date(2010, 2, 26),
+)
+MINUTES = DAILY.model_copy(update={"timeframe": "15Min", "start": date(2010, 3, 9), "end": date(2010, 3, 10)})
+
+
+FIRST = 5  # bars before somebody begins
+DOINGS = ((0, "new", "low"), (1, "new", "bought"), (2, "new", "more"), (3, "new", "late"), (5, "canceled", "low"))
+ASKED = {
+    "low": by_hand("low", 5, type="limit", limit_price=1, time_in_force="gtc"),
+    "bought": by_hand("bought", 7),
+    "more": by_hand("more", 3, symbol="AAPL"),
+    "late": by_hand("late", 2),
+}
+
+
+@asynccontextmanager
+async def somebody(parts: SessionParts) -> AsyncIterator[None]:
+    """Who orders by hand on the session's exchange, and takes an order back, each right after a bar."""
+    bars = 0
+
+    async def hear(event: Event) -> None:
+        nonlocal bars
+        doing = next((doing for doing in DOINGS if doing[0] == bars - FIRST + 1), None)
+        bars += 1
+        if doing is None or parts.is_past(event):
+            return
+        _, told, name = doing
+        if told == "new":
+            await parts.broker.submit(ASKED[name])
+        else:
+            order = await parts.broker.order_by_client_id(name)
+            assert order is not None
+            await parts.broker.cancel(order.id)
+
+    parts.bus.subscribe("somebody", [BarsClosed], hear)
+    yield
+
+
+@pytest.mark.parametrize("transport", ["in_process", "http"])
+@pytest.mark.parametrize("spec", [DAILY, MINUTES], ids=["daily", "minutes"])
+async def test_orders_of_others_on_the_embedded_exchange_survive_a_restart(
+    spec: SessionSpec, transport: str, tmp_path: Path
+) -> None:
+    bars = None if spec is DAILY else synthetic_bars(("AAPL", "IBM"), "2010-03-08", "2010-03-10", timeframe="15Min")
+    settings = load_settings(environ={}, env_file=None, overrides={"broker": {"transport": transport}})
+
+    async def run(path: Path, **more: Any) -> SessionResult:
+        return await run_session(spec, settings, bars=bars, journal_path=path, companions=[somebody], **more)
+
+    one = await run(tmp_path / "journal.sqlite")
+    assert one.reconciliation.ok, one.reconciliation.differences
+    with SqliteJournal(one.journal_path) as journal:
+        events = list(journal.read())
+        assert (await replay(journal)).agrees
+    closed = [event.seq for event in events if isinstance(event.payload, BarsClosed)]
+    heard = [(e.seq, e.payload) for e in events if isinstance(e.payload, TradeUpdated)]
+    unheard = []  # from when something was done by hand until it was told: torn there, it is lost
+    for bar, told, name in DOINGS:
+        seq = next(seq for seq, update in heard if (update.event, update.order.client_order_id) == (told, name))
+        unheard.append(range(closed[FIRST + bar - 1], seq))
+    first, stop = unheard[0].start, unheard[1].stop
+    edges = (first - 1, first, unheard[0].stop - 1, unheard[0].stop, stop)
+    lost = 0
+    for rows in (*edges, *range(stop, len(events), (len(events) - stop) // 3)[1:]):
+        folder = tmp_path / f"torn-{rows}"
+        folder.mkdir()
+        with SqliteJournal(folder / "journal.sqlite") as torn:
+            for event in events[:rows]:
+                torn.append(event)
+        other = await run(folder / "journal.sqlite", resume=True)
+        assert other.reconciliation.ok, (rows, other.reconciliation.differences)
+        if any(rows in window for window in unheard):
+            lost += 1
+            continue
+        assert other.positions == one.positions, rows
+        assert (other.order_list_hash, other.equity_end) == (one.order_list_hash, one.equity_end), rows
+    assert lost

@@ -7,7 +7,7 @@ __all__ = ['History', 'ORDER_FRESH_S', 'SIMULATED_KEY', 'Strategists', 'SessionI
            'EmbeddedExchangeProvider', 'InProcessProvider', 'HttpProvider', 'answers_kept', 'AlpacaProvider',
            'RealMarketProvider', 'strategist', 'bounds', 'Agents', 'AgentProvider', 'session_container']
 
-# %% ../../nbs/session/01_wiring.ipynb #22c7d0dd
+# %% ../../nbs/session/01_wiring.ipynb #f3513452
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -46,14 +46,14 @@ from ..risk.limits import Limits
 from .control import ControlFile, Operator, SessionLock
 from .drivers import Desk, Driver, LockstepDriver, Progress, RealTimeDriver
 from .drivers import SOURCE as DESK
-from .rebuild import Standing, rebuild
+from .rebuild import REBUILDS, NamesAhead, Standing, rebuild
 from .reconcile import Reconciler
 from .recovery import Recollection, RecordedBroker, Summary
 from .snapshots import Knowing, Snapshot, SnapshotKeeper, identity, snapshot_folder
 from .spec import Assignment, SessionSpec
 from ..strategy.contract import Strategy
 from ..strategy.planner import Planner
-from ..trading.events import AccountReported
+from ..trading.events import AccountReported, TradeUpdated
 from ..trading.portfolio import Commission, Fill, Position, no_commission
 
 # %% ../../nbs/session/01_wiring.ipynb #c600e721
@@ -161,7 +161,7 @@ class CoreProvider(Provider):
         """Where the broker's messages enter."""
         return Desk(bus, broker, ids)
 
-# %% ../../nbs/session/01_wiring.ipynb #92c9f9df
+# %% ../../nbs/session/01_wiring.ipynb #65f41c41
 class RebuiltExchange(NamedTuple):
     """An exchange, and where the journal leaves it."""
 
@@ -179,7 +179,7 @@ class EmbeddedExchangeProvider(Provider):
         """The exchange over the session's bars, and where the journal leaves it."""
         if inputs.bars is None:
             raise Misused("A simulated session needs bars to play. Pass them, or name a source that has them.")
-        spec = inputs.spec
+        spec, names = inputs.spec, NamesAhead(SeededIds(f"{inputs.session_id}/exchange"))
         exchange = Exchange(
             inputs.bars,
             inputs.start_index,
@@ -188,9 +188,10 @@ class EmbeddedExchangeProvider(Provider):
             starting_cash=spec.cash,
             multiplier=spec.multiplier,
             fractional=spec.fractional,
-            ids=SeededIds(f"{inputs.session_id}/exchange"),
+            ids=names,
         )
-        return RebuiltExchange(exchange, rebuild(exchange, journal.read()))
+        stream = journal.read(types=[TradeUpdated])
+        return RebuiltExchange(exchange, rebuild(exchange, journal.read(types=REBUILDS), stream, names))
 
     @provide
     def exchange(self, rebuilt: RebuiltExchange) -> Exchange:
