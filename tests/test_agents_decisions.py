@@ -326,7 +326,7 @@ async def test_what_is_on_its_way_counts_until_it_is_closed(stage: Stage) -> Non
     await stage.say(ack, part, fill_of(first.request, "x-1", Decimal(4)))
     assert agent._account.qty.tolist() == [0.0, 4.0] and agent._account.working["c-1"].remaining == 6
     await stage.say(fill_of(first.request, "x-2", Decimal(6)), fill_of(first.request, "x-3", Decimal(1), symbol="GOOG"))
-    assert not agent._account.working and agent._account.qty.tolist() == [0.0, 10.0]
+    assert not agent._account.working and agent._account.qty.tolist() == [0.0, 10.0, 1.0]  # of others' symbols, too
     for number, end in enumerate(("not_sent", "rejected", "acknowledged", "updated")):
         order = propose(f"e-{number}", 5)
         (decided,) = await stage.say(order)
@@ -390,7 +390,7 @@ async def test_order_of_somebody_else_over_an_amount_counts_by_the_last_close(st
     elsewhere = order_of(request, "new", symbol="FB", client_order_id="elsewhere")
     unpriced = order_of(request, "new", qty=None, client_order_id="unpriced")
     await stage.say(OrderAdopted(order=elsewhere, remaining=Decimal(1)), OrderAdopted(order=unpriced, remaining=None))
-    assert list(agent._account.working) == ["by hand"]
+    assert list(agent._account.working) == ["by hand", "elsewhere"]
 
 
 async def test_order_that_was_replaced_is_on_its_way_until_its_line_has_ended(stage: Stage) -> None:
