@@ -19,6 +19,7 @@ from tests.simulation.world import Outcome, World, play
 from trader_lib.agents.contract import Agent
 from trader_lib.agents.tracking import OrderBook
 from trader_lib.market.bars import Bars
+from trader_lib.observe.metering import Meter
 from trader_lib.session.companions import SessionParts
 from trader_lib.session.snapshots import snapshot_folder
 
@@ -31,6 +32,13 @@ def _quiet() -> Iterator[None]:
 
 
 WIRED = {"_bus", "_clock", "_broker", "_commit", "_handlers", "_is_stopped", "_commission", "_patience", "_strategy"}
+METRICS = (
+    "trader_equity_usd",
+    "trader_profit_usd",
+    "trader_day_profit_usd",
+    "trader_drawdown_ratio",
+    "trader_cash_usd",
+)
 PASSING = {
     "_handed_out",  # what changed since somebody asked
     "_buffer",  # room for more bars
@@ -82,9 +90,10 @@ class TwiceResumed(World):
     """Resumes its session once more when it is over: with its last snapshot, and without any."""
 
     knowing: list[dict[str, Agent]]
+    metered: list[dict[str, float | None]]
 
     async def run(self) -> Outcome:
-        self.knowing = []
+        self.knowing, self.metered = [], []
         outcome = await super().run()
         began_with = outcome.faults["began with a snapshot"]
         folder, kept = self.path.parent, self.path.parent.with_suffix(".kept")
@@ -100,11 +109,14 @@ class TwiceResumed(World):
 
     @asynccontextmanager
     async def _look(self, parts: SessionParts) -> AsyncIterator[None]:
+        meter = Meter(parts)
+        parts.bus.subscribe("meter", (), meter.hear)
         yield
+        self.metered.append({name: meter.metrics.get(name) for name in METRICS})
         self.knowing.append({name: agent for name, agent in parts.agents.knowing().items() if isinstance(agent, Agent)})
 
 
-def resumed_twice(seed: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Outcome, list[dict[str, Agent]]]:
+def resumed_twice(seed: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Outcome, TwiceResumed]:
     worlds: list[TwiceResumed] = []
 
     def build(*args: Any) -> TwiceResumed:
@@ -112,19 +124,21 @@ def resumed_twice(seed: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Outcome, 
         return worlds[-1]
 
     monkeypatch.setattr(world_module, "World", build)
-    return play(replace(plan_of(seed), snapshot_events=10)), worlds[0].knowing
+    return play(replace(plan_of(seed), snapshot_events=10)), worlds[0]
 
 
 @pytest.mark.parametrize("seed", [1, 2, 6, 8, 24, 33])
 def test_agents_know_the_same_with_a_snapshot_and_without(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    outcome, (short, long) = resumed_twice(seed, monkeypatch)
+    outcome, world = resumed_twice(seed, monkeypatch)
     assert not outcome.broken
+    short, long = world.knowing
     assert short.keys() == long.keys()
     assert [track.client_order_id for track in short["execution"].book.working()] == [
         track.client_order_id for track in long["execution"].book.working()
     ]
     found = [found for name in short for found in differences(short[name], long[name], name)]
     assert not found, "\n".join(found)
+    assert world.metered[0] == world.metered[1] and None not in world.metered[0].values()
 
 
 def test_comparison_of_agents_sees_what_a_snapshot_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +151,8 @@ def test_comparison_of_agents_sees_what_a_snapshot_forgets(monkeypatch: pytest.M
         restore(book, told)
 
     monkeypatch.setattr(OrderBook, "restore", forgetful)
-    _, (short, long) = resumed_twice(1, monkeypatch)
+    _, world = resumed_twice(1, monkeypatch)
+    short, long = world.knowing
     assert any(".executions" in found for found in differences(short["execution"], long["execution"], "execution"))
 
 

@@ -75,7 +75,7 @@ class Condition:
     uncommitted_s: float
     disk_free: int
 
-# %% ../../nbs/observe/01_metering.ipynb #7bba1f84
+# %% ../../nbs/observe/01_metering.ipynb #548ac742
 class Meter:
     """Counts what a session does and reads what its parts know. Everything but `beaten_at` belongs to the session's thread.
 
@@ -139,7 +139,7 @@ class Meter:
             case BarsClosed():
                 self._on_bars(event.payload, is_past)
             case PortfolioChanged():
-                self._on_worth(event.payload)
+                self._on_worth(event.payload, event.time.astimezone(NEW_YORK).date())
             case OrderProposed() | OrderIntended() | OrderAcknowledged() | FillRecorded() if not is_past:
                 self._time(event.payload)
             case RiskDecided(approved=False, checks=checks) if not is_past:
@@ -159,11 +159,18 @@ class Meter:
             case SessionStarted(strategy=strategy, stage=stage, timeframe=timeframe):
                 self.metrics.put("trader_session_info", 1, strategy, stage, timeframe)
                 self._condition = replace(self._condition, started=True)
+                self._know_open_orders()
             case SessionEnded(reason=reason):
                 self.metrics.put("trader_session_running", 0)
                 self._condition = replace(self._condition, ended=reason)
         if isinstance(event.payload, OrderAcknowledged | TradeUpdated):
             self._follow(event.payload.order, is_past)
+
+    def _know_open_orders(self) -> None:
+        """After a restart with a snapshot the orders of before are not told again; the execution agent knows them."""
+        for track in self._parts.agents.execution.book.working():
+            known = (member for member in track.family() if member.is_open and member.order_id is not None)
+            self._open.update((member.order_id or "", member.client_order_id) for member in known)
 
     def _on_bars(self, closed: BarsClosed, is_past: bool) -> None:
         if not is_past:
@@ -172,7 +179,7 @@ class Meter:
         for symbol, row in closed.bars.items():
             self._marks[symbol] = row.close
 
-    def _on_worth(self, worth: PortfolioChanged) -> None:
+    def _on_worth(self, worth: PortfolioChanged, day: date) -> None:
         put = self.metrics.put
         put("trader_cash_usd", float(worth.cash))
         values = [float(held.qty) * self._marks.get(held.symbol, math.nan) for held in worth.positions]
@@ -181,11 +188,10 @@ class Meter:
             put("trader_exposure_usd", value, kind)
         put("trader_positions", len(values))
         if worth.equity is not None:
-            self._on_equity(float(worth.equity))
+            self._on_equity(float(worth.equity), day)
 
-    def _on_equity(self, equity: float) -> None:
-        put, closed_at = self.metrics.put, self._condition.bar_closed_at
-        day = None if closed_at is None else closed_at.astimezone(NEW_YORK).date()
+    def _on_equity(self, equity: float, day: date) -> None:
+        put = self.metrics.put
         if math.isnan(self._began_with):
             self._began_with = equity
         if day != self._day:  # yesterday's last figure is today's first

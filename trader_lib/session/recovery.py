@@ -6,7 +6,7 @@
 __all__ = ['SESSION', 'EXECUTION', 'DECIDING', 'STANDING', 'SILENCE', 'is_deciding', 'Landmarks', 'Summary', 'Recollection',
            'repaired_at_once', 'RecordedBroker']
 
-# %% ../../nbs/session/08_recovery.ipynb #7d955a21
+# %% ../../nbs/session/08_recovery.ipynb #5c7cc20b
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from ..broker.inbox import Inbox
 from ..broker.port import Asset, Broker, MarketClock, OrderFilter, StreamCounters
 from ..bus.bus import InProcessBus
 from ..clock.clock import Clock
+from ..clock.sessions import NEW_YORK
 from ..errors.taxonomy import InvariantBroken, OutcomeUnknown, Rejected, Retryable
 from trader_lib.trading.events import (
     AccountReported,
@@ -46,7 +47,7 @@ from trader_lib.trading.events import (
 from ..trading.orders import Order, OrderRequest
 from ..trading.portfolio import Position
 
-# %% ../../nbs/session/08_recovery.ipynb #a4767bbe
+# %% ../../nbs/session/08_recovery.ipynb #a516431b
 SESSION = "session"  # the source of what the session itself says
 EXECUTION = ExecutionAgent.name
 DECIDING = frozenset({StrategyAgent.name, RiskAgent.name, EXECUTION, PortfolioAgent.name})
@@ -129,7 +130,11 @@ class Summary:
 
     @property
     def standing(self) -> list[Event]:
-        """The latest of each event that says how things stand, and the first report of the account; in order."""
+        """The latest of each event that says how things stand, in order.
+
+        And what a curve of equity is measured by: the first report of the account, the peak, the last figure of the day
+        before.
+        """
         by_number = {event.seq: event for event in self._standing.values()}
         return [by_number[seq] for seq in sorted(by_number)]
 
@@ -143,13 +148,24 @@ class Summary:
         """Whether the session ended because something raised: its reason begins with the name of an exception."""
         return self.ended is not None and ": " in self.ended.reason
 
+    def _measure(self, event: Event, worth: PortfolioChanged, before: Event | None) -> None:
+        peak = self._standing.get("peak")
+        highest = None if peak is None or not isinstance(peak.payload, PortfolioChanged) else peak.payload.equity
+        if highest is None or (worth.equity is not None and worth.equity >= highest):
+            self._standing["peak"] = event
+        if before is not None and before.time.astimezone(NEW_YORK).date() != event.time.astimezone(NEW_YORK).date():
+            self._standing["day before"] = before
+
     def take(self, event: Event) -> None:
         """Read one more event."""
         self.last_seq, self.session_id, self.last_time = event.seq, event.session_id, event.recorded_at
         self.types[event.type] += 1
         if isinstance(event.payload, STANDING):
             whose = event.payload.strategy if isinstance(event.payload, TradingStateChanged) else ""
+            before = self._standing.get(f"{event.type} {whose}")
             self._standing[f"{event.type} {whose}"] = event
+            if isinstance(event.payload, PortfolioChanged):
+                self._measure(event, event.payload, before)
         match event.payload:
             case SessionStarted() as started:
                 self.started, self.started_at = started, event.recorded_at
