@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import json
 import os
-import sqlite3
 import statistics
 import subprocess
 import sys
@@ -28,6 +26,7 @@ from unittest.mock import patch
 from alpaca.trading.client import TradingClient
 from loguru import logger
 
+from tests.bench.recovering import recovering
 from tests.bench.scaling import scaling
 from tests.bench.watching import watching
 from trader_lib.agents.execution import ExecutionAgent
@@ -44,8 +43,7 @@ from trader_lib.clock.ids import UniqueIds
 from trader_lib.config.sections import LoggingSettings, ResilienceSettings
 from trader_lib.exchange.engine import Exchange
 from trader_lib.exchange.server import ExchangeServer
-from trader_lib.journal.chain import NO_HASH, chain_hash
-from trader_lib.journal.journal import INSERT, WRITE_HEAD, SqliteJournal
+from trader_lib.journal.journal import SqliteJournal
 from trader_lib.market.bars import Bars
 from trader_lib.risk.limits import Limits
 from trader_lib.session.drivers import Desk
@@ -278,7 +276,7 @@ def order_path() -> list[Row]:
             took = asyncio.run(_order_path(Path(folder)))
         logger.remove()
         sent = [json.loads(line) for line in log.read_text().splitlines()]
-        assert sum(row["message"].startswith("Sends: ") for row in sent) == 2 * (ORDERS + WARM_UP)
+        assert sum(row["message"].startswith("Sent: ") for row in sent) == 2 * (ORDERS + WARM_UP)
     rows = []
     for kind, seconds in took.items():
         assert min(seconds) > 0.0, f"an order of {kind} was not sent"
@@ -328,63 +326,6 @@ def journal_throughput() -> list[Row]:
 EVENTS = 1_000_000
 
 
-def recovery(events: int) -> list[Row]:
-    """What a resumption reads: a journal of so many events checked and remembered; and a session lived through again.
-
-    The long journal is synthetic: the events of a real session over eight years, again and again under new numbers.
-    """
-    from trader_lib import SessionSpec, load_settings, run_session
-    from trader_lib.session.recovery import Recollection
-
-    symbols = ["AAPL", "IBM", "MSFT"]
-    spec = SessionSpec.model_validate({"strategy": "sma_cross", "symbols": symbols, "start": "2009-01-02"})
-    settings = load_settings(overrides={"broker": {"kind": "simulated", "transport": "in_process"}}, env_file=None)
-    with TemporaryDirectory() as folder:
-        short, long = Path(folder) / "short.sqlite", Path(folder) / "long.sqlite"
-        asyncio.run(run_session(spec, settings, journal_path=short))
-        _repeat(short, long, events)
-        rows = []
-        with SqliteJournal(short, read_only=True) as journal:
-            lived = journal.last_seq
-        began = time.perf_counter(), time.process_time()
-        asyncio.run(run_session(spec, settings, journal_path=short, resume=True))
-        wall, cpu = time.perf_counter() - began[0], time.process_time() - began[1]
-        rows.append(Row(f"resume a session of {lived:,} events", wall, "s", "CPU seconds", cpu))
-        with SqliteJournal(long, read_only=True) as journal:
-            began = time.perf_counter(), time.process_time()
-            assert journal.verify().rows == events
-            wall, cpu = time.perf_counter() - began[0], time.process_time() - began[1]
-            rows.append(Row(f"verify {events:,} events", wall, "s", "CPU seconds", cpu))
-            began = time.perf_counter(), time.process_time()
-            gc.disable()
-            assert Recollection(journal.read()).last_seq == events
-            gc.enable()
-            wall, cpu = time.perf_counter() - began[0], time.process_time() - began[1]
-            rows.append(Row(f"remember {events:,} events", wall, "s", "CPU seconds", cpu))
-    return rows
-
-
-def _repeat(short: Path, long: Path, events: int) -> None:
-    """Write a synthetic journal: the events of a short one again and again, under new numbers and ids, well chained."""
-    with SqliteJournal(short, read_only=True) as journal:
-        found = [(event.envelope(), event.payload.to_json()) for event in journal.read()]
-    SqliteJournal(long).close()
-    connection = sqlite3.connect(long)
-    link = NO_HASH
-    batch = []
-    for seq in range(1, events + 1):
-        envelope, payload = found[(seq - 1) % len(found)]
-        envelope = envelope | {"seq": seq, "id": f"{seq:032x}"}
-        before, link = link, chain_hash(link, envelope, payload)
-        batch.append((*envelope.values(), payload.decode(), before, link))
-        if len(batch) == 10_000 or seq == events:
-            connection.executemany(INSERT, batch)
-            batch.clear()
-    connection.execute(WRITE_HEAD, (events, link))
-    connection.commit()
-    connection.close()
-
-
 def calls_saved() -> list[Row]:
     """Calls that the adapter's cache answered in a session over HTTP."""
     from trader_lib import SessionSpec, load_settings, run_session
@@ -416,7 +357,7 @@ PARTS = {
     "orders": order_path,
     "journal": journal_throughput,
     "cache": calls_saved,
-    "recovery": lambda: recovery(EVENTS),
+    "recovery": lambda: recovering(Row, EVENTS),
     "watching": lambda: watching(Row),
     "scaling": lambda: scaling(Row),
 }

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Record', 'ALERTS_MAX', 'describe', 'MonitorAgent']
 
-# %% ../../nbs/agents/07_monitor.ipynb #4cfa3262
+# %% ../../nbs/agents/07_monitor.ipynb #ac638b6c
 from collections import Counter
 from collections.abc import Callable, Mapping
 from decimal import Decimal
@@ -20,6 +20,7 @@ from trader_lib.trading.events import (
     Event,
     FillRecorded,
     OperatorCommand,
+    OrderAcknowledged,
     OrderFailed,
     OrderIntended,
     Payload,
@@ -30,11 +31,11 @@ from trader_lib.trading.events import (
     TradingState,
     TradingStateChanged,
 )
-from ..trading.orders import OrderRequest, decimal_text
+from ..trading.orders import Order, decimal_text
 
 Record = tuple[str, str]  # level and text
 
-# %% ../../nbs/agents/07_monitor.ipynb #8f7c0183
+# %% ../../nbs/agents/07_monitor.ipynb #fe44526c
 def describe(payload: Payload) -> Record | None:
     """The level and text of the log record that a payload deserves; None for none."""
     match payload:
@@ -48,13 +49,10 @@ def describe(payload: Payload) -> Record | None:
             )
             whose, reasons = _of(request.strategy), " ".join(scoped)
             return "WARNING", f"Refused{whose}: {request.side.value} {_told(request.qty)} {request.symbol}. {reasons}"
-        case OrderIntended(request=request):
-            said = (request.type.value.replace("_", " "), *_prices(request))
-            whose = _of(request.strategy)
-            return (
-                "INFO",
-                f"Sends{whose}: {request.side.value} {_told(request.qty)} {request.symbol}, {' '.join(said)}.",
-            )
+        case OrderAcknowledged(order=order):
+            terms = (order.type.value.replace("_", " "), *_prices(order))
+            told = f"{order.side.value} {_told(order.qty)} {order.symbol}, {' '.join(terms)}"
+            return "INFO", f"Sent: {told}. It is {order.status.value.replace('_', ' ')}."
         case OrderFailed(outcome="unknown", client_order_id=order_id, reason=reason):
             return "ERROR", f"Nobody knows whether order {order_id} exists ({reason}); it is being looked up."
         case OrderFailed(outcome=outcome, client_order_id=order_id, reason=reason):
@@ -88,15 +86,14 @@ def _of(strategy: str) -> str:
     return f" of {strategy}" if strategy else ""
 
 
-def _prices(request: OrderRequest) -> list[str]:
-    prices = (request.stop_price, request.limit_price, request.stop_loss_price)
-    return [decimal_text(price) for price in prices if price is not None]
+def _prices(order: Order) -> list[str]:
+    return [decimal_text(price) for price in (order.stop_price, order.limit_price) if price is not None]
 
 
 def _told(value: Decimal | None) -> str:
     return "an amount of" if value is None else decimal_text(value)
 
-# %% ../../nbs/agents/07_monitor.ipynb #c61b62e5
+# %% ../../nbs/agents/07_monitor.ipynb #fe359e78
 ALERTS_MAX = 1_000
 
 
@@ -112,6 +109,7 @@ class MonitorAgent(Agent):
         self._log = get_logger(self.name)
         self.counts: Counter[str] = Counter()
         self.alerts: list[str] = []
+        self._unanswered: set[str] = set()  # client order ids
 
     def handlers(self) -> Mapping[type[Payload], Handler]:
         """What it consumes: nearly everything but the bars' contents."""
@@ -121,6 +119,7 @@ class MonitorAgent(Agent):
             BarsClosed,
             RiskDecided,
             OrderIntended,
+            OrderAcknowledged,
             OrderFailed,
             FillRecorded,
             TradingStateChanged,
@@ -133,7 +132,7 @@ class MonitorAgent(Agent):
     async def _on_event(self, event: Event) -> None:
         self.counts[event.type] += 1
         record = describe(event.payload)
-        if record is None:
+        if self._is_known(event.payload) or record is None:
             return
         level, text = record
         with bind_correlation(event.correlation_id):
@@ -142,3 +141,16 @@ class MonitorAgent(Agent):
             self.alerts = [*self.alerts[1 - ALERTS_MAX :], text]
             if self._alert is not None:
                 self._alert(text)
+
+    def _is_known(self, payload: Payload) -> bool:
+        """Whether this only confirms an order that has its record."""
+        match payload:
+            case OrderIntended(request=request):
+                self._unanswered.add(request.client_order_id)
+            case OrderFailed(outcome="rejected" | "not_sent", client_order_id=order_id):
+                self._unanswered.discard(order_id)
+            case OrderAcknowledged(client_order_id=order_id):
+                if order_id not in self._unanswered:
+                    return True
+                self._unanswered.discard(order_id)
+        return False

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OnError', 'Recorder', 'Past', 'Bus', 'InProcessBus', 'Handler', 'Overloaded', 'Subscription']
 
-# %% ../../nbs/bus/01_bus.ipynb #97a62f73
+# %% ../../nbs/bus/01_bus.ipynb #9faf125a
 import asyncio
 from collections.abc import Callable, Collection, Iterable
 from datetime import datetime
@@ -15,7 +15,7 @@ from .inbox import Handler, Overloaded, Subscription
 from ..clock.clock import Clock
 from ..clock.ids import Ids
 from ..errors.taxonomy import Misused
-from ..telemetry.log import bind_correlation, get_logger
+from ..telemetry.log import bind_correlation, correlation_id, get_logger
 from ..telemetry.tracing import handling
 from ..trading.events import Event, Payload
 
@@ -84,7 +84,7 @@ class Bus(Protocol):
         """Stop delivering."""
         ...
 
-# %% ../../nbs/bus/01_bus.ipynb #28ab24ae
+# %% ../../nbs/bus/01_bus.ipynb #88b4100c
 class InProcessBus:
     """Events between the agents of one process.
 
@@ -327,9 +327,9 @@ class InProcessBus:
             await self._handle(subscription, await subscription.take())
 
     async def _handle(self, subscription: Subscription, event: Event) -> None:
-        task = asyncio.current_task()
+        task, token = asyncio.current_task(), correlation_id.set(event.correlation_id)
         try:
-            with bind_correlation(event.correlation_id), handling(subscription.name, event):
+            with handling(subscription.name, event):
                 await subscription.handler(event)
             subscription.handled += 1
         except asyncio.CancelledError as error:
@@ -338,6 +338,8 @@ class InProcessBus:
             self._report(subscription, event, error)  # of something that the handler waited for
         except Exception as error:
             self._report(subscription, event, error)
+        finally:
+            correlation_id.reset(token)
         subscription.busy = False
         self._settle(1)
 
