@@ -451,6 +451,45 @@ async def test_order_is_dropped_when_the_cancel_is_not_confirmed_in_time(stage: 
     assert "could not be canceled yet" in stage.heard(OrderFailed)[0].reason
 
 
+@pytest.mark.parametrize(
+    ("leaving", "purpose", "goes_out"),
+    [("entry", "entry", False), ("exit", "entry", False), ("exit", "exit", False), ("entry", "exit", True)],
+)
+async def test_order_waits_while_the_one_before_may_still_fill_at_later_bars_too(
+    stage: Stage, leaving: str, purpose: str, goes_out: bool
+) -> None:
+    """Not confirmed canceled, it lies at the broker; an exit may go out beside an entry."""
+    await stage.approve(request(purpose=leaving))
+    stage.broker.records = [Retryable("busy")] * 3
+    await stage.say(cancel())
+
+    async def decide(order: OrderRequest) -> None:
+        await stage.say(RiskDecided(request=order, decided_at=BAR + timedelta(days=1), approved=True))
+
+    await decide(request("c-2", purpose=purpose))
+    assert len(stage.broker.submitted) == 1 + goes_out
+    if not goes_out:
+        assert "could not be canceled yet" in stage.heard(OrderFailed)[0].reason
+    await decide(request("c-3", "AAPL"))
+    await decide(request("c-4", strategy="another"))
+    await stage.report("canceled", "canceled")
+    await decide(request("c-5", purpose=purpose))
+    assert [order.client_order_id for order in stage.broker.submitted[-3:]] == ["c-3", "c-4", "c-5"]
+
+
+async def test_order_waits_while_one_that_is_to_be_canceled_is_unknown(stage: Stage) -> None:
+    stage.broker.answers = [OutcomeUnknown("timed out")]
+    stage.broker.records = [Retryable("down")] * 3
+    await stage.approve()
+    await stage.say(cancel())
+    await stage.say(RiskDecided(request=request("c-2"), decided_at=BAR + timedelta(days=1), approved=True))
+    assert len(stage.broker.submitted) == 1
+    stage.broker.records = [record(status="canceled")]
+    await stage.report("new")
+    await stage.say(RiskDecided(request=request("c-3"), decided_at=BAR + timedelta(days=2), approved=True))
+    assert [order.client_order_id for order in stage.broker.submitted] == ["c-1", "c-3"]
+
+
 async def test_cancel_is_repeated_when_it_may_not_have_arrived(stage: Stage) -> None:
     await stage.approve()
     stage.broker.cancels = [Retryable("busy"), OutcomeUnknown("timed out"), None]

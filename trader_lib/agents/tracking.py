@@ -252,7 +252,7 @@ class OrderTrack:
         price = (order.filled_avg_price * order.filled_qty - self.filled_value - carried) / qty
         return qty, round(price, AVERAGE_PRICE_DECIMALS)
 
-# %% ../../nbs/agents/04_tracking.ipynb #7a54bec5
+# %% ../../nbs/agents/04_tracking.ipynb #e5da462d
 FAMILIES: TypeAdapter[list[OrderTrack]] = TypeAdapter(list[OrderTrack])  # each with its legs and successors
 
 
@@ -406,9 +406,18 @@ class OrderBook:
         alive = [self._hand_out(track) for key in tuple(self._open) for track in self._alive(*key)]
         return sorted(alive, key=lambda track: track.number)
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether the broker reports more filled than is recorded, of any order."""
+        return any(member.behind_since is not None for track in self.working() for member in track.family())
+
     def untold_qty(self, strategy: str, symbol: str) -> Decimal:
         """Shares, signed, that the broker says are filled of a strategy's orders in a symbol, and that no fill has told."""
         return sum((track.untold_qty for track in self._alive(strategy, symbol)), Decimal(0))
+
+    def leaving(self, strategy: str, symbol: str) -> list[OrderTrack]:
+        """A strategy's orders in a symbol that are being taken back, and may fill until the broker says otherwise."""
+        return [track for track in self._alive(strategy, symbol) if track.cancel_wanted and track.is_open]
 
     def _alive(self, strategy: str, symbol: str) -> list[OrderTrack]:
         """Of one strategy's orders in a symbol, those that are working; the others are let go."""
