@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
@@ -21,7 +22,7 @@ from trader_lib.agents.tracking import OrderBook
 from trader_lib.market.bars import Bars
 from trader_lib.observe.metering import Meter
 from trader_lib.session.companions import SessionParts
-from trader_lib.session.snapshots import snapshot_folder
+from trader_lib.session.snapshots import SnapshotKeeper, snapshot_folder
 
 
 @pytest.fixture(autouse=True)
@@ -174,3 +175,14 @@ def test_damaged_snapshot_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(world_module, "World", Damaging)
     outcome = play(plan)
     assert not outcome.broken and not outcome.faults["began with a snapshot"]
+
+
+def test_disk_that_takes_no_snapshot_costs_the_shortcut_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = next(plan_of(seed) for seed in range(1, 50) if plan_of(seed).deaths and plan_of(seed).snapshot_events == 10)
+
+    def refuses(keeper: SnapshotKeeper) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SnapshotKeeper, "_add_orders", refuses)
+    outcome = play(plan)
+    assert not outcome.broken and outcome.faults["died"] and not outcome.faults["began with a snapshot"]

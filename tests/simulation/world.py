@@ -24,6 +24,7 @@ from tests.simulation.checks import check
 from tests.simulation.disk import Died, Record, WatchedJournal
 from tests.simulation.loop import LoopClock, VirtualLoop
 from tests.simulation.plan import WARMUP, Plan, calendar, days, plan_of
+from trader_lib.agents.execution import ExecutionAgent
 from trader_lib.agents.market_data import MarketDataAgent
 from trader_lib.broker.faults import Faults, FaultyBroker
 from trader_lib.broker.in_process import InProcessBroker
@@ -208,6 +209,7 @@ class StormProvider(Provider):
         history: History,
         reconciler: Reconciler,
         keeper: SnapshotKeeper,
+        execution: ExecutionAgent,
         world: dict,  # type: ignore[type-arg]
     ) -> Driver:
         plan: Plan = world["world"].plan
@@ -216,7 +218,7 @@ class StormProvider(Provider):
             inputs.spec.timeframe, inputs.past.last_bar or history.at(history.n - 1), count=inputs.past.bars,
             ends_at=world["world"].ends_at, wait_s=5.0, tick_s=TICK_S, reconcile_s=RECONCILE_S,
             reconciler=reconciler if plan.seed % RECONCILING == RECONCILING - 1 else None,
-            resumed=not inputs.past.is_empty, keeper=keeper,
+            resumed=not inputs.past.is_empty, keeper=keeper, is_behind=lambda: execution.book.is_behind,
         )  # fmt: skip
         keeper.disk = world["world"].record  # type: ignore[attr-defined]
         driver.world = world["world"]

@@ -258,7 +258,7 @@ class LockstepDriver:
         if when > self._clock.now():
             self._clock.advance_to(when)
 
-# %% ../../nbs/session/02_drivers.ipynb #2c7b91d1
+# %% ../../nbs/session/02_drivers.ipynb #0de712e4
 class RealTimeDriver:
     """Follows a real market until an end.
 
@@ -266,7 +266,8 @@ class RealTimeDriver:
     at which to end. delay_s: how long after a bar's close it is asked for, seconds. tick_s: between two ticks, and between
     two attempts to fetch a bar, seconds. wait_s: longest wait for a message, and so for the stop, real seconds.
     reconciler, reconcile_s: who compares the books with the broker's, and how often, seconds. resumed: bars may have
-    closed while nobody listened. keeper: who writes down what the agents know.
+    closed while nobody listened. keeper: who writes down what the agents know. is_behind: whether the broker reports fills
+    that are not recorded.
     """
 
     def __init__(
@@ -289,6 +290,7 @@ class RealTimeDriver:
         reconciler: Reconciler | None = None,
         reconcile_s: float = 300.0,
         keeper: SnapshotKeeper | None = None,
+        is_behind: Callable[[], bool] = lambda: True,
         resumed: bool = False,
         bars_max: int | None = None,
         ends_at: datetime | None = None,
@@ -309,7 +311,7 @@ class RealTimeDriver:
         self._log = get_logger(SOURCE)
         self._ask_at = self._next_close() + self._delay if self._is_polled else None
         self._tick_at = clock.monotonic() + tick_s  # a wall clock that is set back must not stop the ticks
-        self._keeper = keeper
+        self._keeper, self._is_behind = keeper, is_behind
         self._reconciler, self._reconcile_every = reconciler, timedelta(seconds=reconcile_s)
         self._reconcile_at = clock.now() + self._reconcile_every
         self._gap_at = clock.now() if resumed and not self._is_polled else None
@@ -359,18 +361,22 @@ class RealTimeDriver:
         await self._clock.sleep(seconds)
 
     async def recover(self, past: Awaitable[None]) -> None:
-        """After a restart: let the agents live through the past, then compare with the broker what was open, twice.
+        """After a restart: let the agents live through the past, then compare with the broker what was open.
 
-        The second time, after a pause, whatever the broker filled meanwhile is repaired from its record.
+        Where it filled meanwhile, a second time after a pause: what no stream has told by then is repaired from its record.
         """
         await past
         await self._bus.idle()
         self._desk.doubt()
-        for pause_s in (0.0, RECOVERY_PAUSE_S):
-            await self._clock.sleep(pause_s)
-            tick = ClockTicked(at=self._clock.now())
-            await self._bus.publish(tick, source=SOURCE, correlation_id=self._ids.new())
-            await self.settle()
+        await self._tick_once()
+        if self._is_behind():
+            await self._clock.sleep(RECOVERY_PAUSE_S)
+            await self._tick_once()
+
+    async def _tick_once(self) -> None:
+        tick = ClockTicked(at=self._clock.now())
+        await self._bus.publish(tick, source=SOURCE, correlation_id=self._ids.new())
+        await self.settle()
 
     def _notice_gaps(self, now: datetime) -> None:
         """After a stream has come back, or a message could not be read, look at once for what was not heard."""

@@ -348,7 +348,7 @@ class AlpacaProvider(Provider):
         """As a source of history."""
         return broker
 
-# %% ../../nbs/session/01_wiring.ipynb #0f51ec25
+# %% ../../nbs/session/01_wiring.ipynb #c53cee43
 class RealMarketProvider(Provider):
     """Alpaca's own addresses, the wall clock, and the driver that follows the market."""
 
@@ -382,6 +382,7 @@ class RealMarketProvider(Provider):
         operator: Operator,
         reconciler: Reconciler,
         keeper: SnapshotKeeper,
+        execution: ExecutionAgent,
     ) -> Driver:
         """Free-running."""
         spec = inputs.spec
@@ -403,6 +404,7 @@ class RealMarketProvider(Provider):
             reconciler=reconciler,
             reconcile_s=inputs.settings.session.reconcile_interval_s,
             keeper=keeper,
+            is_behind=lambda: inputs.settings.bus.url is not None or execution.book.is_behind,
             resumed=not inputs.past.is_empty,
             count=inputs.past.bars,
             bars_max=spec.bars_max,
