@@ -19,7 +19,7 @@ from ..exchange.engine import Exchange
 from ..trading.events import BarRow, BarsClosed, Event, OrderAcknowledged, OrderIntended, Payload, TradeUpdated
 from ..trading.orders import Order, OrderRequest, OrderStatus
 
-# %% ../../nbs/session/09_rebuild.ipynb #cb52feb3
+# %% ../../nbs/session/09_rebuild.ipynb #4576331a
 class Standing(NamedTuple):
     """Where an exchange stands: the bar that closed last, None before the first; and what nobody has written down yet."""
 
@@ -195,8 +195,12 @@ class _Rebuilder:
         names = ("qty", "limit_price", "stop_price", "time_in_force", "client_order_id")
         changes = {name: getattr(successor, name) for name in names}
         self._make_way(successor.id, place=1)  # after one that nobody uses
-        if self._exchange.replace(order.id, changes).id != successor.id:
-            raise _contradiction(event, "what replaces the order has another name")
+        try:
+            accepted = self._exchange.replace(order.id, changes)
+        except Rejected as refusal:
+            raise _contradiction(event, f"the order may not be replaced: {refusal.reason}") from refusal
+        if accepted.id != successor.id:
+            raise _contradiction(event, f"what replaces the order is called {accepted.id}")
 
     def _knows(self, order: Order) -> bool:
         try:
