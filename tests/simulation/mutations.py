@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
 from tests.simulation.disk import WatchedJournal
+from tests.simulation.world import Keeper
 from trader_lib.agents.execution import ExecutionAgent
 from trader_lib.agents.portfolio import PortfolioAgent
+from trader_lib.agents.risk import RiskAgent, RiskMemory
 from trader_lib.agents.tracking import LocalState, OrderTrack
+from trader_lib.bus.bus import InProcessBus
 from trader_lib.errors.taxonomy import Misconfigured, OutcomeUnknown, Rejected, Retryable, TraderError
 from trader_lib.session.recovery import RecordedBroker
 from trader_lib.session.session import Session
@@ -274,6 +277,30 @@ class LeavesEntriesOpen(Session):
         return ""
 
 
+class SnapshotsWithoutOrders(Keeper):
+    """A snapshot leaves out the orders that changed since the last one."""
+
+    def _add_orders(self) -> None:
+        self._book.changed()
+        super()._add_orders()
+
+
+class SnapshotsInTheMiddle(InProcessBus):
+    """A snapshot is taken while agents are at work."""
+
+    @property
+    def is_idle(self) -> bool:
+        return True
+
+
+class SnapshotsWithoutTheOpenOrders(RiskAgent):
+    """Risk forgets over a restart what is on its way."""
+
+    def _recall(self, memory: RiskMemory) -> None:
+        books = {owner: replace(book, working={}, leaving={}, open={}) for owner, book in memory.books.items()}
+        super()._recall(replace(memory, books=books))
+
+
 @dataclass(frozen=True)
 class Mutation:
     """A part with a bug, where it is put, and the seed that is played first, because it noticed."""
@@ -319,4 +346,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(IgnoresTheFullDisk, JOURNAL),
     Mutation(CommitsNowAndThen, JOURNAL),
     Mutation(LeavesEntriesOpen, ("trader_lib.session.session.Session",), 193),
+    Mutation(SnapshotsWithoutOrders, ("trader_lib.session.wiring.SnapshotKeeper",), 6),
+    Mutation(SnapshotsInTheMiddle, ("trader_lib.session.wiring.InProcessBus",), 44),
+    Mutation(SnapshotsWithoutTheOpenOrders, ("trader_lib.session.wiring.RiskAgent",), 12),
 )
