@@ -22,13 +22,16 @@ import pytest
 from loguru import logger
 
 from tests.test_session_resume import DAILY, check, fresh, resumed, whole
+from tests.venue import as_alpaca, goes_on, recent_minutes
 from trader_lib.clock.sessions import NEW_YORK, TradingCalendar
 from trader_lib.config.settings import load_settings
+from trader_lib.exchange.engine import Exchange
+from trader_lib.exchange.server import ExchangeServer
 from trader_lib.journal.journal import SqliteJournal
 from trader_lib.session.replay import replay
 from trader_lib.session.session import run_session
 from trader_lib.session.spec import SessionSpec
-from trader_lib.trading.events import AgentFailed, OrderIntended
+from trader_lib.trading.events import AgentFailed, OrderIntended, Reconciled
 
 ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("TRADER_KILLS", "6"))
@@ -119,6 +122,63 @@ def killed_after(path: Path, rows: int, seconds: float) -> bool:
     process.kill()
     process.communicate()
     return process.returncode == -signal.SIGKILL
+
+
+FOLLOWS = """
+import asyncio, sys
+from contextlib import asynccontextmanager
+from pathlib import Path
+from loguru import logger
+from trader_lib.config.settings import load_settings
+from trader_lib.session.session import run_session
+from trader_lib.session.spec import SessionSpec
+logger.remove()
+
+@asynccontextmanager
+async def look(parts):
+    print("with a snapshot" if parts.inputs.snapshot else "without", flush=True)
+    yield
+
+settings = load_settings(environ={{}}, env_file=None, overrides={overrides!r})
+spec = SessionSpec(params={{"fast": 2, "slow": 4}}, symbols=("AAPL", "IBM"), timeframe="1Min", bars_max={bars})
+asyncio.run(run_session(spec, settings, journal_path=Path({path!r}), resume=True, companions=[look]))
+"""
+
+
+@pytest.mark.slow
+async def test_a_session_in_a_real_market_is_killed_and_goes_on_from_its_snapshot(tmp_path: Path) -> None:
+    path, bars, rng = fresh(tmp_path / "real") / "journal.sqlite", recent_minutes(), random.Random(3)
+    with ExchangeServer(Exchange(bars, bars.n - 300), key_id="key", secret_key="secret") as server:
+        overrides = {"broker": as_alpaca(server), "session": {"snapshot_events": 10, "reconcile_interval_s": 10.0}}
+        script = FOLLOWS.format(overrides=overrides, path=str(path), bars=60)
+
+        def life(rows: int | None) -> tuple[int, str]:
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            process, goal = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, **pipes), events_in_or_none(path)
+            while process.poll() is None and (rows is None or events_in_or_none(path) < goal + rows):
+                time.sleep(0.005)
+            if rows is not None:
+                time.sleep(rng.random() * 0.05)
+                process.kill()
+            said, errors = process.communicate()
+            return process.returncode, said or errors
+
+        plays = asyncio.create_task(goes_on(server, pace_s=0.25))
+        try:
+            async with asyncio.timeout(150):
+                lives = [await asyncio.to_thread(life, rows) for rows in (40, 60, 25, None)]
+        finally:
+            plays.cancel()
+    assert [code for code, _ in lives] == [-signal.SIGKILL] * 3 + [0], lives
+    assert [said.split("\n")[0] for _, said in lives] == ["without"] + ["with a snapshot"] * 3
+    with SqliteJournal(path) as journal:
+        assert journal.verify().ok
+        events = list(journal.read())
+        again = await replay(journal)
+    names = [event.payload.request.client_order_id for event in events if isinstance(event.payload, OrderIntended)]
+    assert names and len(names) == len(set(names))
+    assert [event.payload.ok for event in events if isinstance(event.payload, Reconciled)][-1]
+    assert again.agrees, again.sentence()
 
 
 # ---- the disk

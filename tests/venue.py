@@ -34,12 +34,12 @@ def as_alpaca(server: ExchangeServer, secret_key: str = "secret") -> dict[str, s
     }
 
 
-async def goes_on(server: ExchangeServer, after_s: float = 1.0) -> None:
+async def goes_on(server: ExchangeServer, after_s: float = 1.0, pace_s: float = 0.05) -> None:
     """Let an exchange's market move by itself until its bars end."""
     await asyncio.sleep(after_s)
     while not server.call(lambda: server.exchange.is_over):
         await asyncio.to_thread(server.call, server.exchange.advance)
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(pace_s)
 
 
 def new_session_run(tmp_path: Path) -> RunFolder:
