@@ -64,7 +64,7 @@ class DropsUnknowns(ExecutionAgent):
     async def _resolve(self, event: Event, track: OrderTrack, reason: str) -> None:
         track.state = LocalState.UNKNOWN
         await self._fail(event, track.client_order_id, reason, "unknown")
-        self.book._open.pop(track.client_order_id, None)
+        self.book._open[track.strategy, track.symbol].pop(track.client_order_id, None)
 
 
 class GivesUpLateOrders(ExecutionAgent):
@@ -156,7 +156,7 @@ class CancelsAndForgets(ExecutionAgent):
             with suppress(TraderError):
                 await self._broker.cancel(track.order_id)
         track.state = OrderStatus.CANCELED
-        self.book._open.pop(track.client_order_id, None)
+        self.book._open[track.strategy, track.symbol].pop(track.client_order_id, None)
 
 
 class TradesBlindly(ExecutionAgent):
@@ -188,7 +188,7 @@ class TurnsTimeBack(ExecutionAgent):
         track = self.book.find(event.payload.order)
         if track is not None:
             track.state = event.payload.order.status
-            self.book._open[track.client_order_id] = track
+            self.book._enter(track)
 
     async def _refresh(self, event: Event, track: OrderTrack, reason: str = "") -> None:
         if track.order_id is None:
