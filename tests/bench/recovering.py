@@ -27,7 +27,7 @@ from trader_lib.risk.limits import Limits
 SYMBOLS = ("AAA", "BBB", "CCC", "DDD", "EEE", "FFF", "GGG", "HHH", "III", "JJJ")
 LEVELS = np.array([0.0, 0.08, -0.06, 0.04, 0.0, 0.09])
 EVENTS_A_DAY = 15_000  # fewer than there are
-WRITES_AN_EVENT = 1.36  # appends and commits, by which a death is counted
+WRITES_AN_EVENT = 1.45  # appends and commits, by which a death is counted
 SNAPSHOT_EVENTS = 2_000  # as by default
 
 

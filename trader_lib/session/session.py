@@ -197,7 +197,7 @@ class SessionResult:
         """Equity at every closed bar, USD."""
         return self.curve["equity"]
 
-# %% ../../nbs/session/03_session.ipynb #92ce4f2c
+# %% ../../nbs/session/03_session.ipynb #0081b0b7
 class Session:
     """One session over wired parts. Use `run_session`."""
 
@@ -223,7 +223,8 @@ class Session:
         """
         inputs, past, snapshot = self._inputs, self._inputs.past, self._inputs.snapshot
         if snapshot is not None:
-            self._take_over(snapshot, agents, desk, journal)
+            with _collecting_later():
+                self._take_over(snapshot, agents, desk, journal)
         for agent in agents.all():
             await agent.start()
         desk.start()
