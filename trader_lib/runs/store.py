@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['NAME', 'write_atomic', 'unwritable', 'RunFolder', 'RunStore']
 
-# %% ../../nbs/runs/01_store.ipynb #43a21288
+# %% ../../nbs/runs/01_store.ipynb #2aabcf64
 import os
 import re
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -19,27 +18,21 @@ import orjson
 from ..clock.clock import Clock, WallClock
 from ..clock.ids import Ids, UniqueIds, run_stamp
 from ..errors.taxonomy import BadData, Misconfigured, Misused, did_you_mean
+from ..journal.files import write_whole
 from .result import Kind, RunResult, read_result
 
 NAME = re.compile(r"^(?P<stamp>\d{8}T\d{6}Z)-(?P<kind>[a-z]+)-(?P<id>[0-9a-f]{6})$")
 
-# %% ../../nbs/runs/01_store.ipynb #15a4caee
+# %% ../../nbs/runs/01_store.ipynb #d410b976
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Put a file in its place in one step, durable before it is visible.
 
     Raises Misconfigured if the folder cannot be written to.
     """
     raw = content.encode() if isinstance(content, str) else content
-    beside = path.with_name(f".{path.name}.part")
     try:
-        with beside.open("wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        write_whole(path, raw)
     except OSError as error:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
         raise unwritable(path.parent, error) from None
 
 

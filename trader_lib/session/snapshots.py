@@ -6,13 +6,12 @@
 __all__ = ['FORMAT', 'LANDMARKS', 'FOLDER', 'NO_BAR', 'identity', 'Knowing', 'Snapshot', 'snapshot_folder', 'find_snapshot',
            'SnapshotKeeper']
 
-# %% ../../nbs/session/08_snapshots.ipynb #e8b04268
+# %% ../../nbs/session/08_snapshots.ipynb #16625acc
 import hashlib
 import inspect
 import math
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +28,7 @@ from ..bus.bus import InProcessBus
 from ..clock.ids import Ids
 from ..errors.taxonomy import BadData
 from ..journal.chain import Journal
+from ..journal.files import write_whole
 from ..market.validity import FIELDS
 from .recovery import SESSION, Landmarks, Summary
 from .spec import SessionSpec
@@ -140,7 +140,7 @@ def _read(folder: Path, journal: Journal, wanted: str) -> Snapshot:
     standing = tuple(next(journal.read(seq)) for seq in landmarks.standing)
     return Snapshot(landmarks, standing, {name: orjson.dumps(part) for name, part in told["parts"].items()}, orders)
 
-# %% ../../nbs/session/08_snapshots.ipynb #a1017bba
+# %% ../../nbs/session/08_snapshots.ipynb #b9fe3b89
 class SnapshotKeeper:
     """Writes down what the parts of a session know.
 
@@ -198,7 +198,7 @@ class SnapshotKeeper:
         if event.seq != self._summary.last_seq + 1:
             return  # somebody was quicker: it is not what they knew at this event
         self._journal.commit()
-        _replace(self._folder / "state.json", state)
+        write_whole(self._folder / "state.json", state)
         self.taken += 1
 
     def _add_orders(self) -> None:
@@ -211,18 +211,3 @@ class SnapshotKeeper:
             os.fsync(file.fileno())
         self._size += len(line)
         self._digest.update(line)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Put a file in the place of another, so that there is always a whole one."""
-    fresh = path.with_suffix(".new")
-    try:
-        with fresh.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    except OSError:
-        with suppress(OSError):
-            fresh.unlink()
-        raise
