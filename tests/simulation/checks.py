@@ -100,18 +100,22 @@ def _check_sight(world: World, events: list[Event]) -> None:
     """An order that the broker's own words had made wrong before it was intended."""
     said: dict[str, Order] = {}
     told: dict[str, Decimal] = defaultdict(Decimal)
+    strategies: dict[str, str] = {}  # by client order id of what was intended
+    owners: dict[str, str] = {}  # the strategy, by the broker's id of an order or a leg
     for event in events:
         match event.payload:
             case FillRecorded(fill=fill):
                 told[fill.order_id] += fill.qty
-            case OrderAcknowledged(order=order):
+            case OrderAcknowledged(client_order_id=name, order=order):
                 for part in (order, *order.legs):
+                    owners[part.id] = strategies.get(name, "")
                     said[part.id] = max(part, said.get(part.id, part), key=lambda one: one.filled_qty)
             case OrderIntended(request=request):
+                strategies[request.client_order_id] = request.strategy
                 untold = sum(
                     SIDE_SIGN[part.side] * SIDE_SIGN[request.side] * max(part.filled_qty - told[part.id], Decimal(0))
                     for part in said.values()
-                    if part.symbol == request.symbol
+                    if (part.symbol, owners[part.id]) == (request.symbol, request.strategy)
                 )
                 if untold > 0 if request.purpose == "exit" else untold != 0:
                     world.outcome.broken.append(

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['OnError', 'Recorder', 'Past', 'Bus', 'InProcessBus', 'Handler', 'Overloaded', 'Subscription']
 
-# %% ../../nbs/bus/01_bus.ipynb #9faf125a
+# %% ../../nbs/bus/01_bus.ipynb #95a31fea
 import asyncio
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from datetime import datetime
 from typing import Protocol
 
@@ -84,7 +85,7 @@ class Bus(Protocol):
         """Stop delivering."""
         ...
 
-# %% ../../nbs/bus/01_bus.ipynb #88b4100c
+# %% ../../nbs/bus/01_bus.ipynb #b62ddd04
 class InProcessBus:
     """Events between the agents of one process.
 
@@ -339,7 +340,8 @@ class InProcessBus:
         except Exception as error:
             self._report(subscription, event, error)
         finally:
-            correlation_id.reset(token)
+            with suppress(ValueError):  # thrown away with its loop, from another context
+                correlation_id.reset(token)
         subscription.busy = False
         self._settle(1)
 
