@@ -36,8 +36,8 @@ from ..strategy.contract import Strategy
 from ..telemetry.log import get_logger
 from ..trading.events import BarsClosed, Event, SnapshotTaken
 
-# %% ../../nbs/session/08_snapshots.ipynb #28eaacec
-FORMAT = 1
+# %% ../../nbs/session/08_snapshots.ipynb #bb5dbb0f
+FORMAT = 1  # of what is written; raised when it changes
 
 
 def identity(spec: SessionSpec, strategy: Strategy | Mapping[str, Strategy]) -> str:
@@ -57,7 +57,7 @@ def _source(cls: type[Strategy]) -> list[str]:
             found.append("")
     return found
 
-# %% ../../nbs/session/08_snapshots.ipynb #93047488
+# %% ../../nbs/session/08_snapshots.ipynb #fde332b1
 class Knowing(Protocol):
     """A part of a session that can write down what it knows, and take it over."""
 
@@ -80,11 +80,17 @@ class Snapshot:
     orders: bytes = field(repr=False)  # lines, each a list of families
 
     def restore(self, parts: Mapping[str, Knowing], book: OrderBook) -> None:
-        """Let the parts of a new session know it; raises BadData."""
-        book.restore(family for line in self.orders.splitlines() for family in FAMILIES.validate_json(line))
+        """Let the parts of a new session know it; raises BadData where they know other things than they did."""
+        try:
+            book.restore(family for line in self.orders.splitlines() for family in FAMILIES.validate_json(line))
+            for name, part in parts.items():
+                part.restore(self.parts[name])
+        except (BadData, KeyError, ValueError) as error:
+            raise BadData(
+                f"The snapshot of this session cannot be taken over ({type(error).__name__}): another build of the same "
+                f"version wrote it. Delete the folder {FOLDER!r} beside the journal, and resume again."
+            ) from error
         book.changed()
-        for name, part in parts.items():
-            part.restore(self.parts[name])
 
     def bars(self, journal: Journal, symbols: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """The bars that had closed by then: their starts, ns, and open … volume [field × time × symbol], NaN for none.
@@ -140,7 +146,7 @@ def _read(folder: Path, journal: Journal, wanted: str) -> Snapshot:
     standing = tuple(next(journal.read(seq)) for seq in landmarks.standing)
     return Snapshot(landmarks, standing, {name: orjson.dumps(part) for name, part in told["parts"].items()}, orders)
 
-# %% ../../nbs/session/08_snapshots.ipynb #b9fe3b89
+# %% ../../nbs/session/08_snapshots.ipynb #82ae1d78
 class SnapshotKeeper:
     """Writes down what the parts of a session know.
 
@@ -186,7 +192,6 @@ class SnapshotKeeper:
         self._add_orders()
         state = orjson.dumps(
             {
-                "format": FORMAT,
                 "identity": self._wanted,
                 "landmarks": orjson.Fragment(LANDMARKS.dump_json(self._summary.landmarks())),
                 "orders": {"bytes": self._size, "sha256": self._digest.hexdigest()},
