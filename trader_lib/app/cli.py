@@ -41,6 +41,7 @@ from trader_lib.app.options import (
 )
 from .scheduling import schedule
 from .watch import dashboard, watch
+from ..errors.extras import require_extra
 from ..errors.taxonomy import Interrupted, Misconfigured, Misused, RunFailed, TraderError
 
 if TYPE_CHECKING:
@@ -99,12 +100,14 @@ def _run(
 ) -> int:
     """Check, run, and print what came of it."""
     from trader_lib.app.console import progress_bar, say
+    from trader_lib.app.extras import require_extras_of
     from trader_lib.config.settings import load_settings
     from trader_lib.runs.parameters import RunParameters, resolved
     from trader_lib.runs.runner import checked, run_notebook
     from trader_lib.runs.store import RunStore
     from trader_lib.session.session import REAL_MONEY
 
+    require_extra("runs", f"`trader {kind}`")
     chosen = how or HowOptions()
     overrides = {**setting_overrides(how), **({"broker": extra} if extra else {})}
     settings = load_settings(chosen.profile, overrides=overrides)
@@ -116,6 +119,8 @@ def _run(
     if kind != "backtest" and settings.broker.kind == "simulated" and settings.broker.transport == "http":
         check_port(settings.exchange.host, settings.exchange.port)
     real_time = kind != "backtest" and settings.broker.kind == "alpaca"
+    if kind != "backtest":
+        require_extras_of(settings)
     if kind == "live":
         from trader_lib.app.live import check_live
 
@@ -334,6 +339,7 @@ def _run_own(notebook: Path, given: dict[str, object], how: HowOptions | None) -
     from trader_lib.runs.runner import run_notebook
     from trader_lib.runs.store import RunStore
 
+    require_extra("runs", "`trader run`")
     chosen = how or HowOptions()
     settings = load_settings(chosen.profile, overrides=setting_overrides(how))
     with _shown(chosen) as done, progress_bar("notebook") as report:
@@ -589,6 +595,7 @@ def demo(*, folder: Folder = None) -> int:
     """
     from trader_lib.app.demo import main_job
 
+    require_extra("runs", "`trader demo`")
     return 0 if main_job(main, extra=() if folder is None else ("--runs", folder)) else 1
 
 

@@ -18,6 +18,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from ..clock.sessions import NEW_YORK, TradingCalendar
+from ..errors.extras import require_extra
 from ..errors.taxonomy import BadData, Misused, TraderError
 from ..runs.runner import readable
 
@@ -108,10 +109,9 @@ def _parsed(at: str) -> tuple[str, timedelta]:
 
 
 def _cron(line: str, zone: ZoneInfo) -> Any:
-    try:
-        from apscheduler.triggers.cron import CronTrigger
-    except ImportError:
-        raise Misused("A schedule needs APScheduler. Install with `pip install 'trader_lib[schedule]'`.") from None
+    require_extra("schedule", "A schedule")
+    from apscheduler.triggers.cron import CronTrigger
+
     fields = line.split()
     if len(fields) != 5:
         raise ValueError(f"cron = {line!r} should have five fields: minute, hour, day, month, day of the week")

@@ -25,6 +25,7 @@ import orjson
 from .firings import ALIVE_S, Firing, Firings, State
 from .jobs import Job, JobFile, Moments
 from ..clock.clock import Clock
+from ..errors.extras import require_extra
 from ..errors.taxonomy import BadData, Misused, TraderError
 from ..runs.resume import ensure_resumable
 from ..runs.store import RunStore
@@ -217,13 +218,11 @@ THREADS = 32  # runs at once; more wait for one of them to end
 
 
 def keep(scheduler: Scheduler, clock: Clock, stop: threading.Event) -> None:
-    """Attend to every job at its moments until asked to stop; raises Misused without APScheduler."""
-    try:
-        from apscheduler.executors.pool import ThreadPoolExecutor
-        from apscheduler.schedulers.background import BackgroundScheduler
-        from apscheduler.triggers.base import BaseTrigger
-    except ImportError:
-        raise Misused("A schedule needs APScheduler. Install with `pip install 'trader_lib[schedule]'`.") from None
+    """Attend to every job at its moments until asked to stop; raises Misconfigured without APScheduler."""
+    require_extra("schedule", "A schedule")
+    from apscheduler.executors.pool import ThreadPoolExecutor
+    from apscheduler.schedulers.background import BackgroundScheduler
+    from apscheduler.triggers.base import BaseTrigger
 
     class AtMoments(BaseTrigger):  # type: ignore[misc]  # APScheduler has no types
         def __init__(self, moments: Moments) -> None:

@@ -22,7 +22,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ..errors.taxonomy import Misconfigured, Misused
+from ..errors.extras import require_extra
+from ..errors.taxonomy import Misused
 
 if TYPE_CHECKING:
     from trader_lib.observe.view import SessionView
@@ -365,15 +366,11 @@ def dashboard(
     Example: trader dashboard latest-paper --open
     """
     found: RunFolder = _store(folder).find(run)
-    try:
-        from trader_lib.observe.address import monitor_url
-        from trader_lib.observe.page import FolderControls, page_app
-        from trader_lib.observe.server import MonitorServer
-        from trader_lib.observe.watch import SessionWatch
-    except ImportError as missing:
-        raise Misconfigured(
-            f"The web page needs more libraries ({missing.name}): pip install 'trader_lib[observe]'."
-        ) from None
+    require_extra("observe", "The web page")
+    from trader_lib.observe.address import monitor_url
+    from trader_lib.observe.page import FolderControls, page_app
+    from trader_lib.observe.server import MonitorServer
+    from trader_lib.observe.watch import SessionWatch
     from trader_lib.app.console import print_json, print_line
     from trader_lib.app.operate import SESSIONS
     from trader_lib.config.settings import load_settings

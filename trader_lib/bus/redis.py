@@ -23,6 +23,7 @@ from .bus import InProcessBus, OnError, Past, Recorder
 from .inbox import Handler, Overloaded, Subscription
 from ..clock.clock import Clock, WallClock
 from ..clock.ids import Ids, UniqueIds
+from ..errors.extras import require_extra
 from ..errors.taxonomy import Halted, Misconfigured, Misused, Retryable, TraderError
 from ..telemetry.log import get_logger
 from ..trading.events import PAYLOADS, Event, Payload, payload_from_json
@@ -56,12 +57,9 @@ def text(value: bytes | str) -> str:
 
 def connect(url: str) -> "Redis":
     """A client; raises Misconfigured where redis-py is missing or the address is none."""
-    try:
-        from redis import asyncio as redis
-    except ImportError as error:
-        raise Misconfigured(
-            "Agents in processes of their own need redis-py. Install it: pip install 'trader_lib[scale]'."
-        ) from error
+    require_extra("scale", "A bus over Redis")
+    from redis import asyncio as redis
+
     try:
         client: Redis = redis.Redis.from_url(url, socket_timeout=10, socket_connect_timeout=5)
     except ValueError as error:

@@ -14,6 +14,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
+from ..errors.extras import require_extra
 from ..errors.taxonomy import BadData, InvariantBroken, Misconfigured, Misused
 from .chain import NO_HASH, Verification, chain_hash, row_fault
 from .journal import READ_ROWS, SCHEMA_VERSION, Durability
@@ -94,12 +95,9 @@ class PostgresJournal:
     """
 
     def __init__(self, url: str, name: str, durability: Durability = "process", read_only: bool = False) -> None:
-        try:
-            import psycopg
-        except ImportError as error:
-            raise Misconfigured(
-                "A journal on PostgreSQL needs psycopg. Install it: pip install 'trader_lib[scale]'."
-            ) from error
+        require_extra("scale", "A journal on PostgreSQL")
+        import psycopg
+
         self.name, self.read_only = name, read_only
         self._url, self._durability = url, durability
         self._seq, self._committed, self._hash = 0, (0, NO_HASH), NO_HASH

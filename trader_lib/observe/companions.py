@@ -7,26 +7,23 @@ __all__ = ['companions']
 
 # %% ../../nbs/observe/00_companions.ipynb #d2ec0d6b
 from ..config.settings import Settings
-from ..errors.taxonomy import Misconfigured
+from ..errors.extras import require_extra
 from ..session.companions import Companion
 
 
 def companions(settings: Settings) -> tuple[Companion, ...]:
     """The companions that are configured; raises Misconfigured where the extra `observe` is needed and not installed."""
     found: list[Companion] = []
-    try:
-        if settings.monitoring.port is not None:
-            from trader_lib.observe.monitoring import monitoring
+    if settings.monitoring.port is not None:
+        require_extra("observe", "Monitoring")
+        from trader_lib.observe.monitoring import monitoring
 
-            found.append(monitoring)
-        if settings.telemetry.otlp_endpoint is not None:
-            from trader_lib.observe.traces import traces
+        found.append(monitoring)
+    if settings.telemetry.otlp_endpoint is not None:
+        require_extra("observe", "Tracing")
+        from trader_lib.observe.traces import traces
 
-            found.append(traces)
-    except ImportError as missing:
-        raise Misconfigured(
-            f"Monitoring and traces need more libraries ({missing.name}): pip install 'trader_lib[observe]'."
-        ) from None
+        found.append(traces)
     if settings.notify.is_on:
         from trader_lib.observe.telling import notifications
 

@@ -244,7 +244,7 @@ class BacktestResult:
     @cached_property
     def statistics(self) -> dict[str, float | int | None]:
         """Returns, ratios, drawdown, trades and costs; None where a figure cannot be computed."""
-        figures = statistics(self.portfolio, self.equity, self.exposure, self.fills_frame)
+        figures = statistics(self.starting_cash, self.equity, self.exposure, self.fills_frame)
         return {**figures, "orders": len(self.simulation.orders), "refused": self.refused}
 
     def plot(self) -> Any:

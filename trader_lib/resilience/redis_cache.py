@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from pydantic import TypeAdapter, ValidationError
 
 from ..clock.clock import Clock
+from ..errors.extras import require_extra
 from ..errors.taxonomy import Misconfigured
 from .cache import TtlCache, _Flight
 
@@ -37,13 +38,10 @@ class RedisCache(TtlCache):
         self, clock: Clock, url: str, scope: str, kinds: Mapping[str, Any], *, entries_max: int = 1024
     ) -> None:
         super().__init__(clock, entries_max=entries_max)
-        try:
-            import redis
-            from redis import asyncio as redis_asyncio
-        except ImportError as error:
-            raise Misconfigured(
-                "A cache in Redis needs redis-py. Install it: pip install 'trader_lib[scale]'."
-            ) from error
+        require_extra("scale", "A cache in Redis")
+        import redis
+        from redis import asyncio as redis_asyncio
+
         try:
             self._redis: Redis = redis.Redis.from_url(url, socket_timeout=ANSWER_S, socket_connect_timeout=ANSWER_S)
             self._async: AsyncRedis = redis_asyncio.Redis.from_url(

@@ -25,7 +25,7 @@ from ..market.bars import Bars, window
 from ..research.plots import equity_figure, price_figure
 from ..research.report import Piece, note, table, words
 from ..risk.rules import Check
-from ..research.statistics import fills_of, portfolio_of, statistics
+from ..research.statistics import fills_of, statistics
 from .cells import tell
 from .parameters import RunParameters
 from .result import StrategyRow
@@ -120,9 +120,7 @@ def session_statistics(result: SessionResult, bars: Bars | None) -> dict[str, An
     if bars is None or not len(equity):
         return {"orders": len(result.orders), "refused": len(result.refusals)}
     fills = fills_of(result.orders, result.spec.costs)
-    closes = bars.frame("close").reindex(equity.index)
-    portfolio = portfolio_of(closes, fills, float(result.spec.cash))
-    figures: Mapping[str, Any] = statistics(portfolio, equity, exposure_by_bar(result, bars), fills)
+    figures: Mapping[str, Any] = statistics(float(result.spec.cash), equity, exposure_by_bar(result, bars), fills)
     return {**figures, "orders": len(result.orders), "refused": len(result.refusals)}
 
 

@@ -14,6 +14,7 @@ from contextvars import ContextVar, copy_context
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 from ..config.sections import TelemetrySettings
+from ..errors.extras import require_extra
 from ..errors.taxonomy import Misconfigured
 from .log import trace_id_of
 
@@ -225,10 +226,9 @@ def header_pairs(text: str) -> dict[str, str]:
 
 def otlp_tracing(settings: TelemetrySettings, about: Mapping[str, str], after_seq: int = 0) -> Tracing:
     """Tracing to the collector that the settings name; raises Misconfigured where the extra `observe` is not installed."""
-    try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-    except ImportError:
-        raise Misconfigured("Traces need more libraries: pip install 'trader_lib[observe]'.") from None
+    require_extra("observe", "Tracing")
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
     assert settings.otlp_endpoint is not None
     endpoint = settings.otlp_endpoint.removesuffix("/v1/traces") + "/v1/traces"
     headers: dict[str, Any] = {}
