@@ -3,7 +3,7 @@
 import configparser
 import pathlib
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 HERE = pathlib.Path(__file__).parent
 parser = configparser.ConfigParser(delimiters=["="])
@@ -27,7 +27,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=f">={settings['min_python']}",
-    packages=find_packages(include=["trader_lib", "trader_lib.*"]),
+    packages=find_namespace_packages(include=["trader_lib", "trader_lib.*"]),
     include_package_data=True,
     package_data={
         "trader_lib": [

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, Parameter
 
 from ..clock.clock import WallClock
+from ..errors.extras import require_extra
 
 if TYPE_CHECKING:
     from trader_lib.app.firings import Firing, Firings
@@ -141,6 +142,7 @@ def run(
     from trader_lib.app.schedule import check_jobs, coming, keep
     from trader_lib.config.settings import load_settings
 
+    require_extra("schedule", "`trader schedule run`")
     settings = load_settings(profile, overrides={"runs": {"path": folder}} if folder else None)
     jobs, stop, clock = read_jobs(file), threading.Event(), WallClock()
     check_jobs(jobs)
@@ -178,6 +180,7 @@ def check(
     from trader_lib.app.schedule import check_jobs, coming
     from trader_lib.clock.sessions import NEW_YORK
 
+    require_extra("schedule", "`trader schedule check`")
     jobs = read_jobs(file)
     check_jobs(jobs)
     moments = coming(jobs, WallClock().now(), min(max(count, 1), 100))

@@ -365,8 +365,8 @@ def dashboard(
 
     Example: trader dashboard latest-paper --open
     """
+    require_extra("observe", "`trader dashboard`")
     found: RunFolder = _store(folder).find(run)
-    require_extra("observe", "The web page")
     from trader_lib.observe.address import monitor_url
     from trader_lib.observe.page import FolderControls, page_app
     from trader_lib.observe.server import MonitorServer

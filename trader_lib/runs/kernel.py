@@ -21,12 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import mkdtemp
 from types import FrameType
-from typing import Any, Literal
-
-from nbformat import NotebookNode
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..clock.clock import Clock, WallClock
 from .result import PROGRESS_MIME
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 # %% ../../nbs/runs/03_kernel.ipynb #80db44a1
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Outcome:
     """How a notebook's execution ended."""
 
     ending: Ending
-    notebook: NotebookNode | None = None
+    notebook: "NotebookNode | None" = None
     cell: int | None = None  # the code cell that failed or was at work, from 1
     section: str = ""  # the heading above it
     error: str = ""  # class of the error
@@ -116,7 +117,7 @@ def register_engine() -> str:
                 super().start_new_kernel(env=dict(self.watch.environ), stdout=log, stderr=log, **options)
             self.watch.process = self.km.provisioner.process
 
-        def execute_cell(self, cell: NotebookNode, cell_index: int, **options: Any) -> Any:
+        def execute_cell(self, cell: "NotebookNode", cell_index: int, **options: Any) -> Any:
             if cell.cell_type == "markdown":
                 self.watch.section = heading(cell.source) or self.watch.section
             if cell.cell_type != "code" or not cell.source.strip():
@@ -135,7 +136,7 @@ def register_engine() -> str:
             number, section = self.watch.last
             self.watch.report(Progress(number - 1, self.watch.cells, section, done, total))
 
-        def process_message(self, message: Any, cell: NotebookNode, cell_index: int) -> Any:
+        def process_message(self, message: Any, cell: "NotebookNode", cell_index: int) -> Any:
             content = message.get("content") or {}
             step = (content.get("data") or {}).get(PROGRESS_MIME)
             if step is None:
