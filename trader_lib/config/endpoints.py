@@ -41,6 +41,11 @@ class Endpoint:
     kind: Kind
 
     @property
+    def is_alpaca(self) -> bool:
+        """Whether it is one of Alpaca's hosts, of whatever kind."""
+        return f".{self.host.removesuffix('.')}".endswith(".alpaca.markets")
+
+    @property
     def is_private(self) -> bool:
         """Whether nobody on the way can read what is sent: it is encrypted, or stays on this machine."""
         return self.kind == "loopback" or self.scheme in ("https", "wss")
