@@ -30,7 +30,11 @@ def told(trader: Trader, *arguments: str) -> dict[str, dict[str, str]]:
 
 def given(server: ExchangeServer, secret: str = "secret") -> dict[str, str]:
     keys = {"TRADER_BROKER__KEY_ID": "key", "TRADER_BROKER__SECRET_KEY": secret}
-    return keys | {"TRADER_BROKER__KIND": "alpaca", "TRADER_BROKER__TRADING_URL": server.url}
+    addresses = {
+        "TRADER_BROKER__TRADING_URL": server.url,
+        "TRADER_BROKER__TRADING_STREAM_URL": server.trading_stream_url,
+    }
+    return keys | {"TRADER_BROKER__KIND": "alpaca"} | addresses
 
 
 def test_a_clock_that_differs_from_the_brokers_is_a_warning(
