@@ -103,7 +103,7 @@ def _run(
     from trader_lib.runs.parameters import RunParameters, resolved
     from trader_lib.runs.runner import checked, run_notebook
     from trader_lib.runs.store import RunStore
-    from trader_lib.session.session import REAL_MONEY
+    from trader_lib.session.permit import REAL_MONEY
 
     chosen = how or HowOptions()
     overrides = {**setting_overrides(how), **({"broker": extra} if extra else {})}
@@ -116,13 +116,14 @@ def _run(
     if kind != "backtest" and settings.broker.kind == "simulated" and settings.broker.transport == "http":
         check_port(settings.exchange.host, settings.exchange.port)
     real_time = kind != "backtest" and settings.broker.kind == "alpaca"
+    permit = None
     if kind == "live":
         from trader_lib.app.live import check_live
 
         bounds = given.get("limits")
         own = bounds if isinstance(bounds, dict) else {}
-        check_live(asked, settings, account=account, given_limits=own, store=RunStore(settings.runs.path))
-    elif real_time and not settings.broker.paper:
+        permit = check_live(asked, settings, account=account, given_limits=own, store=RunStore(settings.runs.path))
+    elif kind != "backtest" and settings.broker.stage == "live":
         raise Misused(REAL_MONEY)
     with _shown(chosen, settings if kind != "backtest" else None) as done, progress_bar(kind) as report:
         done(
@@ -135,6 +136,7 @@ def _run(
                 report=report,
                 said=say,
                 resume=resume,
+                permit=permit,
             )
         )
     return 0

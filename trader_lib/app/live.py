@@ -17,6 +17,7 @@ from ..errors.taxonomy import BadData, Misconfigured, TraderError
 from ..journal.opening import open_journal
 from ..runs.parameters import RunParameters
 from ..runs.store import RunFolder, RunStore
+from ..session.permit import LivePermit, issue_live_permit
 from ..trading.events import SessionStarted
 
 LIMITS = ("max_order_notional", "max_position_notional", "max_gross_exposure", "max_daily_loss")
@@ -72,10 +73,10 @@ def check_live(
     account: str,  # as the operator typed it
     given_limits: Mapping[str, object],
     store: RunStore,
-) -> None:
-    """Let a live session pass, or raise Misconfigured with every reason why not."""
+) -> LivePermit:
+    """Permit a live session, once, to a child of this process; raises Misconfigured with every reason why not."""
     refused = []
-    points_at_money = settings.profile == "live" and settings.broker.kind == "alpaca" and not settings.broker.paper
+    points_at_money = settings.profile == "live" and settings.broker.stage == "live"
     if settings.profile != "live":
         refused.append(f"The profile is {settings.profile}: real money needs --profile live.")
     elif not points_at_money:
@@ -97,3 +98,4 @@ def check_live(
         )
     if refused:
         raise Misconfigured("Live trading is refused:\n" + "\n".join(f"  {reason}" for reason in refused))
+    return issue_live_permit(account.strip(), asked.spec)
