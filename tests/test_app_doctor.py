@@ -30,7 +30,11 @@ def told(trader: Trader, *arguments: str) -> dict[str, dict[str, str]]:
 
 def given(server: ExchangeServer, secret: str = "secret") -> dict[str, str]:
     keys = {"TRADER_BROKER__KEY_ID": "key", "TRADER_BROKER__SECRET_KEY": secret}
-    return keys | {"TRADER_BROKER__KIND": "alpaca", "TRADER_BROKER__TRADING_URL": server.url}
+    addresses = {
+        "TRADER_BROKER__TRADING_URL": server.url,
+        "TRADER_BROKER__TRADING_STREAM_URL": server.trading_stream_url,
+    }
+    return keys | {"TRADER_BROKER__KIND": "alpaca"} | addresses
 
 
 def test_a_clock_that_differs_from_the_brokers_is_a_warning(
@@ -50,7 +54,8 @@ def test_a_broker_that_takes_the_keys_is_fine(server: ExchangeServer) -> None:
 def test_an_account_that_may_not_trade_is_a_warning(server: ExchangeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = load_settings(environ=given(server), env_file=None)
     monkeypatch.setattr(
-        "alpaca.trading.client.TradingClient.get_account", lambda self: SimpleNamespace(status="ACCOUNT_CLOSED")
+        "alpaca.trading.client.TradingClient.get_account",
+        lambda self: SimpleNamespace(status="ACCOUNT_CLOSED", account_number="PA1"),
     )
     with pytest.raises(doctor.Doubt, match="the account is ACCOUNT_CLOSED"):
         doctor.check_broker(settings, VirtualClock(server.exchange.now))

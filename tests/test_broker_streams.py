@@ -71,7 +71,7 @@ def http_answer(status: str, body: bytes) -> bytes:
 def broker_at(url: str, *, timeout_s: float = 0.2, read_attempts: int = 1, **changes: Any) -> AlpacaBroker:
     times = {f"{kind}_timeout_s": timeout_s for kind in ("orders", "cancels", "reads", "data")}
     patience = ResilienceSettings(reads_attempts=read_attempts, **(times | changes))
-    access = AlpacaAccess("key", "secret", trading_url=url, data_url=url, resilience=patience)
+    access = AlpacaAccess("key", "secret", trading_url=url, data_url=url, resilience=patience, simulated=True)
     return AlpacaBroker(access, symbols=["IBM"], timeframe="1Day")
 
 

@@ -60,7 +60,7 @@ def answer(status: str, body: bytes = b"{}", **headers: object) -> bytes:
 
 def broker_at(url: str, **changes: Any) -> AlpacaBroker:
     patience = ResilienceSettings(**({"reads_attempts": 1, "cancels_attempts": 1, "wait_s": 0.2} | changes))
-    access = AlpacaAccess("key", "secret", trading_url=url, data_url=url, resilience=patience)
+    access = AlpacaAccess("key", "secret", trading_url=url, data_url=url, resilience=patience, simulated=True)
     return AlpacaBroker(access, symbols=["IBM"], timeframe="1Day")
 
 

@@ -14,7 +14,7 @@ import json as json_module
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from os import environ
@@ -97,6 +97,7 @@ def _run(
     *,
     resume: "RunFolder | None" = None,
     account: str = "",  # live: the number that the operator typed
+    typed_limits: "Mapping[str, object] | None" = None,  # live: what the operator typed of them
 ) -> int:
     """Check, run, and print what came of it."""
     from trader_lib.app.console import progress_bar, say
@@ -105,7 +106,7 @@ def _run(
     from trader_lib.runs.parameters import RunParameters, resolved
     from trader_lib.runs.runner import checked, run_notebook
     from trader_lib.runs.store import RunStore
-    from trader_lib.session.session import REAL_MONEY
+    from trader_lib.session.permit import REAL_MONEY
 
     require_extra("runs", f"`trader {kind}`")
     chosen = how or HowOptions()
@@ -121,13 +122,13 @@ def _run(
     real_time = kind != "backtest" and settings.broker.kind == "alpaca"
     if kind != "backtest":
         require_extras_of(settings)
+    permit = None
     if kind == "live":
         from trader_lib.app.live import check_live
 
-        bounds = given.get("limits")
-        own = bounds if isinstance(bounds, dict) else {}
-        check_live(asked, settings, account=account, given_limits=own, store=RunStore(settings.runs.path))
-    elif real_time and not settings.broker.paper:
+        store, own = RunStore(settings.runs.path), typed_limits or {}
+        permit = check_live(asked, settings, account=account, given_limits=own, store=store, resume=resume)
+    elif kind != "backtest" and settings.broker.stage == "live":
         raise Misused(REAL_MONEY)
     with _shown(chosen, settings if kind != "backtest" else None) as done, progress_bar(kind) as report:
         done(
@@ -140,6 +141,7 @@ def _run(
                 report=report,
                 said=say,
                 resume=resume,
+                permit=permit,
             )
         )
     return 0
@@ -165,8 +167,14 @@ def _shown(how: HowOptions, told: "Settings | None" = None) -> "Iterator[Callabl
         show_run(run, as_json=how.json)
 
 
-def _resume(command: "Kind", which: str, how: HowOptions | None, account: str = "") -> int:
-    """Find a run of the command's kind that died, and go on with it."""
+def _resume(
+    command: "Kind",
+    which: str,
+    how: HowOptions | None,
+    account: str = "",
+    typed_limits: "Mapping[str, object] | None" = None,
+) -> int:
+    """Find a run of the command's kind that died, and go on with it; a folder chooses no profile for real money."""
     from trader_lib.config.settings import load_settings
     from trader_lib.runs.resume import asked_for, ensure_resumable
     from trader_lib.runs.store import RunStore
@@ -176,9 +184,13 @@ def _resume(command: "Kind", which: str, how: HowOptions | None, account: str = 
     ensure_resumable(run)
     kind, given, extra = asked_for(run)
     if kind != command:
-        raise Misused(f"{run.name} is a {kind} run: it is resumed by `trader {kind} --resume`.")
+        typed = "live --profile live --account NUMBER" if kind == "live" else kind
+        raise Misused(f"{run.name} is a {kind} run: it is resumed by `trader {typed} --resume {run.name}`.")
+    if kind == "live":
+        given = {name: value for name, value in given.items() if name != "profile"} | how_parameters(how)
+        return _run(kind, given, how, {}, resume=run, account=account, typed_limits=typed_limits)
     profile = chosen.profile or cast("Literal['research', 'paper', 'live'] | None", given.get("profile"))
-    return _run(kind, given, replace(chosen, profile=profile), extra, resume=run, account=account)
+    return _run(kind, given, replace(chosen, profile=profile), extra, resume=run)
 
 
 def check_port(host: str, port: int) -> None:
@@ -268,7 +280,10 @@ def paper(
 def live(
     *,
     account: Annotated[str, Parameter(help="Number of the account, as the broker shows it.")],
-    resume: Annotated[str | None, Parameter(help="Go on with a live run whose process died.")] = None,
+    resume: Annotated[
+        str | None,
+        Parameter(help="Go on with a run whose process died: name, beginning of a name or id, path, latest-live."),
+    ] = None,
     strategies: Strategies = None,
     what: WhatOptions | None = None,
     costs: CostOptions | None = None,
@@ -278,7 +293,9 @@ def live(
     r"""Trade real money at Alpaca, if everything that has to be true first is true; each refusal is a sentence.
 
     The profile is live, the limits are set by you, the account number is the broker's, and a paper session of the same
-    strategy, parameters, symbols and time frame has ended with books that agree.
+    strategy, source, parameters, symbols and time frame has placed orders and ended by itself with books that agree.
+    --resume RUN goes on with a run that died, past the same checks: it keeps its parameters and limits, and limits that
+    you give with it are the most that it may have.
 
     Example: trader live --profile live --account 123456789 \
         -p fast=10 -p slow=50 --max-order-notional 5000 \
@@ -286,11 +303,13 @@ def live(
         --max-daily-loss 0.02
     """
     given = given_parameters(what, costs, limits, how) | _several(strategies)
+    bounds = given.get("limits")
+    typed = bounds if isinstance(bounds, dict) else {}
     if resume is None:
-        return _run("live", given, how, {}, account=account)
-    if set(given) - {"profile"}:
-        raise Misused("A resumed run keeps its parameters. Leave them out, or start a new run.")
-    return _resume("live", resume, how, account)
+        return _run("live", given, how, {}, account=account, typed_limits=typed)
+    if told := ", ".join(sorted(set(given) - {"profile", "limits"})):
+        raise Misused(f"A resumed run keeps its parameters. Leave out {told}, or start a new run.")
+    return _resume("live", resume, how, account, typed)
 
 
 @app.command(name="run")

@@ -210,13 +210,14 @@ def check_broker(settings: Settings, clock: Clock, *, offline: bool = False) -> 
     broker = settings.broker
     if broker.kind == "simulated":
         return f"simulated, over {broker.transport}: no keys needed"
-    told = f"alpaca, {'paper' if broker.paper else 'LIVE'}"
+    told = f"alpaca, {'LIVE' if broker.stage == 'live' else broker.stage}"
     if offline:
         return f"{told}: keys are set (not tried)"
     from trader_lib.broker.connection import AlpacaAccess
     from trader_lib.errors.alpaca import from_alpaca
 
-    client = AlpacaAccess.from_settings(broker, settings.resilience).trading_client()
+    access = AlpacaAccess.from_settings(broker, settings.resilience)
+    client = access.trading_client()
     try:
         account, asked = client.get_account(), clock.now()
         theirs = client.get_clock()
@@ -225,6 +226,7 @@ def check_broker(settings: Settings, clock: Clock, *, offline: bool = False) -> 
         raise from_alpaca(error) from error
     finally:
         client._session.close()
+    access.check_account(str(account.account_number))  # type: ignore[union-attr]
     state = getattr(account.status, "value", account.status)  # type: ignore[union-attr]
     if abs(skew_s) > SKEW_S:
         raise Doubt(

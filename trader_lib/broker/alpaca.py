@@ -98,6 +98,7 @@ class AlpacaBroker:
         self._pool = ThreadPoolExecutor(self.guards.concurrent_max, thread_name_prefix="alpaca")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._has_told = False
+        self._account_number: str | None = None  # once it is known to be the one that is meant
         self._listen_to_limits(self._client._session, self.guards.trading_limit)
         self._listen_to_limits(self._data._session, self.guards.data_limit)
         self._streams: tuple[StreamThread, ...] = ()
@@ -117,11 +118,11 @@ class AlpacaBroker:
     # ---- connection
 
     async def start(self) -> None:
-        """Try the keys, connect both streams, and return once both deliver.
+        """Try the keys, compare the account with what was meant, connect both streams, and return once both deliver.
 
         Raises Unauthorized, Misconfigured, or Retryable where a stream does not connect in time.
         """
-        await self.account()
+        await self.confirm_account()
         self._streams = (
             self._thread("alpaca-trading", self._trading_stream),
             self._thread("alpaca-data", self._data_stream),
@@ -238,6 +239,20 @@ class AlpacaBroker:
 
     # ---- calls
 
+    async def confirm_account(self) -> str:
+        """The account's number, once the broker's own answer is from the account that is meant; raises Misconfigured else."""
+        if self._account_number is None:
+            self.cache.invalidate("account")
+            reported = (await self.account()).account_number
+            self._access.check_account(reported)
+            self._account_number = reported
+        return self._account_number
+
+    async def _ensure_account(self) -> None:
+        """Nothing is sent to an account before its number was compared; a simulated session's exchange has one account."""
+        if self._account_number is None and not self._access.simulated:
+            await self.confirm_account()
+
     async def account(self) -> AccountReported:
         """Cash, equity and buying power now, USD."""
         return await self._kept("account", self._account, self._access.resilience.account_ttl_s)
@@ -273,7 +288,11 @@ class AlpacaBroker:
             return None
 
     async def submit(self, request: OrderRequest) -> Order:
-        """Send an order once; raises Rejected, RateLimited, Retryable where nothing left, or OutcomeUnknown."""
+        """Send an order once; raises Rejected, RateLimited, Retryable where nothing left, or OutcomeUnknown.
+
+        Raises Misconfigured, and sends nothing, where the account is another than was meant.
+        """
+        await self._ensure_account()
         sent = order_to_alpaca(request)
         try:
             order: Order = await self.guards.orders.call(
@@ -289,7 +308,8 @@ class AlpacaBroker:
         return Order.from_alpaca(order)  # read on the thread, so that an unreadable answer is a failure of the sending
 
     async def cancel(self, order_id: str) -> None:
-        """Ask for the end of an order; raises NotFound, or Rejected where it has ended."""
+        """Ask for the end of an order; raises NotFound, or Rejected where it has ended; Misconfigured for another account."""
+        await self._ensure_account()
         try:
             await self.guards.cancels.call(lambda: self._call(self._client.cancel_order_by_id, order_id))
         finally:

@@ -24,6 +24,17 @@ from urllib3.connectionpool import ConnectionPool, HTTPConnectionPool, HTTPSConn
 from urllib3.exceptions import DecodeError, HTTPError, ProtocolError, SSLError
 from urllib3.response import BaseHTTPResponse
 
+from trader_lib.config.endpoints import (
+    REST,
+    STREAM,
+    STREAM_URLS,
+    TRADING_URLS,
+    Stage,
+    check_account_number,
+    check_data_address,
+    read_endpoint,
+    trading_stage,
+)
 from ..config.sections import BrokerSettings, ResilienceSettings
 from ..errors.taxonomy import InvariantBroken, Misconfigured
 
@@ -45,12 +56,35 @@ class AlpacaAccess:
     data_stream_url: str | None = None
     feed: str = "iex"  # iex or sip
     resilience: ResilienceSettings = field(default_factory=ResilienceSettings)
+    account: str = ""  # number of the account that is meant; "" for any of the stage
+    simulated: bool = False  # a session's own exchange, with keys that open nothing else
+
+    def __post_init__(self) -> None:
+        """Raise Misconfigured where the addresses may not be given these keys, or contradict each other."""
+        _ = self.stage
+        if not self.simulated:
+            check_data_address("data_url", self.data_url, REST)
+            check_data_address("data_stream_url", self.data_stream_url, STREAM)
+
+    @property
+    def stage(self) -> Stage:
+        """What an order costs here, by the addresses in force; raises Misconfigured where they contradict each other."""
+        if not self.simulated:
+            return trading_stage(self.paper, self.trading_url, self.trading_stream_url)
+        for url in (self.trading_url, self.data_url, self.trading_stream_url, self.data_stream_url):
+            if url is not None and read_endpoint(url).is_alpaca:
+                raise Misconfigured(f"A simulated session has nothing to do with {url}. Leave Alpaca's addresses out.")
+        return "simulated"
+
+    def check_account(self, reported: str) -> None:
+        """Raise Misconfigured where the broker's answer comes from another account than was meant. reported: its number."""
+        check_account_number(self.stage, reported, self.account)
 
     @classmethod
     def from_settings(
-        cls, settings: BrokerSettings, resilience: ResilienceSettings, *, feed: str = "iex"
+        cls, settings: BrokerSettings, resilience: ResilienceSettings, *, feed: str = "iex", account: str = ""
     ) -> "AlpacaAccess":
-        """What the operator configured; raises Misconfigured without keys."""
+        """What the operator configured; raises Misconfigured without keys. account: the number that is meant."""
         if settings.key_id is None or settings.secret_key is None:
             raise Misconfigured(
                 "Alpaca needs keys. Set TRADER_BROKER__KEY_ID and TRADER_BROKER__SECRET_KEY, "
@@ -66,15 +100,28 @@ class AlpacaAccess:
             data_stream_url=_text(settings.data_stream_url),
             feed=feed,
             resilience=resilience,
+            account=account,
         )
 
     def trading_client(self) -> TradingClient:
         """A TradingClient that times out, pools and does not retry."""
-        client = TradingClient(self.key_id, self.secret_key, paper=self.paper, url_override=self.trading_url)
+        client = TradingClient(
+            self.key_id, self.secret_key, paper=self.stage != "live", url_override=self.trading_address
+        )
         s = self.resilience
         timeout_s = max(s.orders_timeout_s, s.cancels_timeout_s, s.reads_timeout_s)
         pool_size = s.orders_concurrent + s.cancels_concurrent + s.reads_concurrent
         return harden(client, timeout_s=timeout_s, pool_size=pool_size)
+
+    @property
+    def trading_address(self) -> str:
+        """Where orders go."""
+        return self.trading_url or TRADING_URLS["paper" if self.paper else "live"]
+
+    @property
+    def trading_stream_address(self) -> str:
+        """Where trade updates come from."""
+        return self.trading_stream_url or STREAM_URLS["paper" if self.paper else "live"]
 
     def data_client(self) -> StockHistoricalDataClient:
         """A StockHistoricalDataClient that times out, pools and does not retry."""

@@ -16,6 +16,7 @@ from alpaca.common.exceptions import APIError
 
 from .inbox import BarArrived, Inbox
 from .port import Asset, MarketClock, OrderFilter, StreamCounters
+from ..config.endpoints import SIMULATED_NUMBER
 from ..errors.alpaca import from_alpaca
 from ..errors.taxonomy import Misused, NotFound, Rejected, TraderError
 from ..exchange.book import OrderEvent
@@ -89,6 +90,7 @@ class InProcessBroker:
             short_market_value=-state.short_market_value,
             initial_margin=state.initial_margin,
             maintenance_margin=state.maintenance_margin,
+            account_number=SIMULATED_NUMBER,
         )
 
     async def positions(self) -> tuple[Position, ...]:

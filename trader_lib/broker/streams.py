@@ -71,8 +71,8 @@ class WatchedTradingStream(TradingStream):
         super().__init__(
             access.key_id,
             access.secret_key,
-            paper=access.paper,
-            url_override=access.trading_stream_url or "",
+            paper=access.stage != "live",
+            url_override=access.trading_stream_address,
             websocket_params=_pings(access),
         )
         self._watcher = watcher

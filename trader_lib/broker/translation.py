@@ -82,6 +82,7 @@ def account_from_alpaca(account: TradeAccount) -> AccountReported:
             "multiplier": int(Decimal(account.multiplier or 1)),
             "status": getattr(account.status, "value", account.status),
             "trading_blocked": bool(account.trading_blocked or account.account_blocked),
+            "account_number": str(account.account_number or ""),
         }
     )
 

@@ -12,7 +12,7 @@ __all__ = ['Level', 'Fraction', 'Window', 'Positive', 'NotNegative', 'PostgresUr
 # %% ../../nbs/config/00_sections.ipynb #6d961b9e
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -23,8 +23,12 @@ from pydantic import (
     SecretStr,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic_settings import NoDecode
+
+from .endpoints import REST, STREAM, Stage, check_data_address, trading_stage
+from ..errors.taxonomy import Misconfigured
 
 # %% ../../nbs/config/00_sections.ipynb #2284da81
 class Section(BaseModel):
@@ -125,6 +129,28 @@ class BrokerSettings(Section):
         if info.data.get("kind") == "alpaca" and (value is None or not value.get_secret_value().strip()):
             raise ValueError("is needed for broker.kind=alpaca; create keys at https://app.alpaca.markets")
         return value
+
+    @model_validator(mode="after")
+    def _leads_to_one_account(self) -> Self:
+        if self.kind == "alpaca":
+            try:
+                self.check_addresses()
+            except Misconfigured as error:
+                raise ValueError(error.message) from None
+        return self
+
+    def check_addresses(self) -> None:
+        """Raise Misconfigured where an address may not be given keys, or contradicts another or `paper`."""
+        trading_stage(self.paper, self.trading_url, self.trading_stream_url)
+        check_data_address("data_url", self.data_url, REST)
+        check_data_address("data_stream_url", self.data_stream_url, STREAM)
+
+    @property
+    def stage(self) -> Stage:
+        """Where orders go, by the addresses in force; raises Misconfigured where they contradict each other."""
+        if self.kind == "simulated":
+            return "simulated"
+        return trading_stage(self.paper, self.trading_url, self.trading_stream_url)
 
 # %% ../../nbs/config/00_sections.ipynb #0d674996
 class ExchangeSettings(Section):

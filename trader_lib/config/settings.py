@@ -88,7 +88,7 @@ class Settings(BaseSettings):
     @field_validator("broker")
     @classmethod
     def _live_by_name_only(cls, value: BrokerSettings, info: ValidationInfo) -> BrokerSettings:
-        if value.kind == "alpaca" and not value.paper and info.data.get("profile") != "live":
+        if value.stage == "live" and info.data.get("profile") != "live":
             raise ValueError("real money (broker.paper=false) needs the profile live")
         return value
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..clock.ids import SeededIds
 from ..clock.sessions import NEW_YORK, TradingSession
+from ..config.endpoints import SIMULATED_NUMBER
 from . import refusals
 from .book import AccountState, OrderEvent
 from .engine import Exchange
@@ -117,7 +118,7 @@ def account_json(state: AccountState, opened: datetime) -> Json:
     }
     return {
         "id": asset_id("account"),
-        "account_number": "SIMULATED",
+        "account_number": SIMULATED_NUMBER,
         "status": "ACTIVE",
         "currency": "USD",
         "multiplier": str(state.multiplier),

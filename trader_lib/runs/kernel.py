@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import mkdtemp
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..clock.clock import Clock, WallClock
@@ -64,12 +64,17 @@ class Watch:
     report: Callable[[Progress], None]
     environ: Mapping[str, str]
     log: Path
+    inherited: Mapping[str, int] = field(default_factory=dict)  # open descriptors, by environment variable
     process: subprocess.Popen[bytes] | None = None
     cells: int = 0
     cell: int = 0  # the code cell at work, from 1; 0 between cells
     section: str = ""
     stop: bool = False  # start no further cell
     last: tuple[int, str] = field(default=(0, ""))  # the code cell begun last, and its section
+
+    def kernel_environ(self) -> dict[str, str]:
+        """The kernel's environment, with the numbers of the descriptors that it inherits."""
+        return {**self.environ, **{name: str(number) for name, number in self.inherited.items()}}
 
     @property
     def dead(self) -> bool:
@@ -114,7 +119,8 @@ def register_engine() -> str:
 
         def start_new_kernel(self, **options: Any) -> None:
             with self.watch.log.open("ab") as log:
-                super().start_new_kernel(env=dict(self.watch.environ), stdout=log, stderr=log, **options)
+                options |= {"pass_fds": tuple(self.watch.inherited.values()), "stdout": log, "stderr": log}
+                super().start_new_kernel(env=self.watch.kernel_environ(), **options)
             self.watch.process = self.km.provisioner.process
 
         def execute_cell(self, cell: "NotebookNode", cell_index: int, **options: Any) -> Any:
@@ -193,6 +199,7 @@ def execute(
     *,
     log: Path,  # takes what the kernel prints past the notebook
     environ: Mapping[str, str],  # of the kernel
+    inherited: Mapping[str, int] = MappingProxyType({}),  # by the kernel: open descriptors, by environment variable
     timeout_s: float = 3600.0,
     grace_s: float = 20.0,
     report: Callable[[Progress], None] = lambda progress: None,
@@ -202,7 +209,7 @@ def execute(
 ) -> Outcome:
     """Execute a notebook to its end, whatever that is; raises nothing of its own."""
     clock = clock or WallClock()
-    watch = Watch(report, environ, log)
+    watch = Watch(report, environ, log, inherited)
     ended: list[Outcome] = []
     thread = threading.Thread(
         target=lambda: ended.append(_run(notebook, output, parameters, watch)), name="papermill", daemon=True

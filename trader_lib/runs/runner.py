@@ -8,6 +8,7 @@ __all__ = ['RUN_FOLDER', 'RESUME', 'readable', 'checked', 'kernel_environment', 
 # %% ../../nbs/runs/05_runner.ipynb #e7230978
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ..errors.taxonomy import Interrupted, Misused, RunFailed, TraderError, did_
 from .result import Failure, Kind, RunResult, Status, versions
 from .store import RunFolder, RunStore, write_atomic
 from .templates import check_names, template_path
+from ..session.permit import REAL_MONEY, LivePermit, handed_over
 
 # %% ../../nbs/runs/05_runner.ipynb #0538368d
 def readable(error: ValidationError, known: Mapping[str, object] | None = None) -> str:
@@ -66,6 +68,7 @@ def run_notebook(
     report: Callable[[Any], None] = lambda progress: None,  # takes Progress
     said: Callable[[str], None] = lambda words: None,  # takes what the user should be told
     resume: RunFolder | None = None,  # go on in the folder of this run instead of making one
+    permit: LivePermit | None = None,  # live: from `trader live`'s checks; the kernel inherits it
     clock: Clock | None = None,
 ) -> RunFolder:
     """Run a template with parameters, and return the folder of the completed run.
@@ -77,6 +80,8 @@ def run_notebook(
 
     clock = clock or WallClock()
     source = template or template_path(kind)
+    if kind == "live" and permit is None:
+        raise Misused(REAL_MONEY)
     check_names(source, parameters)
     try:
         orjson.dumps(dict(parameters))
@@ -92,19 +97,25 @@ def run_notebook(
                 {"kind": kind, "parameters": dict(parameters), "started_at": started, "versions": dict(versions())}
             )
         injected = {**parameters, **_folder_parameter(source, run), **({} if resume is None else {RESUME: True})}
-        outcome = execute(
-            source,
-            run.notebook,
-            injected,
-            log=run.path / "kernel.log",
-            environ=kernel_environment(),
-            timeout_s=timeout_s,
-            report=report,
-            said=said,
-            asked=asked,
-            clock=clock,
-        )
+        with _inheritance(permit, run) as inherited:
+            outcome = execute(
+                source,
+                run.notebook,
+                injected,
+                log=run.path / "kernel.log",
+                environ=kernel_environment(),
+                inherited=inherited,
+                timeout_s=timeout_s,
+                report=report,
+                said=said,
+                asked=asked,
+                clock=clock,
+            )
         return _conclude(kind, run, parameters, started, outcome, clock)
+
+
+def _inheritance(permit: LivePermit | None, run: RunFolder) -> AbstractContextManager[Mapping[str, int]]:
+    return nullcontext({}) if permit is None else handed_over(permit, run.path)
 
 
 def _folder_parameter(source: Path, run: RunFolder) -> dict[str, object]:

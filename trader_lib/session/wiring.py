@@ -34,6 +34,7 @@ from ..bus.bus import Bus, InProcessBus
 from ..clock.clock import Clock, VirtualClock, WallClock
 from ..clock.ids import Ids, SeededIds, UniqueIds
 from ..clock.sessions import TradingCalendar
+from ..config.endpoints import Stage
 from ..config.settings import Settings
 from ..errors.taxonomy import Misused
 from ..exchange.engine import Exchange
@@ -77,6 +78,7 @@ class SessionInputs:
     session_id: str
     journal_path: Path
     progress: Progress | None = None
+    account: str = ""  # number of the account that is meant; "" for any of the stage
     past: Recollection = field(default_factory=Recollection)  # what the journal holds already
     snapshot: Snapshot | None = None  # what the agents knew before the past that is lived through again
 
@@ -84,6 +86,11 @@ class SessionInputs:
     def is_simulated(self) -> bool:
         """Whether orders go to the embedded exchange."""
         return self.settings.broker.kind == "simulated"
+
+    @property
+    def stage(self) -> Stage:
+        """What an order costs, by the addresses in force."""
+        return self.settings.broker.stage
 
     @cached_property
     def assignments(self) -> tuple[Assignment, ...]:
@@ -302,6 +309,7 @@ class HttpProvider(Provider):
             trading_stream_url=server.trading_stream_url,
             data_stream_url=server.data_stream_url,
             resilience=inputs.settings.resilience.for_simulation(),
+            simulated=True,
         )
 
     @provide
@@ -320,7 +328,7 @@ def answers_kept(settings: Settings, access: AlpacaAccess) -> TtlCache:
         return TtlCache(WallClock())
     from trader_lib.resilience.redis_cache import RedisCache
 
-    scope = f"{access.trading_url or 'alpaca'} {access.paper} {access.key_id} {access.secret_key}"
+    scope = f"{access.trading_address} {access.stage} {access.key_id} {access.secret_key}"
     kinds = {"account": AccountReported, "positions": tuple[Position, ...]}
     return RedisCache(WallClock(), settings.cache.url.get_secret_value(), scope, kinds)
 
@@ -356,9 +364,9 @@ class RealMarketProvider(Provider):
 
     @provide
     def access(self, inputs: SessionInputs) -> AlpacaAccess:
-        """The operator's keys; raises Misconfigured without."""
-        feed = inputs.spec.feed or inputs.settings.data.feed
-        return AlpacaAccess.from_settings(inputs.settings.broker, inputs.settings.resilience, feed=feed)
+        """The operator's keys, for the account that is meant; raises Misconfigured without."""
+        settings, feed = inputs.settings, inputs.spec.feed or inputs.settings.data.feed
+        return AlpacaAccess.from_settings(settings.broker, settings.resilience, feed=feed, account=inputs.account)
 
     @provide
     def clock(self) -> Clock:

@@ -112,6 +112,10 @@ class SessionStarted(Input):
     parameters: FrozenMap[str, JsonValue] = Field(default_factory=dict)
     versions: FrozenMap[str, str] = Field(default_factory=dict)
     seed: int = 0
+    account: str = ""  # number of the broker's account; "" where it is simulated
+    sources: FrozenMap[str, str] = Field(
+        default_factory=dict, exclude_if=lambda known: not known
+    )  # hashes, by strategy
 
 
 class BarRow(BaseModel):
@@ -190,6 +194,7 @@ class AccountReported(Input):
     maintenance_margin: Number | None = None
     status: str = "ACTIVE"
     trading_blocked: bool = False
+    account_number: str = ""  # as the broker shows it; "" in journals of before
 
 
 class PositionsReported(Input):
