@@ -361,6 +361,7 @@ def test_page_of_a_received_folder_shows_markup_as_text(place: Path, chromium: A
         for name in places.split():
             text = shown.locator(f"#{name}").text_content()
             assert EVERY in text or ANCHOR in text, name
+        assert shown.evaluate("document.documentElement.scrollWidth") <= 1366, "nothing pushes the rest out of sight"
         shown.locator("#log .chip").first.click()
         shown.wait_for_selector("#filter:not([hidden])")
         assert ANCHOR in shown.locator("#filter").inner_text()
