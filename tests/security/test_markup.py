@@ -15,6 +15,9 @@ from typing import Any
 import nbformat
 import plotly.graph_objects as go
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from papermill.translators import PythonTranslator
 from pydantic import SecretStr
 
 from tests.venue import holds, new_session_run, wait_for
@@ -267,6 +270,13 @@ def served(folder: Path) -> Iterator[MonitorServer]:
     app = page_app(SessionWatch(folder), FolderControls(folder), SecretStr("open-sesame"))
     with MonitorServer(app, "127.0.0.1", 0) as server:
         yield server
+
+
+@given(st.recursive(st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5))
+def test_parameter_that_is_written_into_a_notebook_stays_data(value: Any) -> None:
+    found: dict[str, Any] = {}
+    exec(PythonTranslator.codify({"planted": value}), found)
+    assert found["planted"] == value
 
 
 # ---- the page
