@@ -394,6 +394,7 @@ def test_policy_stops_what_a_notebook_displays_as_markup(place: Path, chromium: 
         new.new_output("display_data", {"text/html": IMG + SCRIPT + away + loaded + sent}),
         new.new_output("display_data", {"text/markdown": f"**{EVERY}**"}),
         new.new_output("display_data", {"image/svg+xml": f"<svg xmlns='http://www.w3.org/2000/svg'>{SCRIPT}</svg>"}),
+        new.new_output("display_data", {PLOTLY_MIME: {"data": [{"type": {}}], "layout": {"xaxis": 5}}}),
         new.new_output("display_data", {PLOTLY_MIME: figure}),
         new.new_output("stream", name="stdout", text=EVERY),
         new.new_output("execute_result", {"text/plain": EVERY}),
@@ -406,6 +407,7 @@ def test_policy_stops_what_a_notebook_displays_as_markup(place: Path, chromium: 
         shown.evaluate("for (const one of document.querySelectorAll('#link, #send')) one.click()")
         text = shown.locator("main").inner_text()
         assert text.count(EVERY) >= 4 and "does not run" in text and "<meta" in text
+        assert text.count("This figure could not be drawn.") == 1, "and the next one is"
 
 
 def test_figures_that_need_a_compiler_are_drawn(place: Path, chromium: Any) -> None:

@@ -229,7 +229,7 @@ def page(
 ) -> str:
     """A complete HTML document around a body."""
     scripts = _scripts() if figures else []
-    traces = {trace.get("type") for figure in figures for trace in figure["data"]}
+    traces = {str(trace.get("type")) for figure in figures for trace in figure["data"]}
     allowed = policy(scripts, compiles=not COMPILED.isdisjoint(traces))
     return (
         f"<!doctype html>\n<html lang='en'><head><meta http-equiv='Content-Security-Policy' content=\"{allowed}\">"
