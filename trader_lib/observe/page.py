@@ -331,6 +331,14 @@ def page_app(
     """An application that serves the page and nothing else."""
     app = FastAPI(title="trader", docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(page_router(watch, controls, token, hosts=hosts))
+
+    @app.middleware("http")
+    async def guarded(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
+        response = await answer(request)
+        for name, value in SAFE_HEADERS.items():  # also where no route of ours answers
+            response.headers.setdefault(name, value)
+        return response
+
     return app
 
 # %% ../../nbs/observe/13_page.ipynb #8a306351

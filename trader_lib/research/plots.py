@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Figure', 'INK', 'PALE', 'GRID', 'PRICE', 'BUY', 'SELL', 'EQUITY', 'LOSS', 'EXPOSURE', 'WASH', 'FONT', 'MARKS', 'thin',
-           'styled', 'price_figure', 'drawdown_of', 'equity_figure']
+           'plotly_text', 'styled', 'price_figure', 'drawdown_of', 'equity_figure']
 
 # %% ../../nbs/research/03_plots.ipynb #6ff9de30
 from collections.abc import Sequence
+from html import escape
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -40,6 +41,11 @@ def thin(
         if not np.isnan(part).all():
             kept |= {int(rows[np.nanargmin(part)]), int(rows[np.nanargmax(part)])}
     return series.iloc[sorted(kept)]
+
+# %% ../../nbs/research/03_plots.ipynb #1b7c4d2f
+def plotly_text(text: str) -> str:
+    """A text from outside, such as a symbol, as plotly draws it literally."""
+    return escape(text, quote=False)
 
 # %% ../../nbs/research/03_plots.ipynb #9f2b4840
 def styled(figure: Figure, height: int) -> Figure:
@@ -125,7 +131,7 @@ def price_figure(
                 row=row,
                 col=1,
             )
-        figure.update_yaxes(title_text=symbol, row=row, col=1)
+        figure.update_yaxes(title_text=plotly_text(symbol), row=row, col=1)
     return styled(figure, 70 + row_height * len(shown))
 
 

@@ -259,8 +259,8 @@ def _run(notebook: Path, output: Path, parameters: Mapping[str, object], watch: 
         # papermill adds one code cell, unless there is nothing to inject
         watch.cells = sum(cell["cell_type"] == "code" for cell in cells) + bool(parameters)
         executed = papermill.execute_notebook(
-            str(notebook),
-            str(output),
+            _literal(notebook),
+            _literal(output),
             parameters=dict(parameters),
             engine_name=engine,
             progress_bar=False,
@@ -277,3 +277,8 @@ def _run(notebook: Path, output: Path, parameters: Mapping[str, object], watch: 
     except Exception as error:
         return Outcome("died" if watch.dead else "failed", error=type(error).__name__, message=str(error))
     return Outcome("completed", notebook=executed)
+
+
+def _literal(path: Path) -> str:
+    """A path for papermill, which fills in parameters where a path has braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
