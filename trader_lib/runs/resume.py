@@ -26,7 +26,10 @@ def ensure_resumable(run: RunFolder) -> None:
     if alive:
         who = f" (process {runner.pid} on {runner.host})" if runner else ""
         raise Misused(f"{run.name} still runs{who}. Wait for its end, or end it, then resume.")
-    if not journal_exists(run.journal) or not run.result_file.is_file() or run.result().status == "failed":
+    if not journal_exists(run.journal) or not run.result_file.is_file():
+        return
+    result = run.result()
+    if result.status == "failed" or result.order_list_hash is None:  # it was killed before it had a result
         return
     with open_journal(run.journal) as journal:
         for event in journal.read(types=[SessionEnded]):
