@@ -158,7 +158,7 @@ def _conclude(
     try:
         run.write_result(result)
     except Misconfigured as error:
-        why = failure.message.rstrip(".") + ". " if failure is not None and not unsaved else ""
+        why = "" if failure is None or failure.message == error.message else failure.message.rstrip(".") + ". "
         raise RunFailed(f"The run failed: {why}{error.message} {_way_on(run)}", run=run) from None
     if status == "completed":
         return run
