@@ -346,7 +346,13 @@ def _run(notebook: Path, parameters: Mapping[str, object], watch: Watch) -> Outc
         if watch.notebook is not None:
             watch.keep(watch.notebook)  # with papermill's mark at the cell that failed
         ending: Ending = "stopped" if error.ename in ("KeyboardInterrupt", "CancelledError") else "failed"
-        return Outcome(ending, cell=watch.last[0], section=watch.last[1], error=error.ename, message=error.evalue)
+        return Outcome(
+            ending,
+            cell=watch.last[0],
+            section=watch.last[1],
+            error=error.ename,
+            message=_with_notes(error.evalue, error.traceback),
+        )
     except KeyboardInterrupt:
         return Outcome("stopped", error="KeyboardInterrupt")
     except DeadKernelError:
@@ -354,3 +360,9 @@ def _run(notebook: Path, parameters: Mapping[str, object], watch: Watch) -> Outc
     except Exception as error:
         return Outcome("died" if watch.dead else "failed", error=type(error).__name__, message=str(error))
     return Outcome("completed", notebook=executed)
+
+
+def _with_notes(message: str, traceback: Sequence[str]) -> str:
+    """What an error says, and the notes that were added to it, which stand behind it in a kernel's traceback."""
+    places = [place for place, line in enumerate(traceback) if line.endswith(f": {message}")]
+    return " ".join([message, *(traceback[places[-1] + 1 :] if places else ())])
