@@ -41,8 +41,10 @@ def describe(payload: Payload) -> Record | None:
     match payload:
         case SessionStarted(strategy=strategy, stage=stage, symbols=symbols):
             return "INFO", f"A {stage} session of {strategy} starts on {', '.join(symbols)}."
-        case SessionEnded(reason=reason, equity=equity):
+        case SessionEnded(reason=reason, equity=equity, degraded=""):
             return "INFO", f"The session has ended: {reason}. Equity {equity} USD."
+        case SessionEnded(reason=reason, equity=equity, degraded=degraded):
+            return "ERROR", f"The session has ended degraded: {reason}. Equity {equity} USD. {degraded}"
         case RiskDecided(approved=False, request=request, checks=checks):
             scoped = (
                 (f"{check.scope}: " if check.scope else "") + check.reason for check in checks if not check.passed

@@ -159,7 +159,8 @@ def _shown(how: HowOptions, told: "Settings | None" = None) -> "Iterator[Callabl
     except (RunFailed, Interrupted) as error:
         stopped = error.context.get("run")
         if isinstance(stopped, RunFolder):
-            show_run(stopped, as_json=how.json)
+            if stopped.result_file.exists():  # a full disk takes none
+                show_run(stopped, as_json=how.json)
             if told is not None and isinstance(error, RunFailed):
                 announce_death(told, stopped, error.message)
         raise

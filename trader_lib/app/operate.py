@@ -96,6 +96,8 @@ def show_status(run: RunFolder, *, as_json: bool = False) -> int:
         print_line(f"No answer yet: {name}")
     for failure in status.failures:
         print_line(failure)
+    if status.degraded:
+        print_line(status.degraded)
     if status.condition == "dead":
         print_line("It stopped without an end: what is open at the broker is still open. `trader kill` cancels it.")
     return 0 if status.alive else NOT_RUNNING
@@ -108,7 +110,7 @@ def _facts(status: SessionStatus) -> dict[str, object]:
         if status.silent_s is not None and status.silent_s > SILENT_S:
             condition += f", silent for {status.silent_s:,.0f} s"
     if status.ended:
-        condition += f": {status.ended}"
+        condition += f"{' degraded' if status.degraded else ''}: {status.ended}"
     state = f"{status.state}" + (f" ({status.state_reason})" if status.state_reason else "")
     if status.asked is not None:
         state += f"; an operator wants {status.asked}, not confirmed yet"

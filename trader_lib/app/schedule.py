@@ -11,7 +11,6 @@ import json
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -27,6 +26,7 @@ from .jobs import Job, JobFile, Moments
 from ..clock.clock import Clock
 from ..errors.extras import require_extra
 from ..errors.taxonomy import BadData, Misused, TraderError
+from ..journal.scratch import scratch
 from ..runs.resume import ensure_resumable
 from ..runs.store import RunStore
 from ..runs.templates import check_names, template_path
@@ -64,8 +64,8 @@ class CommandAttempt:
 
     def __call__(self, job: Job, resume: str, stop: threading.Event) -> Outcome:
         """Run it, and wait for its end or for a stop."""
-        with tempfile.TemporaryDirectory(prefix="trader-job-") as folder:
-            given = Path(folder) / "parameters.json"
+        with scratch("job") as folder:
+            given = folder / "parameters.json"
             given.write_bytes(orjson.dumps(job.parameters))
             process = subprocess.Popen(
                 [*self._command, *self._arguments(job, resume, given)],

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors.extras import require_extra
-from ..errors.taxonomy import Misused
+from ..errors.taxonomy import Misconfigured, Misused, RunFailed
 
 if TYPE_CHECKING:
     from trader_lib.observe.view import SessionView
@@ -61,6 +61,7 @@ CONDITIONS = {
     "alive": ("●", "running", "green"),
     "dead": ("✕", "DEAD", "bold white on red"),
     "ended": ("■", "ended", "cyan"),
+    "degraded": ("■", "ended degraded", "bold white on red"),
     "report": ("■", "finished", "cyan"),
 }
 STATES = {"ACTIVE": ("▶", "green"), "REDUCING": ("▼", "bold black on yellow"), "HALTED": ("■", "bold white on red")}
@@ -152,7 +153,7 @@ def _beside(left: RenderableType, right: RenderableType) -> Table:
 
 
 def _head(view: "SessionView") -> RenderableType:
-    sign, word, style = CONDITIONS[view.condition]
+    sign, word, style = CONDITIONS["degraded" if view.degraded else view.condition]
     names = ", ".join(one.name for one in view.strategies) or (view.result.kind if view.result else "session")
     line = Text.assemble((names, "bold"), "  ", (view.run, "dim"), "  ", (f" {sign} {word} ", style), " ")
     if view.condition not in {"report", "waiting"}:
@@ -192,7 +193,9 @@ def _alerts(view: "SessionView") -> list[RenderableType]:
         told.append(("yellow", f"No answer yet: {', '.join(view.unanswered[:3])}"))
     if view.ended:
         told.append(("cyan", f"Ended: {view.ended}"))
-    if view.result is not None and view.result.failure:
+    if view.degraded:
+        told.append(("red", f"Degraded: {view.degraded}"))
+    if view.result is not None and view.result.failure and not view.degraded:
         told.append(("red", view.result.failure))
     return [
         Text(f"{'✕' if style == 'red' else '!' if style == 'yellow' else '·'} {sentence}", style=style)
@@ -284,7 +287,8 @@ def watch(
 ) -> int:
     """Watch a session in the terminal: state, figures, positions, orders, decisions and why, log. Ctrl-C leaves.
 
-    Exit code 0 if it was alive when you left, or ended in good order while you watched; 7 if it was not running, or died.
+    Exit code 0 if it was alive when you left, or ended in good order while you watched; 5 if it ended degraded; 7 if it
+    was not running, or died.
 
     Example: trader watch latest-paper
     """
@@ -302,6 +306,8 @@ def watch(
     view = _follow(found, every, as_json=json) if began_alive else view
     if not json:
         _show_once(view, as_json=False)
+    if began_alive and view.degraded:
+        return RunFailed.exit_code
     return 0 if view.condition == "alive" or (began_alive and view.condition == "ended") else NOT_RUNNING
 
 

@@ -117,8 +117,9 @@ def told(payload: Payload) -> str:
             return f"{agent}: {error}"
         case SnapshotTaken(digest=digest):
             return f"what the agents knew, {digest[:12]}"
-        case SessionEnded(reason=reason, equity=equity):
-            return f"{reason}{'' if equity is None else f'; equity {equity:,.2f}'}"
+        case SessionEnded(reason=reason, equity=equity, degraded=degraded):
+            worth = "" if equity is None else f"; equity {equity:,.2f}"
+            return f"{reason}{worth}{f'. Degraded: {degraded}' if degraded else ''}"
     return payload.to_json().decode()
 
 

@@ -73,6 +73,7 @@ class DaySummary:
     positions: tuple[Position, ...]
     books_agree: bool | None  # by the last reconciliation
     ended: str | None  # why, where the session ended on this day
+    degraded: str = ""  # which agents had given up when it ended, as a sentence
 
     @property
     def profit(self) -> Decimal | None:
@@ -143,6 +144,7 @@ class _Day:
         self._refusals = Counter[str]()
         self._incidents: list[str] = []
         self._ended: str | None = None
+        self._degraded = ""
 
     def take(self, event: Event) -> None:
         self._session_id = event.session_id
@@ -173,8 +175,8 @@ class _Day:
                 self._state = state
             case Reconciled(ok=ok):
                 self._agree = ok
-            case SessionEnded(reason=reason, equity=equity):
-                self._ended = reason
+            case SessionEnded(reason=reason, equity=equity, degraded=degraded):
+                self._ended, self._degraded = reason, degraded
                 self._equity = self._equity if equity is None else equity
         notice = notice_of(event)
         if notice is not None and notice.level == "ERROR":
@@ -207,6 +209,7 @@ class _Day:
             positions=self._positions,
             books_agree=self._agree,
             ended=self._ended,
+            degraded=self._degraded,
         )
 
 # %% ../../nbs/observe/23_day.ipynb #844f2727
@@ -226,6 +229,8 @@ def summary_lines(summary: DaySummary) -> list[str]:
     lines.append(f"Trading is {summary.state}. {books.get(summary.books_agree, 'The books differ from the broker’s.')}")
     if summary.ended is not None:
         lines.append(f"The session ended: {summary.ended}.")
+    if summary.degraded:
+        lines.append(f"It ended degraded. {summary.degraded}")
     count = len(summary.incidents) + summary.incidents_more
     lines.append(f"{_count(count, 'incident')}{':' if count else '.'}")
     lines += [f"- {incident}" for incident in summary.incidents]

@@ -81,9 +81,11 @@ def _known(event: Event) -> tuple[NoticeLevel, str, str, str] | None:
             if state is TradingState.ACTIVE:
                 return "INFO", title, event.id, ""
             return "ERROR", title, event.id, state.lower()
-        case SessionEnded(reason=reason):
+        case SessionEnded(reason=reason, degraded=degraded):
             if ": " in reason:  # begins with the name of an exception
                 return "ERROR", "Session failed", event.id, "session-down"
+            if degraded:
+                return "ERROR", "Session ended degraded", event.id, "agent-down"
             return "INFO", "Session ended", event.id, ""
         case AgentFailed(agent=agent, error=error):
             same = f"agent_failed:{agent}:{error.partition(':')[0]}"

@@ -172,6 +172,7 @@ class SessionView(Row):
     seen_at: Utc
     condition: Literal["waiting", "alive", "dead", "ended", "report"]
     ended: str | None
+    degraded: str  # which agents had given up when it ended, as a sentence
     trouble: str  # why the picture may be old; "" where it is not
     stage: str
     state: TradingState

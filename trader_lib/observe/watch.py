@@ -172,6 +172,7 @@ class SessionWatch:
             seen_at=now,
             condition=condition,
             ended=status.ended,
+            degraded=status.degraded,
             trouble=self._trouble,
             stage=status.stage,
             state=status.state,

@@ -23,6 +23,7 @@ from trader_lib.runs.result import (
     PROGRESS_MIME,
     RESULT_MIME,
     DataRow,
+    Failure,
     Kind,
     ReconciliationRow,
     RefusalRow,
@@ -275,6 +276,7 @@ def publish(
     reconciliation: ReconciliationRow | None = None,
     status: Status = "completed",
     strategies: Sequence[StrategyRow] = (),  # of a session of several
+    failure: Failure | None = None,  # of a session whose agents gave up
 ) -> None:
     """Leave the result for the runner, which says when the run was started and ended."""
     from IPython.display import display as show
@@ -296,6 +298,7 @@ def publish(
         refusals=tuple(refusals),
         strategies=tuple(strategies),
         reconciliation=reconciliation,
+        failure=failure,
     )
     show({RESULT_MIME: result.model_dump(mode="json")}, raw=True)  # type: ignore[no-untyped-call]
 

@@ -32,7 +32,10 @@ def ensure_resumable(run: RunFolder) -> None:
         raise Misused(f"{run.name} still runs{who}. Wait for its end, or end it, then resume.")
     if run.kind == "live" and not journal_exists(run.journal):
         raise Misused(f"{run.name} has no journal: it died before it did anything. Start a new run.")
-    if not journal_exists(run.journal) or not run.result_file.is_file() or run.result().status == "failed":
+    if not journal_exists(run.journal) or not run.result_file.is_file():
+        return
+    result = run.result()
+    if result.status == "failed" or result.order_list_hash is None:  # it was killed before it had a result
         return
     with open_journal(run.journal) as journal:
         for event in journal.read(types=[SessionEnded]):

@@ -8,7 +8,7 @@ __all__ = ['RUN_FOLDER', 'RESUME', 'readable', 'checked', 'kernel_environment', 
 # %% ../../nbs/runs/05_runner.ipynb #e7230978
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ import orjson
 from pydantic import BaseModel, ValidationError
 
 from ..clock.clock import Clock, WallClock
-from ..errors.taxonomy import Interrupted, Misused, RunFailed, TraderError, did_you_mean
-from .result import Failure, Kind, RunResult, Status, versions
+from ..errors.taxonomy import Interrupted, Misconfigured, Misused, RunFailed, TraderError, did_you_mean
+from .result import AGENT_DOWN, Failure, Kind, RunResult, Status, versions
 from .store import RunFolder, RunStore, write_atomic
 from .templates import check_names, template_path
 from ..session.permit import REAL_MONEY, LivePermit, handed_over
@@ -93,9 +93,16 @@ def run_notebook(
         run = RunFolder((resume or store.create(kind)).path.absolute())
         started = clock.now()
         if resume is None:
-            run.write_params(
-                {"kind": kind, "parameters": dict(parameters), "started_at": started, "versions": dict(versions())}
-            )
+            asked_for = {
+                "kind": kind,
+                "parameters": dict(parameters),
+                "started_at": started,
+                "versions": dict(versions()),
+            }
+            _begin(run, asked_for)
+        else:
+            for earlier in (run.result_file, run.report):  # of the attempt that died
+                earlier.unlink(missing_ok=True)
         injected = {**parameters, **_folder_parameter(source, run), **({} if resume is None else {RESUME: True})}
         with _inheritance(permit, run) as inherited:
             outcome = execute(
@@ -118,6 +125,16 @@ def _inheritance(permit: LivePermit | None, run: RunFolder) -> AbstractContextMa
     return nullcontext({}) if permit is None else handed_over(permit, run.path)
 
 
+def _begin(run: RunFolder, asked_for: Mapping[str, object]) -> None:
+    """Write down what was asked for; a folder that does not even take that is removed."""
+    try:
+        run.write_params(dict(asked_for))
+    except Misconfigured:
+        with suppress(OSError):
+            run.path.rmdir()
+        raise
+
+
 def _folder_parameter(source: Path, run: RunFolder) -> dict[str, object]:
     try:
         check_names(source, {RUN_FOLDER: ""})
@@ -130,27 +147,13 @@ def _conclude(
     kind: Kind, run: RunFolder, parameters: Mapping[str, object], started: datetime, outcome: Any, clock: Clock
 ) -> RunFolder:
     """Record what came of a run, then return or raise."""
-    from trader_lib.runs.page import render_page, result_of
+    from trader_lib.runs.page import result_of
 
-    log = run.path / "kernel.log"
-    if log.exists() and not log.stat().st_size:
-        log.unlink()
+    _drop_empty(run.path / "kernel.log")
     left = (result_of(run.notebook) or {}) if run.notebook.exists() else {}
-    failure = None
-    if outcome.ending != "completed":
-        failure = Failure(
-            cell=outcome.cell,
-            section=outcome.section or None,
-            error=outcome.error or outcome.ending,
-            message=_why(outcome),
-        )
-    elif not left and kind != "notebook":  # one of the user's own need not leave a result
-        failure = Failure(error="NoResult", message="the notebook displayed no result")
-    status: Status = "completed"
-    if outcome.interrupted or outcome.ending == "stopped" or left.get("status") == "interrupted":
-        status = "interrupted"
-    elif failure is not None:
-        status = "failed"
+    unsaved = outcome.unsaved or _unwritten_report(run)
+    failure = _failure(kind, outcome, left, unsaved)
+    status = _status(outcome, left, failure)
     document = {"parameters": dict(parameters), **left, "kind": kind, "status": status, "failure": failure}
     document |= {"started_at": started, "ended_at": clock.now(), "versions": dict(versions())}
     try:
@@ -162,18 +165,84 @@ def _conclude(
             {key: value for key, value in document.items() if key not in left or key in ("kind", "status")}
             | {"parameters": dict(parameters), "status": status, "failure": failure}
         )
-    run.write_result(result)
-    if run.notebook.exists():
-        write_atomic(run.report, render_page(run.notebook))
+    try:
+        run.write_result(result)
+    except Misconfigured as error:
+        why = "" if failure is None or failure.message == error.message else failure.message.rstrip(".") + ". "
+        raise RunFailed(f"The run failed: {why}{error.message} {_way_on(run)}", run=run) from None
     if status == "completed":
         return run
     if status == "interrupted":
         raise Interrupted(_interrupted(run, failure), run=run, result=result)
     assert failure is not None
+    if status == "degraded":
+        raise RunFailed(
+            f"The session ended degraded. {failure.message} Its report is {run.report}.", run=run, result=result
+        )
     where = f" in cell {failure.cell} ({failure.section})" if failure.cell else ""
-    raise RunFailed(
-        f"The run failed{where}: {failure.message.rstrip('.')}. Its notebook is {run.notebook}.", run=run, result=result
-    )
+    way_on = _way_on(run) if unsaved else f"Its notebook is {run.notebook}."
+    raise RunFailed(f"The run failed{where}: {failure.message.rstrip('.')}. {way_on}", run=run, result=result)
+
+
+def _drop_empty(log: Path) -> None:
+    """Remove a log that nothing was written to."""
+    if log.exists() and not log.stat().st_size:
+        log.unlink()
+
+
+def _unwritten_report(run: RunFolder) -> str:
+    """Write the report; why it could not be written, as a sentence, or ""."""
+    from trader_lib.runs.page import render_page
+
+    if not run.notebook.exists():
+        return ""
+    try:
+        write_atomic(run.report, render_page(run.notebook))
+    except Misconfigured as error:
+        return error.message
+    except Exception as error:  # the result is kept whatever becomes of its picture
+        return f"The report could not be made ({type(error).__name__}: {error})."
+    return ""
+
+
+def _failure(kind: Kind, outcome: Any, left: Mapping[str, Any], unsaved: str) -> Failure | None:
+    """Why a run did not end well. left: what its notebook displayed as its result."""
+    if outcome.ending != "completed":
+        return Failure(
+            cell=outcome.cell,
+            section=outcome.section or None,
+            error=outcome.error or outcome.ending,
+            message=_why(outcome),
+        )
+    if unsaved:
+        return Failure(error="Misconfigured", message=unsaved)
+    if not left and kind != "notebook":  # one of the user's own need not leave a result
+        return Failure(error="NoResult", message="the notebook displayed no result")
+    try:
+        return Failure.model_validate(left["failure"]) if left.get("failure") else None
+    except ValidationError as error:
+        return Failure(error="ValidationError", message=f"the notebook's result is malformed: {readable(error)}")
+
+
+def _status(outcome: Any, left: Mapping[str, Any], failure: Failure | None) -> Status:
+    """A stop that somebody asked for is named first; then what went wrong."""
+    if outcome.interrupted or outcome.ending == "stopped" or left.get("status") == "interrupted":
+        return "interrupted"
+    if failure is None:
+        return "completed"
+    return "degraded" if failure.error == AGENT_DOWN else "failed"
+
+
+def _way_on(run: RunFolder) -> str:
+    """What to do about a run whose files could not be written."""
+    resumed = _resumed_by(run)
+    return f"{resumed} then goes on where its journal ends." if resumed else "Then start it again."
+
+
+def _resumed_by(run: RunFolder) -> str:
+    """The command that goes on with a session; "" for a run that is none."""
+    account = " --account NUMBER" if run.kind == "live" else ""
+    return f"`trader {run.kind}{account} --resume {run.name}`" if run.kind in ("paper", "live") else ""
 
 
 def _why(outcome: Any) -> str:
@@ -192,5 +261,8 @@ def _family(kind: type[TraderError]) -> list[type[TraderError]]:
 def _interrupted(run: RunFolder, failure: Failure | None) -> str:
     if failure is None:
         return f"Stopped as asked; the session drained. Its report is {run.report}."
+    if failure.error == AGENT_DOWN:
+        return f"Stopped as asked; the session drained. {failure.message} Its report is {run.report}."
     where = f" in cell {failure.cell} ({failure.section})" if failure.cell else ""
-    return f"Stopped as asked{where}, before it had a result. Its notebook is {run.notebook}."
+    told = f"Stopped as asked{where}, before it had a result. Its notebook is {run.notebook}."
+    return f"{told} {_resumed_by(run)} goes on." if _resumed_by(run) and run.journal.exists() else told

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BOUNDED', 'session_settings', 'bars_to_come', 'progress_teller', 'journal_bars', 'equity_by_bar', 'exposure_by_bar',
-           'session_statistics', 'strategy_rows', 'price_piece', 'worth_piece', 'health_piece', 'risk_piece']
+           'session_statistics', 'strategy_rows', 'ending_note', 'ending_failure', 'price_piece', 'worth_piece',
+           'health_piece', 'risk_piece']
 
 # %% ../../nbs/runs/09_session_cells.ipynb #f909a526
 from collections import Counter
@@ -27,7 +28,7 @@ from ..risk.rules import Check
 from ..research.statistics import fills_of, statistics
 from .cells import tell
 from .parameters import RunParameters
-from .result import StrategyRow
+from .result import AGENT_DOWN, Failure, StrategyRow
 from .store import RunFolder
 from ..session.session import SessionResult
 from ..telemetry.log import configure_logging
@@ -149,6 +150,17 @@ def strategy_rows(result: SessionResult) -> tuple[StrategyRow, ...]:
             )
         )
     return tuple(rows)
+
+
+def ending_note(result: SessionResult) -> Piece:
+    """How a session ended, in a sentence, and which agents had given up by then."""
+    told = f"{result.status.capitalize()} after {result.bars:,} bars in {result.wall_s:,.1f} s: {result.reason}."
+    return note(f"{told} {result.degraded}".strip(), "good" if result.status == "completed" else "bad")
+
+
+def ending_failure(result: SessionResult) -> Failure | None:
+    """Why a session counts as failed though it came to its end; None where all its agents worked."""
+    return Failure(error=AGENT_DOWN, message=result.degraded) if result.down else None
 
 
 def price_piece(result: SessionResult, bars: Bars | None) -> Any:

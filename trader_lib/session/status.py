@@ -83,6 +83,7 @@ class SessionStatus:
     asked: TradingState | None
     started_at: datetime | None
     ended: str | None
+    degraded: str  # which agents had given up when it ended, as a sentence
     last_bar: datetime | None
     silent_s: float | None
     equity: Decimal | None
@@ -128,6 +129,7 @@ class StatusFold:
         self.started = SessionStarted()
         self.started_at: datetime | None = None
         self.ended: str | None = None
+        self.degraded = ""
         self.state, self.state_reason = TradingState.ACTIVE, ""
         self.strategy_states: dict[str, tuple[TradingState, str]] = {}  # of those of several that had one of their own
         self.holdings: tuple[StrategyHoldings, ...] = ()  # of each of several
@@ -149,9 +151,9 @@ class StatusFold:
         match event.payload:
             case SessionStarted():
                 self.started, self.started_at, self.session_id = event.payload, event.recorded_at, event.session_id
-                self.ended = None
-            case SessionEnded(reason=reason):
-                self.ended = reason
+                self.ended, self.degraded = None, ""
+            case SessionEnded(reason=reason, degraded=degraded):
+                self.ended, self.degraded = reason, degraded
             case TradingStateChanged(state=state, reason=reason, strategy=strategy):
                 if strategy:
                     self.strategy_states[strategy] = (state, reason)
@@ -204,6 +206,7 @@ class StatusFold:
             asked=_asked(ControlFile.beside(journal_path), self.obeyed),
             started_at=self.started_at,
             ended=self.ended,
+            degraded=self.degraded,
             last_bar=self.last_bar,
             silent_s=_silence(journal_path, clock or WallClock()),
             equity=self.equity,

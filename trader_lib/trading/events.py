@@ -9,9 +9,10 @@ __all__ = ['Finite', 'Figure', 'Kind', 'PAYLOADS', 'DiscrepancyKind', 'Resolutio
            'OrderFailed', 'OperatorCommand', 'SnapshotTaken', 'ClockTicked', 'TradingState', 'TargetsDecided',
            'OrderProposed', 'CancelProposed', 'CheckOutcome', 'RiskDecided', 'OrderIntended', 'CancelIntended',
            'FillRecorded', 'StrategyHoldings', 'PortfolioChanged', 'TradingStateChanged', 'OrderAdopted', 'Discrepancy',
-           'Reconciled', 'AgentFailed', 'SessionEnded', 'Event', 'canonical_row']
+           'Reconciled', 'AgentFailed', 'SessionEnded', 'degraded_sentence', 'Event', 'canonical_row']
 
 # %% ../../nbs/trading/05_events.ipynb #23a33cd0
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -418,6 +419,21 @@ class SessionEnded(Output):
     reason: str
     equity: Number | None = None  # USD
     orders: int | None = None
+    down: FrozenMap[str, str] = Field(default_factory=dict)  # agents that had given up by then: their last failure
+
+    @property
+    def degraded(self) -> str:
+        """Which agents had given up, and why, as a sentence; "" where all of them worked to the end."""
+        return degraded_sentence(self.down)
+
+
+def degraded_sentence(down: Mapping[str, str]) -> str:
+    """Which agents gave up, and why. down: agents by name, with the failure after which each gave up."""
+    if not down:
+        return ""
+    parts = [f"the {agent} agent gave up after {failure.rstrip('.')}" for agent, failure in down.items()]
+    told = "; ".join(parts)
+    return f"{told[0].upper()}{told[1:]}."
 
 # %% ../../nbs/trading/05_events.ipynb #acac7f4f
 class Event(BaseModel):

@@ -66,7 +66,7 @@ function drawHead() {
   $("strategy").textContent = name;
   $("run").textContent = view.run + (view.runner && view.condition === "alive" ? ` · process ${view.runner.pid} on ${view.runner.host}` : "");
   const conditions = {
-    alive: ["●", "Running", "good"], dead: ["✕", "Dead", "bad"], ended: ["■", "Ended", ""],
+    alive: ["●", "Running", "good"], dead: ["✕", "Dead", "bad"], ended: view.degraded ? ["■", "Ended degraded", "bad"] : ["■", "Ended", ""],
     waiting: ["…", view.behind ? "Reading the journal" : "Not begun", ""], report: ["■", words(view.result ? view.result.status : ""), ""],
   };
   badge("condition", ...conditions[view.condition]);
@@ -94,7 +94,8 @@ function drawAlerts() {
   for (const one of view.strategies.length > 1 ? view.strategies : []) if (one.reason && one.state !== "ACTIVE") told.push(["warn", `${one.name} is ${one.state}: ${one.reason}`]);
   if (view.books && !view.books.ok) told.push(["bad", `The books differ from the broker's: ${view.books.differences.join("; ")}`]);
   if (view.unanswered && view.unanswered.length) told.push(["warn", `No answer yet on ${view.unanswered.length} order${view.unanswered.length > 1 ? "s" : ""}: ${view.unanswered.slice(0, 3).join(", ")}`]);
-  if (view.result && view.result.failure) told.push(["bad", `The run failed: ${view.result.failure}`]);
+  if (view.degraded) told.push(["bad", `The session ended degraded. ${view.degraded}`]);
+  if (view.result && view.result.failure && !view.degraded) told.push(["bad", `The run failed: ${view.result.failure}`]);
   const text = told.map(([kind, sentence]) => kind + sentence).join("\n");
   if (drawAlerts.said === text) return;
   drawAlerts.said = text;
