@@ -69,6 +69,7 @@ from .snapshots import Snapshot, find_snapshot, identity, snapshot_folder
 from .spec import SessionSpec, session_name, title
 from .wiring import Agents, History, SessionInputs, session_container
 from ..strategy.contract import Strategy
+from ..strategy.source import sources
 from ..telemetry.log import bind_session
 from trader_lib.trading.events import (
     AccountReported,
@@ -246,6 +247,7 @@ class Session:
                     parameters=inputs.spec.told(inputs.strategy),
                     versions=_versions(),
                     seed=inputs.spec.seed,
+                    sources=sources(inputs.strategy),
                 )
             )
         if past.history is None:

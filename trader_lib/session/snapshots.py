@@ -8,7 +8,6 @@ __all__ = ['FORMAT', 'LANDMARKS', 'FOLDER', 'NO_BAR', 'identity', 'Knowing', 'Sn
 
 # %% ../../nbs/session/08_snapshots.ipynb #16625acc
 import hashlib
-import inspect
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -33,6 +32,7 @@ from ..market.validity import FIELDS
 from .recovery import SESSION, Landmarks, Summary
 from .spec import SessionSpec
 from ..strategy.contract import Strategy
+from ..strategy.source import sources
 from ..telemetry.log import get_logger
 from ..trading.events import BarsClosed, Event, SnapshotTaken
 
@@ -42,20 +42,8 @@ FORMAT = 1  # of what is written; raised when it changes
 
 def identity(spec: SessionSpec, strategy: Strategy | Mapping[str, Strategy]) -> str:
     """What a snapshot is valid for: version, parameters and the strategies' source, in one digest."""
-    several = list(strategy.values()) if isinstance(strategy, Mapping) else [strategy]
-    told = [FORMAT, __version__, spec.told(strategy), [_source(type(one)) for one in several]]
+    told = [FORMAT, __version__, spec.told(strategy), sources(strategy)]
     return hashlib.sha256(orjson.dumps(told, option=orjson.OPT_SORT_KEYS)).hexdigest()
-
-
-def _source(cls: type[Strategy]) -> list[str]:
-    """Of a strategy and what it inherits; "" for a class whose source is not kept."""
-    found = []
-    for each in cls.__mro__[: cls.__mro__.index(Strategy)]:
-        try:
-            found.append(inspect.getsource(each))
-        except (OSError, TypeError):
-            found.append("")
-    return found
 
 # %% ../../nbs/session/08_snapshots.ipynb #fde332b1
 class Knowing(Protocol):

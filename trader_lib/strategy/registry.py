@@ -19,6 +19,7 @@ from typing import TypeVar
 
 from ..errors.taxonomy import Misused, did_you_mean
 from .contract import Strategy
+from .source import RAN
 
 # %% ../../nbs/strategy/04_registry.ipynb #c0ca192b
 ENTRY_POINT_GROUP = "trader_lib.strategies"
@@ -83,6 +84,7 @@ def _module_of(path: Path, spec: str) -> ModuleType:
             parts = [(str(path), path.read_text(encoding="utf-8"))]
         for place, code in parts:
             exec(compile(code, place, "exec"), module.__dict__)
+        module.__dict__[RAN] = "\n".join(code for _, code in parts)
     except Exception as error:
         raise Misused(
             f"{spec}: {path} does not run: {type(error).__name__}: {error}. Correct it and try again.", spec=spec

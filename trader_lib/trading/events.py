@@ -112,6 +112,9 @@ class SessionStarted(Input):
     parameters: FrozenMap[str, JsonValue] = Field(default_factory=dict)
     versions: FrozenMap[str, str] = Field(default_factory=dict)
     seed: int = 0
+    sources: FrozenMap[str, str] = Field(
+        default_factory=dict, exclude_if=lambda known: not known
+    )  # hashes, by strategy
 
 
 class BarRow(BaseModel):
