@@ -42,6 +42,7 @@ from trader_lib.app.options import (
 from .scheduling import schedule
 from .watch import dashboard, watch
 from ..errors.taxonomy import Interrupted, Misconfigured, Misused, RunFailed, TraderError
+from ..telemetry.visible import visible
 
 if TYPE_CHECKING:
     from trader_lib.config.settings import Settings
@@ -626,6 +627,7 @@ def strategies(*, json: Json = False) -> int:
 # %% ../../nbs/app/04_cli.ipynb #312ec535
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; nothing escapes but the end of the process."""
+    _log_to_terminal()
     try:
         answer = app(
             sys.argv[1:] if arguments is None else list(arguments),
@@ -646,11 +648,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except Exception as error:
         if environ.get("TRADER_DEBUG"):
-            traceback.print_exc()
+            sys.stderr.write(visible(traceback.format_exc()))
         told = f"{type(error).__name__}: {error}".strip()
         return _failed(f"This is a bug in trader_lib: {told} Run again with TRADER_DEBUG=1 to see where.", 1)
 
 
+def _log_to_terminal() -> None:
+    """Print records as this library does, until the command arranges it by its settings."""
+    from trader_lib.config.sections import LoggingSettings
+    from trader_lib.telemetry.log import configure_logging
+
+    configure_logging(LoggingSettings(), None, ())
+
+
 def _failed(message: str, code: int) -> int:
-    sys.stderr.write(f"{message}\n")
+    sys.stderr.write(f"{visible(message)}\n")
     return code
