@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from os import environ
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from cyclopts import App, CycloptsError, Parameter
@@ -32,6 +33,7 @@ from trader_lib.app.options import (
     CostOptions,
     HowOptions,
     LimitOptions,
+    TrustOption,
     WhatOptions,
     given_parameters,
     how_parameters,
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from trader_lib.config.settings import Settings
     from trader_lib.runs.result import Kind
     from trader_lib.runs.store import RunFolder, RunStore
+    from trader_lib.strategy.trust import Trust
 
 app = App(
     name="trader",
@@ -97,6 +100,7 @@ def _run(
     *,
     resume: "RunFolder | None" = None,
     account: str = "",  # live: the number that the operator typed
+    trust: "Trust | None" = None,  # in the code that a file has named; None: the user has named it
 ) -> int:
     """Check, run, and print what came of it."""
     from trader_lib.app.console import progress_bar, say
@@ -105,6 +109,8 @@ def _run(
     from trader_lib.runs.runner import checked, run_notebook
     from trader_lib.runs.store import RunStore
     from trader_lib.session.session import REAL_MONEY
+    from trader_lib.strategy.registry import approved
+    from trader_lib.strategy.trust import guarded
 
     chosen = how or HowOptions()
     overrides = {**setting_overrides(how), **({"broker": extra} if extra else {})}
@@ -114,6 +120,7 @@ def _run(
         settings = load_settings("paper", overrides=overrides)
     asked = checked(RunParameters, resolved(given, settings))
     assert isinstance(asked, RunParameters)
+    trust = None if trust is None else approved(asked.references, trust, say)
     if kind != "backtest" and settings.broker.kind == "simulated" and settings.broker.transport == "http":
         check_port(settings.exchange.host, settings.exchange.port)
     real_time = kind != "backtest" and settings.broker.kind == "alpaca"
@@ -122,10 +129,14 @@ def _run(
 
         bounds = given.get("limits")
         own = bounds if isinstance(bounds, dict) else {}
-        check_live(asked, settings, account=account, given_limits=own, store=RunStore(settings.runs.path))
+        with guarded(trust):
+            check_live(asked, settings, account=account, given_limits=own, store=RunStore(settings.runs.path))
     elif real_time and not settings.broker.paper:
         raise Misused(REAL_MONEY)
-    with _shown(chosen, settings if kind != "backtest" else None) as done, progress_bar(kind) as report:
+    if resume is not None and trust is not None:
+        _name_changes(resume, trust)
+    told = settings if kind != "backtest" else None
+    with guarded(trust), _shown(chosen, told) as done, progress_bar(kind) as report:
         done(
             run_notebook(
                 kind,
@@ -136,9 +147,22 @@ def _run(
                 report=report,
                 said=say,
                 resume=resume,
+                trust=trust,
             )
         )
     return 0
+
+
+def _name_changes(run: "RunFolder", trust: "Trust") -> None:
+    """Say which of a run's strategies are not the code any more that it began with."""
+    from trader_lib.app.console import say
+    from trader_lib.journal.opening import journal_exists, open_journal
+    from trader_lib.session.replay import source_changes
+
+    if journal_exists(run.journal):
+        with open_journal(run.journal) as journal:
+            for sentence in source_changes(journal, trust):
+                say(sentence)
 
 
 @contextmanager
@@ -161,20 +185,25 @@ def _shown(how: HowOptions, told: "Settings | None" = None) -> "Iterator[Callabl
         show_run(run, as_json=how.json)
 
 
-def _resume(command: "Kind", which: str, how: HowOptions | None, account: str = "") -> int:
+def _resume(
+    command: "Kind", which: str, how: HowOptions | None, account: str = "", *, trust: bool | str = False
+) -> int:
     """Find a run of the command's kind that died, and go on with it."""
     from trader_lib.config.settings import load_settings
     from trader_lib.runs.resume import asked_for, ensure_resumable
     from trader_lib.runs.store import RunStore
+    from trader_lib.strategy.trust import read_trust, strange_folders
 
     chosen = how or HowOptions()
-    run = RunStore(load_settings(chosen.profile, overrides=setting_overrides(how)).runs.path).find(which)
+    store = RunStore(load_settings(chosen.profile, overrides=setting_overrides(how)).runs.path)
+    run = store.find(which)
     ensure_resumable(run)
     kind, given, extra = asked_for(run)
     if kind != command:
         raise Misused(f"{run.name} is a {kind} run: it is resumed by `trader {kind} --resume`.")
     profile = chosen.profile or cast("Literal['research', 'paper', 'live'] | None", given.get("profile"))
-    return _run(kind, given, replace(chosen, profile=profile), extra, resume=run, account=account)
+    named = read_trust(trust, (*strange_folders(run.params), store.path))
+    return _run(kind, given, replace(chosen, profile=profile), extra, resume=run, account=account, trust=named)
 
 
 def check_port(host: str, port: int) -> None:
@@ -196,6 +225,17 @@ def check_port(host: str, port: int) -> None:
 def _several(file: Path | None) -> dict[str, object]:
     """The strategies that a file lists, as parameters."""
     return {} if file is None else {"strategies": read_strategies(file)}
+
+
+def _trust_in(file: Path | None, trust: bool | str) -> "Trust | None":
+    """What a file of strategies or parameters may run; without one, the strategies were typed, and there is no question."""
+    from trader_lib.strategy.trust import trust_in
+
+    if file is None and trust:
+        raise Misused(
+            "--trust is for strategies that a folder or a file names. What you name yourself runs without it."
+        )
+    return None if file is None else trust_in(file, trust)
 
 
 def extra_parameters(kind: str, broker: str, transport: str) -> dict[str, object]:
@@ -235,6 +275,7 @@ def paper(
         Parameter(help="Go on with a run whose process died: name, beginning of a name or id, path, latest-paper."),
     ] = None,
     strategies: Strategies = None,
+    trust: TrustOption = False,
     what: WhatOptions | None = None,
     costs: CostOptions | None = None,
     limits: LimitOptions | None = None,
@@ -253,11 +294,11 @@ def paper(
     extra: dict[str, object] = {name: value for name, value in chosen.items() if value is not None}
     given = given_parameters(what, costs, limits, how) | _several(strategies)
     if resume is None:
-        return _run("paper", given, how, extra)
+        return _run("paper", given, how, extra, trust=_trust_in(strategies, trust))
     if given or extra:
         told = ", ".join(sorted({**given, **extra}))
         raise Misused(f"A resumed run keeps its parameters. Leave out {told}, or start a new run.")
-    return _resume("paper", resume, how)
+    return _resume("paper", resume, how, trust=trust)
 
 
 @app.command
@@ -266,6 +307,7 @@ def live(
     account: Annotated[str, Parameter(help="Number of the account, as the broker shows it.")],
     resume: Annotated[str | None, Parameter(help="Go on with a live run whose process died.")] = None,
     strategies: Strategies = None,
+    trust: TrustOption = False,
     what: WhatOptions | None = None,
     costs: CostOptions | None = None,
     limits: LimitOptions | None = None,
@@ -283,10 +325,10 @@ def live(
     """
     given = given_parameters(what, costs, limits, how) | _several(strategies)
     if resume is None:
-        return _run("live", given, how, {}, account=account)
+        return _run("live", given, how, {}, account=account, trust=_trust_in(strategies, trust))
     if set(given) - {"profile"}:
         raise Misused("A resumed run keeps its parameters. Leave them out, or start a new run.")
-    return _resume("live", resume, how, account)
+    return _resume("live", resume, how, account, trust=trust)
 
 
 @app.command(name="run")
@@ -298,6 +340,7 @@ def run_(
         tuple[str, ...], Parameter(name=("--param", "-p"), negative=(), help="A parameter: -p symbols=AAPL,IBM.")
     ] = (),
     parameters: Annotated[Path | None, Parameter(help="JSON file of parameters; -p wins over it.")] = None,
+    trust: TrustOption = False,
     how: HowOptions | None = None,
 ) -> int:
     r"""Run a parameterised notebook as papermill does, supervised, and leave a run folder with its report.
@@ -306,14 +349,16 @@ def run_(
 
     Example: trader run review.ipynb -p day=2026-11-20
     """
-    given = {**_from_file(parameters), **strategy_params(param), **how_parameters(how)}
+    typed, filed = strategy_params(param), _from_file(parameters)
+    given = {**filed, **typed, **how_parameters(how)}
     if notebook in {"backtest", "paper"}:
         extra = {name: given.pop(key) for key, name in (("broker", "kind"), ("transport", "transport")) if key in given}
         kind: Kind = "backtest" if notebook == "backtest" else "paper"
         if kind == "backtest" and extra:
             raise Misused("A backtest takes neither broker nor transport.")
-        return _run(kind, given, how, extra)
-    return _run_own(Path(notebook), given, how)
+        named = {"strategy", "strategies"} & (filed.keys() - typed.keys())
+        return _run(kind, given, how, extra, trust=_trust_in(parameters if named else None, trust))
+    return _run_own(Path(notebook), given, how, trust)
 
 
 def _from_file(path: Path | None) -> dict[str, object]:
@@ -328,7 +373,7 @@ def _from_file(path: Path | None) -> dict[str, object]:
     return found
 
 
-def _run_own(notebook: Path, given: dict[str, object], how: HowOptions | None) -> int:
+def _run_own(notebook: Path, given: dict[str, object], how: HowOptions | None, trust: bool | str = False) -> int:
     """Run a notebook of the user's own."""
     from trader_lib.app.console import progress_bar, say
     from trader_lib.config.settings import load_settings
@@ -337,19 +382,38 @@ def _run_own(notebook: Path, given: dict[str, object], how: HowOptions | None) -
 
     chosen = how or HowOptions()
     settings = load_settings(chosen.profile, overrides=setting_overrides(how))
-    with _shown(chosen) as done, progress_bar("notebook") as report:
+    with _readable(notebook, trust) as template, _shown(chosen) as done, progress_bar("notebook") as report:
         done(
             run_notebook(
                 "notebook",
                 given,
                 store=RunStore(settings.runs.path),
-                template=notebook,
+                template=template,
                 timeout_s=settings.runs.timeout_s,
                 report=report,
                 said=say,
             )
         )
     return 0
+
+
+@contextmanager
+def _readable(notebook: Path, trust: bool | str) -> Iterator[Path]:
+    """The notebook to run: itself, or, where it lies in a run folder, a copy of the content that is trusted."""
+    from trader_lib.app.console import say
+    from trader_lib.strategy.trust import read_source, read_trust, run_folder_around
+
+    if not notebook.is_file() or run_folder_around(notebook.resolve().parent) is None:
+        _trust_in(None, trust)
+        yield notebook
+        return
+    source = read_source(notebook, str(notebook))
+    read_trust(trust).ensure(str(notebook), source)
+    say(f"Trusted: {source.path}, {source.digest}.")
+    with TemporaryDirectory(prefix="trader-notebook-") as folder:
+        copy = Path(folder) / source.path.name
+        copy.write_bytes(source.content)
+        yield copy
 
 
 @app.command

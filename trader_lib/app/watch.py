@@ -154,7 +154,9 @@ def _beside(left: RenderableType, right: RenderableType) -> Table:
 def _head(view: "SessionView") -> RenderableType:
     sign, word, style = CONDITIONS[view.condition]
     names = ", ".join(one.name for one in view.strategies) or (view.result.kind if view.result else "session")
-    line = Text.assemble((visible(names), "bold"), "  ", (visible(view.run), "dim"), "  ", (f" {sign} {word} ", style), " ")
+    line = Text.assemble(
+        (visible(names), "bold"), "  ", (visible(view.run), "dim"), "  ", (f" {sign} {word} ", style), " "
+    )
     if view.condition not in {"report", "waiting"}:
         mark, state_style = STATES[view.state]
         line.append(f" {mark} {view.state} ", style=state_style)

@@ -20,6 +20,7 @@ from ..errors.taxonomy import Interrupted, Misused, RunFailed, TraderError, did_
 from .result import Failure, Kind, RunResult, Status, versions
 from .store import RunFolder, RunStore, write_atomic
 from .templates import check_names, template_path
+from ..strategy.trust import Trust, environment_of
 
 # %% ../../nbs/runs/05_runner.ipynb #0538368d
 def readable(error: ValidationError, known: Mapping[str, object] | None = None) -> str:
@@ -66,6 +67,7 @@ def run_notebook(
     report: Callable[[Any], None] = lambda progress: None,  # takes Progress
     said: Callable[[str], None] = lambda words: None,  # takes what the user should be told
     resume: RunFolder | None = None,  # go on in the folder of this run instead of making one
+    trust: Trust | None = None,  # in the code that a file has named; None: the user has named it
     clock: Clock | None = None,
 ) -> RunFolder:
     """Run a template with parameters, and return the folder of the completed run.
@@ -97,7 +99,7 @@ def run_notebook(
             run.notebook,
             injected,
             log=run.path / "kernel.log",
-            environ=kernel_environment(),
+            environ=kernel_environment() | ({} if trust is None else environment_of(trust)),
             timeout_s=timeout_s,
             report=report,
             said=said,
