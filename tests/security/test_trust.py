@@ -146,7 +146,12 @@ def refused_everywhere(trader: Trader, received: Received, file: Path) -> None:
 
 @pytest.mark.parametrize(
     "reference",
-    ["{run}/evil.py:Evil", "received/{name}/evil.py:Evil", "strategies/../received/{name}/evil.py:Evil", "{run}/evil.py"],
+    [
+        "{run}/evil.py:Evil",
+        "received/{name}/evil.py:Evil",
+        "strategies/../received/{name}/evil.py:Evil",
+        "{run}/evil.py",
+    ],
 )
 def test_code_in_a_received_run_folder_does_not_run(trader: Trader, received: Received, reference: str) -> None:
     received.name(reference.format(run=received.run, name=RUN))
@@ -215,7 +220,9 @@ def test_a_package_is_not_imported_for_a_module_of_the_users_own_inside_it(
     assert not received.mark.exists() and "evil_package" not in sys.modules
 
 
-def test_a_module_of_python_itself_is_not_imported_because_a_journal_says_so(trader: Trader, received: Received) -> None:
+def test_a_module_of_python_itself_is_not_imported_because_a_journal_says_so(
+    trader: Trader, received: Received
+) -> None:
     received.name("antigravity:Evil")
     sys.modules.pop("antigravity", None)
     code, _, err = trader("replay", str(received.run))
