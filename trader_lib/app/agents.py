@@ -11,6 +11,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from .options import TrustOption
+
 # %% ../../nbs/app/30_agents.ipynb #7ef360f3
 def agent(
     name: Annotated[
@@ -24,6 +26,7 @@ def agent(
     ] = "",
     profile: Annotated[str | None, Parameter(help="Settings profile. [research]")] = None,
     restarts: Annotated[int, Parameter(help="all: how often each is started again after its process has died.")] = 10,
+    trust: TrustOption = False,
 ) -> int:
     """Serve an agent of a session over Redis (TRADER_BUS__URL), in a process of its own, until the session ends.
 
@@ -35,25 +38,26 @@ def agent(
     settings = load_settings(profile)
     configure_logging(settings.logging, None, settings.secrets())
     with asyncio.Runner() as runner:
-        return runner.run(_agent(name, session, profile, restarts))
+        return runner.run(_agent(name, session, profile, restarts, trust))
 
 
-async def _agent(name: str, session: str, profile: str | None, restarts: int) -> int:
+async def _agent(name: str, session: str, profile: str | None, restarts: int, trust: bool | str) -> int:
     from trader_lib.app.console import print_line
     from trader_lib.config.settings import load_settings
     from trader_lib.session.distributed import Supervisor, agent_command, serve_agent, session_agents
     from trader_lib.session.session import stop_on_signals
+    from trader_lib.strategy.trust import read_trust
     from trader_lib.telemetry.tracing import process_traced
 
     settings, stop = load_settings(profile), asyncio.Event()
     with stop_on_signals(stop):
         if name != "all":
             with process_traced(settings.telemetry, {"trader.agent": name}):
-                reason = await serve_agent(name, settings, session, stop=stop)
+                reason = await serve_agent(name, settings, session, stop=stop, trust=read_trust(trust))
             print_line(f"The {name} agent's part is over: {reason}.")
             return 0
         found, names = await session_agents(settings, session)
-        keeper = Supervisor(names, lambda one: agent_command(one, found, profile), restarts_max=restarts)
+        keeper = Supervisor(names, lambda one: agent_command(one, found, profile, trust), restarts_max=restarts)
         codes = await keeper.run(stop)
         for one, code in codes.items():
             print_line(f"{one}: exit code {code}, restarted {keeper.restarts.get(one, 0)} times")

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from os import environ
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from cyclopts import App, CycloptsError, Parameter
@@ -32,6 +33,7 @@ from trader_lib.app.options import (
     CostOptions,
     HowOptions,
     LimitOptions,
+    TrustOption,
     WhatOptions,
     given_parameters,
     how_parameters,
@@ -43,11 +45,13 @@ from .scheduling import schedule
 from .watch import dashboard, watch
 from ..errors.extras import require_extra
 from ..errors.taxonomy import Interrupted, Misconfigured, Misused, RunFailed, TraderError
+from ..telemetry.visible import visible
 
 if TYPE_CHECKING:
     from trader_lib.config.settings import Settings
     from trader_lib.runs.result import Kind
     from trader_lib.runs.store import RunFolder, RunStore
+    from trader_lib.strategy.trust import Trust
 
 app = App(
     name="trader",
@@ -98,6 +102,7 @@ def _run(
     resume: "RunFolder | None" = None,
     account: str = "",  # live: the number that the operator typed
     typed_limits: "Mapping[str, object] | None" = None,  # live: what the operator typed of them
+    trust: "Trust | None" = None,  # in the code that a file has named; None: the user has named it
 ) -> int:
     """Check, run, and print what came of it."""
     from trader_lib.app.console import progress_bar, say
@@ -107,6 +112,8 @@ def _run(
     from trader_lib.runs.runner import checked, run_notebook
     from trader_lib.runs.store import RunStore
     from trader_lib.session.permit import REAL_MONEY
+    from trader_lib.strategy.registry import approved
+    from trader_lib.strategy.trust import guarded
 
     require_extra("runs", f"`trader {kind}`")
     chosen = how or HowOptions()
@@ -117,6 +124,7 @@ def _run(
         settings = load_settings("paper", overrides=overrides)
     asked = checked(RunParameters, resolved(given, settings))
     assert isinstance(asked, RunParameters)
+    trust = None if trust is None else approved(asked.references, trust, say)
     if kind != "backtest" and settings.broker.kind == "simulated" and settings.broker.transport == "http":
         check_port(settings.exchange.host, settings.exchange.port)
     real_time = kind != "backtest" and settings.broker.kind == "alpaca"
@@ -127,10 +135,14 @@ def _run(
         from trader_lib.app.live import check_live
 
         store, own = RunStore(settings.runs.path), typed_limits or {}
-        permit = check_live(asked, settings, account=account, given_limits=own, store=store, resume=resume)
+        with guarded(trust):
+            permit = check_live(asked, settings, account=account, given_limits=own, store=store, resume=resume)
     elif kind != "backtest" and settings.broker.stage == "live":
         raise Misused(REAL_MONEY)
-    with _shown(chosen, settings if kind != "backtest" else None) as done, progress_bar(kind) as report:
+    if resume is not None and trust is not None:
+        _name_changes(resume, trust)
+    told = settings if kind != "backtest" else None
+    with guarded(trust), _shown(chosen, told) as done, progress_bar(kind) as report:
         done(
             run_notebook(
                 kind,
@@ -142,9 +154,22 @@ def _run(
                 said=say,
                 resume=resume,
                 permit=permit,
+                trust=trust,
             )
         )
     return 0
+
+
+def _name_changes(run: "RunFolder", trust: "Trust") -> None:
+    """Say which of a run's strategies are not the code any more that it began with."""
+    from trader_lib.app.console import say
+    from trader_lib.journal.opening import journal_exists, open_journal
+    from trader_lib.session.replay import source_changes
+
+    if journal_exists(run.journal):
+        with open_journal(run.journal) as journal:
+            for sentence in source_changes(journal, trust):
+                say(sentence)
 
 
 @contextmanager
@@ -174,24 +199,29 @@ def _resume(
     how: HowOptions | None,
     account: str = "",
     typed_limits: "Mapping[str, object] | None" = None,
+    *,
+    trust: bool | str = False,
 ) -> int:
     """Find a run of the command's kind that died, and go on with it; a folder chooses no profile for real money."""
     from trader_lib.config.settings import load_settings
     from trader_lib.runs.resume import asked_for, ensure_resumable
     from trader_lib.runs.store import RunStore
+    from trader_lib.strategy.trust import read_trust, strange_folders
 
     chosen = how or HowOptions()
-    run = RunStore(load_settings(chosen.profile, overrides=setting_overrides(how)).runs.path).find(which)
+    store = RunStore(load_settings(chosen.profile, overrides=setting_overrides(how)).runs.path)
+    run = store.find(which)
     ensure_resumable(run)
     kind, given, extra = asked_for(run)
     if kind != command:
         typed = "live --profile live --account NUMBER" if kind == "live" else kind
         raise Misused(f"{run.name} is a {kind} run: it is resumed by `trader {typed} --resume {run.name}`.")
+    named = read_trust(trust, (*strange_folders(run.params), store.path))
     if kind == "live":
         given = {name: value for name, value in given.items() if name != "profile"} | how_parameters(how)
-        return _run(kind, given, how, {}, resume=run, account=account, typed_limits=typed_limits)
+        return _run(kind, given, how, {}, resume=run, account=account, typed_limits=typed_limits, trust=named)
     profile = chosen.profile or cast("Literal['research', 'paper', 'live'] | None", given.get("profile"))
-    return _run(kind, given, replace(chosen, profile=profile), extra, resume=run)
+    return _run(kind, given, replace(chosen, profile=profile), extra, resume=run, trust=named)
 
 
 def check_port(host: str, port: int) -> None:
@@ -213,6 +243,17 @@ def check_port(host: str, port: int) -> None:
 def _several(file: Path | None) -> dict[str, object]:
     """The strategies that a file lists, as parameters."""
     return {} if file is None else {"strategies": read_strategies(file)}
+
+
+def _trust_in(file: Path | None, trust: bool | str) -> "Trust | None":
+    """What a file of strategies or parameters may run; without one, the strategies were typed, and there is no question."""
+    from trader_lib.strategy.trust import trust_in
+
+    if file is None and trust:
+        raise Misused(
+            "--trust is for strategies that a folder or a file names. What you name yourself runs without it."
+        )
+    return None if file is None else trust_in(file, trust)
 
 
 def extra_parameters(kind: str, broker: str, transport: str) -> dict[str, object]:
@@ -252,6 +293,7 @@ def paper(
         Parameter(help="Go on with a run whose process died: name, beginning of a name or id, path, latest-paper."),
     ] = None,
     strategies: Strategies = None,
+    trust: TrustOption = False,
     what: WhatOptions | None = None,
     costs: CostOptions | None = None,
     limits: LimitOptions | None = None,
@@ -270,11 +312,11 @@ def paper(
     extra: dict[str, object] = {name: value for name, value in chosen.items() if value is not None}
     given = given_parameters(what, costs, limits, how) | _several(strategies)
     if resume is None:
-        return _run("paper", given, how, extra)
+        return _run("paper", given, how, extra, trust=_trust_in(strategies, trust))
     if given or extra:
         told = ", ".join(sorted({**given, **extra}))
         raise Misused(f"A resumed run keeps its parameters. Leave out {told}, or start a new run.")
-    return _resume("paper", resume, how)
+    return _resume("paper", resume, how, trust=trust)
 
 
 @app.command
@@ -286,6 +328,7 @@ def live(
         Parameter(help="Go on with a run whose process died: name, beginning of a name or id, path, latest-live."),
     ] = None,
     strategies: Strategies = None,
+    trust: TrustOption = False,
     what: WhatOptions | None = None,
     costs: CostOptions | None = None,
     limits: LimitOptions | None = None,
@@ -307,10 +350,11 @@ def live(
     bounds = given.get("limits")
     typed = bounds if isinstance(bounds, dict) else {}
     if resume is None:
-        return _run("live", given, how, {}, account=account, typed_limits=typed)
+        named = _trust_in(strategies, trust)
+        return _run("live", given, how, {}, account=account, typed_limits=typed, trust=named)
     if told := ", ".join(sorted(set(given) - {"profile", "limits"})):
         raise Misused(f"A resumed run keeps its parameters. Leave out {told}, or start a new run.")
-    return _resume("live", resume, how, account, typed)
+    return _resume("live", resume, how, account, typed, trust=trust)
 
 
 @app.command(name="run")
@@ -322,6 +366,7 @@ def run_(
         tuple[str, ...], Parameter(name=("--param", "-p"), negative=(), help="A parameter: -p symbols=AAPL,IBM.")
     ] = (),
     parameters: Annotated[Path | None, Parameter(help="JSON file of parameters; -p wins over it.")] = None,
+    trust: TrustOption = False,
     how: HowOptions | None = None,
 ) -> int:
     r"""Run a parameterised notebook as papermill does, supervised, and leave a run folder with its report.
@@ -330,14 +375,16 @@ def run_(
 
     Example: trader run review.ipynb -p day=2026-11-20
     """
-    given = {**_from_file(parameters), **strategy_params(param), **how_parameters(how)}
+    typed, filed = strategy_params(param), _from_file(parameters)
+    given = {**filed, **typed, **how_parameters(how)}
     if notebook in {"backtest", "paper"}:
         extra = {name: given.pop(key) for key, name in (("broker", "kind"), ("transport", "transport")) if key in given}
         kind: Kind = "backtest" if notebook == "backtest" else "paper"
         if kind == "backtest" and extra:
             raise Misused("A backtest takes neither broker nor transport.")
-        return _run(kind, given, how, extra)
-    return _run_own(Path(notebook), given, how)
+        named = {"strategy", "strategies"} & (filed.keys() - typed.keys())
+        return _run(kind, given, how, extra, trust=_trust_in(parameters if named else None, trust))
+    return _run_own(Path(notebook), given, how, trust)
 
 
 def _from_file(path: Path | None) -> dict[str, object]:
@@ -352,7 +399,7 @@ def _from_file(path: Path | None) -> dict[str, object]:
     return found
 
 
-def _run_own(notebook: Path, given: dict[str, object], how: HowOptions | None) -> int:
+def _run_own(notebook: Path, given: dict[str, object], how: HowOptions | None, trust: bool | str = False) -> int:
     """Run a notebook of the user's own."""
     from trader_lib.app.console import progress_bar, say
     from trader_lib.config.settings import load_settings
@@ -362,19 +409,38 @@ def _run_own(notebook: Path, given: dict[str, object], how: HowOptions | None) -
     require_extra("runs", "`trader run`")
     chosen = how or HowOptions()
     settings = load_settings(chosen.profile, overrides=setting_overrides(how))
-    with _shown(chosen) as done, progress_bar("notebook") as report:
+    with _readable(notebook, trust) as template, _shown(chosen) as done, progress_bar("notebook") as report:
         done(
             run_notebook(
                 "notebook",
                 given,
                 store=RunStore(settings.runs.path),
-                template=notebook,
+                template=template,
                 timeout_s=settings.runs.timeout_s,
                 report=report,
                 said=say,
             )
         )
     return 0
+
+
+@contextmanager
+def _readable(notebook: Path, trust: bool | str) -> Iterator[Path]:
+    """The notebook to run: itself, or, where it lies in a run folder, a copy of the content that is trusted."""
+    from trader_lib.app.console import say
+    from trader_lib.strategy.trust import read_source, read_trust, run_folder_around
+
+    if not notebook.is_file() or run_folder_around(notebook.resolve().parent) is None:
+        _trust_in(None, trust)
+        yield notebook
+        return
+    source = read_source(notebook, str(notebook))
+    read_trust(trust).ensure(str(notebook), source)
+    say(f"Trusted: {source.path}, {source.digest}.")
+    with TemporaryDirectory(prefix="trader-notebook-") as folder:
+        copy = Path(folder) / source.path.name
+        copy.write_bytes(source.content)
+        yield copy
 
 
 @app.command
@@ -653,6 +719,7 @@ def strategies(*, json: Json = False) -> int:
 # %% ../../nbs/app/04_cli.ipynb #312ec535
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; nothing escapes but the end of the process."""
+    _log_to_terminal()
     try:
         answer = app(
             sys.argv[1:] if arguments is None else list(arguments),
@@ -673,11 +740,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except Exception as error:
         if environ.get("TRADER_DEBUG"):
-            traceback.print_exc()
+            sys.stderr.write(visible(traceback.format_exc()))
         told = f"{type(error).__name__}: {error}".strip()
         return _failed(f"This is a bug in trader_lib: {told} Run again with TRADER_DEBUG=1 to see where.", 1)
 
 
+def _log_to_terminal() -> None:
+    """Print records as this library does, until the command arranges it by its settings."""
+    from trader_lib.config.sections import LoggingSettings
+    from trader_lib.telemetry.log import configure_logging
+
+    configure_logging(LoggingSettings(), None, ())
+
+
 def _failed(message: str, code: int) -> int:
-    sys.stderr.write(f"{message}\n")
+    sys.stderr.write(f"{visible(message)}\n")
     return code

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEADLINES', 'STRATEGY_COLUMNS', 'ORDER_COLUMNS', 'show_run', 'strategy_row', 'headline', 'order_row', 'list_runs',
-           'show_comparison']
+           'show_comparison', 'code_changes']
 
 # %% ../../nbs/app/03_views.ipynb #f5a8b68f
 from collections.abc import Iterable
@@ -174,6 +174,7 @@ def show_comparison(
     if of:
         ours, theirs = (of_strategy(side, of) if side.strategies else side for side in (ours, theirs))
     comparison = compare_runs(ours, theirs)
+    changes = [f"{run.name}: {sentence}" for run in (left, right) for sentence in code_changes(run)]
     if as_json:
         difference = comparison.equity_difference
         print_json(
@@ -188,6 +189,7 @@ def show_comparison(
                 "equity_difference": None if difference is None else decimal_text(difference),
                 "inputs": {name: list(pair) for name, pair in comparison.inputs.items()},
                 "differences": [row.sentence() for row in comparison.orders.differences],
+                "code": changes,
             }
         )
         return comparison
@@ -207,8 +209,22 @@ def show_comparison(
         print_line(row.sentence())
     if len(differences) > rows_max:
         print_line(f"… and {len(differences) - rows_max:,} more; --json lists all of them.")
+    for sentence in changes:
+        print_line(sentence)
     print_line(comparison.summary())
     return comparison
+
+
+def code_changes(run: RunFolder) -> tuple[str, ...]:
+    """A sentence for each strategy of a session whose code is not what ran; foreign code is not loaded to find out."""
+    from trader_lib.journal.opening import journal_exists, open_journal
+    from trader_lib.session.replay import source_changes
+    from trader_lib.strategy.trust import Trust, strange_folders
+
+    if not journal_exists(run.journal):
+        return ()
+    with open_journal(run.journal) as journal:
+        return source_changes(journal, Trust(strange=strange_folders(run.params)))
 
 
 def _fills(result: RunResult) -> int:

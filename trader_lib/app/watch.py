@@ -17,13 +17,14 @@ import orjson
 from cyclopts import Parameter
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from .console import shown
 from ..errors.extras import require_extra
 from ..errors.taxonomy import Misconfigured, Misused, RunFailed
+from ..telemetry.visible import visible, visible_json
 
 if TYPE_CHECKING:
     from trader_lib.observe.view import SessionView
@@ -75,7 +76,7 @@ def picture(view: "SessionView", width: int, height: int = 60) -> RenderableType
         worths = [worth for _, worth in view.curve]
         lines = plot(worths, max(20, width - 20), rows)
         edge = [f"{max(worths):>14,.2f}", *[" " * 14] * (len(lines) - 2), f"{min(worths):>14,.2f}"]
-        parts.append(Text("\n".join(f"{name} {line}" for name, line in zip(edge, lines, strict=True)), style="blue"))
+        parts.append(shown("\n".join(f"{name} {line}" for name, line in zip(edge, lines, strict=True)), style="blue"))
     if len(view.strategies) > 1:
         parts.append(
             _table(
@@ -116,7 +117,7 @@ def picture(view: "SessionView", width: int, height: int = 60) -> RenderableType
                 f"{row.at:%Y-%m-%d %H:%M}",
                 f"{row.symbol} ({row.strategy})" if row.strategy else row.symbol,
                 f"{row.side} {row.what}",
-                Text("✓ approved") if row.approved else Text("✕ refused", style="red"),
+                shown("✓ approved") if row.approved else shown("✕ refused", style="red"),
                 row.outcome,
                 " ".join(row.reasons),
             )
@@ -126,7 +127,7 @@ def picture(view: "SessionView", width: int, height: int = 60) -> RenderableType
     )
     told = _table(
         ("When", "What happened"),
-        [(f"{row.at:%Y-%m-%d %H:%M}", Text(row.sentence, style=_level(row.level))) for row in view.happenings[:room]],
+        [(f"{row.at:%Y-%m-%d %H:%M}", shown(row.sentence, style=_level(row.level))) for row in view.happenings[:room]],
         "Nothing out of the ordinary.",
     )
     logged = _table(
@@ -155,17 +156,19 @@ def _beside(left: RenderableType, right: RenderableType) -> Table:
 def _head(view: "SessionView") -> RenderableType:
     sign, word, style = CONDITIONS["degraded" if view.degraded else view.condition]
     names = ", ".join(one.name for one in view.strategies) or (view.result.kind if view.result else "session")
-    line = Text.assemble((names, "bold"), "  ", (view.run, "dim"), "  ", (f" {sign} {word} ", style), " ")
+    line = Text.assemble(
+        (visible(names), "bold"), "  ", (visible(view.run), "dim"), "  ", (f" {sign} {word} ", style), " "
+    )
     if view.condition not in {"report", "waiting"}:
         mark, state_style = STATES[view.state]
         line.append(f" {mark} {view.state} ", style=state_style)
     if view.stage == "live":
         line.append("  LIVE · REAL MONEY  ", style="bold white on red")
     elif view.stage:
-        line.append(f"  {view.stage}", style="dim")
+        line.append(visible(f"  {view.stage}"), style="dim")
     when = f"last bar {view.last_bar:%Y-%m-%d %H:%M}Z" if view.last_bar else "no bar yet"
     more = f", {view.behind:,} events yet to be read" if view.behind else ""
-    return Panel(Group(line, Text(f"{when}, event {view.events:,}{more}", style="dim")), border_style="dim")
+    return Panel(Group(line, shown(f"{when}, event {view.events:,}{more}", style="dim")), border_style="dim")
 
 
 def _alerts(view: "SessionView") -> list[RenderableType]:
@@ -198,7 +201,7 @@ def _alerts(view: "SessionView") -> list[RenderableType]:
     if view.result is not None and view.result.failure and not view.degraded:
         told.append(("red", view.result.failure))
     return [
-        Text(f"{'✕' if style == 'red' else '!' if style == 'yellow' else '·'} {sentence}", style=style)
+        shown(f"{'✕' if style == 'red' else '!' if style == 'yellow' else '·'} {sentence}", style=style)
         for style, sentence in told
     ]
 
@@ -218,19 +221,19 @@ def _figures(view: "SessionView", width: int) -> RenderableType:
     if width < NARROW:
         grid = Table.grid(padding=(0, 2))
         for name, value in facts:
-            grid.add_row(Text(name, style="dim"), value)
+            grid.add_row(shown(name, style="dim"), value)
         return grid
     grid = Table.grid(expand=True, padding=(0, 1))
     for _ in facts:
         grid.add_column()
-    grid.add_row(*(Text(name, style="dim") for name, _ in facts))
+    grid.add_row(*(shown(name, style="dim") for name, _ in facts))
     grid.add_row(*(value for _, value in facts))
     return grid
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Text | str]], empty: str) -> RenderableType:
     if not rows:
-        return Text(empty, style="dim")
+        return shown(empty, style="dim")
     table = Table(box=None, expand=True, header_style="bold dim", padding=(0, 1, 0, 0))
     for place, name in enumerate(columns):
         numeric, last = name.endswith("#"), place == len(columns) - 1
@@ -241,7 +244,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[Text | str]], empty: 
             ratio=1 if last and not numeric else None,
         )
     for row in rows:
-        table.add_row(*(escape(cell) if isinstance(cell, str) else cell for cell in row))
+        table.add_row(*(shown(cell) if isinstance(cell, str) else cell for cell in row))
     return table
 
 
@@ -255,10 +258,10 @@ def _money(value: object) -> str:
 
 def _moved(value: object) -> Text:
     if value is None:
-        return Text("–")
+        return shown("–")
     figure = float(str(value))
     sign, style = ("▲ +", "green") if figure > 0 else ("▼ ", "red") if figure < 0 else ("", "")
-    return Text(f"{sign}{figure:,.2f}", style=style)
+    return shown(f"{sign}{figure:,.2f}", style=style)
 
 
 def _percent(value: float | None) -> str:
@@ -344,7 +347,7 @@ def _tell(view: "SessionView", before: dict[str, Any]) -> dict[str, Any]:
     """Print a document in which something changed, on one line."""
     found = view.document()
     if {**found, "seen_at": "", "silent_s": 0} != {**before, "seen_at": "", "silent_s": 0}:
-        sys.stdout.write(orjson.dumps(found).decode() + "\n")
+        sys.stdout.write(visible_json(orjson.dumps(found).decode()) + "\n")
         sys.stdout.flush()
     return found
 

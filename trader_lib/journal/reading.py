@@ -13,6 +13,7 @@ from typing import IO
 
 from ..errors.taxonomy import Misused, did_you_mean
 from .chain import Journal
+from ..telemetry.visible import visible_json
 from trader_lib.trading.events import (
     PAYLOADS,
     AccountReported,
@@ -149,7 +150,7 @@ def write_json_lines(events: Iterable[Event], file: IO[bytes]) -> int:
     """Write events, one JSON document a line; says how many."""
     count = 0
     for event in events:
-        file.write(event.to_json() + b"\n")
+        file.write(visible_json(event.to_json().decode()).encode() + b"\n")
         count += 1
     return count
 

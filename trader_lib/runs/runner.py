@@ -22,6 +22,7 @@ from .result import AGENT_DOWN, Failure, Kind, RunResult, Status, versions
 from .store import RunFolder, RunStore, write_atomic
 from .templates import check_names, template_path
 from ..session.permit import REAL_MONEY, LivePermit, handed_over
+from ..strategy.trust import Trust, environment_of
 
 # %% ../../nbs/runs/05_runner.ipynb #0538368d
 def readable(error: ValidationError, known: Mapping[str, object] | None = None) -> str:
@@ -69,6 +70,7 @@ def run_notebook(
     said: Callable[[str], None] = lambda words: None,  # takes what the user should be told
     resume: RunFolder | None = None,  # go on in the folder of this run instead of making one
     permit: LivePermit | None = None,  # live: from `trader live`'s checks; the kernel inherits it
+    trust: Trust | None = None,  # in the code that a file has named; None: the user has named it
     clock: Clock | None = None,
 ) -> RunFolder:
     """Run a template with parameters, and return the folder of the completed run.
@@ -110,7 +112,7 @@ def run_notebook(
                 run.notebook,
                 injected,
                 log=run.path / "kernel.log",
-                environ=kernel_environment(),
+                environ=kernel_environment() | ({} if trust is None else environment_of(trust)),
                 inherited=inherited,
                 timeout_s=timeout_s,
                 report=report,

@@ -53,6 +53,7 @@ from trader_lib.session.wiring import (
     bounds,
     strategist,
 )
+from ..strategy.trust import Trust
 from ..telemetry.log import bind_session, get_logger
 from ..trading.events import CancelIntended, Event, HistoryLoaded, OrderIntended, SessionStarted
 from ..trading.portfolio import no_commission
@@ -227,6 +228,7 @@ class Casting:
     history: Bars
     past: Recollection
     settings: Settings
+    trust: Trust  # in the code that the session names
 
     @property
     def is_simulated(self) -> bool:
@@ -235,7 +237,7 @@ class Casting:
 
     def agent(self) -> tuple[Agent, AlpacaBroker | None]:
         """The agent, and the broker that it needs, if any; raises Misused for a name that is none."""
-        strategy = recorded_strategy(self.started, self.spec)
+        strategy = recorded_strategy(self.started, self.spec, self.trust)
         casting = self.spec.assignments(strategy)
         fee = self.spec.commission if self.is_simulated else no_commission
         if self.name == RiskAgent.name:
@@ -313,7 +315,14 @@ async def session_agents(settings: Settings, session: str = "") -> tuple[str, tu
     return await find_session(settings.bus.url.get_secret_value(), session)
 
 
-async def serve_agent(name: str, settings: Settings, session: str = "", *, stop: asyncio.Event | None = None) -> str:
+async def serve_agent(
+    name: str,
+    settings: Settings,
+    session: str = "",
+    *,
+    stop: asyncio.Event | None = None,
+    trust: Trust | None = None,  # in the code that the session names; None: in what is installed or your own
+) -> str:
     """Serve one agent of a session until the session ends, or until asked to stop; says why it ended.
 
     name: strategy (strategy:LABEL where there are several), risk or execution. session: the beginning of its id; "" where
@@ -329,14 +338,16 @@ async def serve_agent(name: str, settings: Settings, session: str = "", *, stop:
     reason = ""
     with bind_session(session_id):
         while reason != "ended" and not (stop and stop.is_set()):
-            reason = await _serve_once(name, settings, url, session_id, stop)
+            reason = await _serve_once(name, settings, url, session_id, stop, trust or Trust())
             get_logger(name).info("The {} agent's process leaves the session: {}", name, reason)
             if reason == SUPERSEDED:  # to come back would be to push the successor out
                 break
     return reason
 
 
-async def _serve_once(name: str, settings: Settings, url: str, session_id: str, stop: asyncio.Event | None) -> str:
+async def _serve_once(
+    name: str, settings: Settings, url: str, session_id: str, stop: asyncio.Event | None, trust: Trust
+) -> str:
     member, broker = RedisMember(url, session_id, name, absent_s=JOIN_S), None
     try:
         await member.join()
@@ -349,7 +360,7 @@ async def _serve_once(name: str, settings: Settings, url: str, session_id: str, 
         simulated = bool(member.facts["simulated"])
         clock: Clock = HubClock(member) if simulated else WallClock()
         past, spec = Recollection(event for event in events if event.source == name), recorded_spec(started)
-        cast = Casting(name, member, clock, spec, started, recorded_history(history), past, settings)
+        cast = Casting(name, member, clock, spec, started, recorded_history(history), past, settings, trust)
         agent, broker = cast.agent()
         member.state = state_teller(agent)
         await agent.start()
@@ -427,8 +438,9 @@ class Supervisor:
                 process.wait()
 
 
-def agent_command(name: str, session: str = "", profile: str | None = None) -> list[str]:
-    """The command line that serves one agent."""
+def agent_command(name: str, session: str = "", profile: str | None = None, trust: bool | str = False) -> list[str]:
+    """The command line that serves one agent. trust: as `--trust` was given."""
     chosen = (["--session", session] if session else []) + (["--profile", profile] if profile else [])
     code = "import sys; from trader_lib.app.cli import main; sys.exit(main())"
-    return [sys.executable, "-c", code, "agent", name, *chosen]
+    trusted = [f"--trust={trust}"] if isinstance(trust, str) else ["--trust"] if trust else []
+    return [sys.executable, "-c", code, "agent", name, *chosen, *trusted]

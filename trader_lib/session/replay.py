@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FieldDifference', 'SCRIPTED', 'field_differences', 'Divergence', 'ReplayResult', 'recorded_spec', 'recorded_strategy',
-           'divergence', 'replay']
+           'changed_sources', 'source_changes', 'divergence', 'replay']
 
 # %% ../../nbs/session/12_replay.ipynb #dbe3989c
 from collections import Counter, defaultdict
@@ -30,6 +30,8 @@ from .spec import Assignment, SessionSpec, title
 from .stage import Line, NotingBus, RecordedClock, RecordEnds, ScriptedBroker
 from .wiring import bounds, strategist
 from ..strategy.contract import Strategy
+from ..strategy.source import sources
+from ..strategy.trust import Trust, guarded, strange_folders
 from trader_lib.trading.events import (
     AgentFailed,
     CancelProposed,
@@ -209,18 +211,45 @@ def recorded_spec(started: SessionStarted) -> SessionSpec:
         ) from None
 
 
-def recorded_strategy(started: SessionStarted, spec: SessionSpec) -> "Strategy | Mapping[str, Strategy]":
+def recorded_strategy(
+    started: SessionStarted,
+    spec: SessionSpec,
+    trust: Trust,  # in the code that the journal names
+) -> "Strategy | Mapping[str, Strategy]":
     """The strategy of a session, or several by name, built again.
 
-    Raises Misused where one is not found, BadData where it is another one.
+    Raises Misused where one is not found or not trusted, BadData where it is another one.
     """
-    strategy = spec.build()
+    with guarded(trust):
+        strategy = spec.build()
     if title(strategy) != started.strategy:
         raise BadData(
             f"The session traded {started.strategy!r}, a strategy that was handed over as an object: the journal knows "
             "its name and parameters, not where its class is. Name it: --strategy FILE.py:CLASS."
         )
     return strategy
+
+
+def changed_sources(started: SessionStarted, strategy: "Strategy | Mapping[str, Strategy]") -> tuple[str, ...]:
+    """A sentence for each strategy whose source is not what the journal says ran; none for what either side lacks."""
+    spec, now = recorded_spec(started), sources(strategy)
+    named = {share.name: share.strategy for share in spec.strategies}
+    return tuple(
+        f"{named.get(name, spec.strategy)} is not the code that ran: its source is {now[name]} now, and {then} is recorded."
+        for name, then in started.sources.items()
+        if then and now.get(name) and now[name] != then
+    )
+
+
+def source_changes(journal: Journal, trust: Trust) -> tuple[str, ...]:
+    """As `changed_sources`, of the session that a journal holds; a strategy that cannot be looked at is named as well."""
+    started = next((event.payload for event in journal.read(types=[SessionStarted])), None)
+    if not isinstance(started, SessionStarted) or not any(started.sources.values()):
+        return ()
+    try:
+        return changed_sources(started, recorded_strategy(started, recorded_spec(started), trust))
+    except (Misused, BadData) as error:
+        return (f"Whether {started.strategy} is still the code that ran is not known. {error.message}",)
 
 # %% ../../nbs/session/12_replay.ipynb #970ee294
 SCRIPTED = (OrderAcknowledged, OrderFailed, FillRecorded, AgentFailed)  # what the execution agent says from answers
@@ -230,9 +259,13 @@ class _Director:
     """Reads the journal, tells the agents, compares."""
 
     def __init__(
-        self, journal: Journal, strategy: "Strategy | Mapping[str, Strategy] | None", history: Bars | None
+        self,
+        journal: Journal,
+        strategy: "Strategy | Mapping[str, Strategy] | None",
+        history: Bars | None,
+        trust: Trust,
     ) -> None:
-        self._journal, self._strategy, self._history = journal, strategy, history
+        self._journal, self._strategy, self._history, self._trust = journal, strategy, history, trust
         self._script: defaultdict[str, list[Event]] = defaultdict(list)
         self._routes: dict[type[Payload], list[Agent]] = {}
         self._lost: set[str] = set()  # agents whose record has ended
@@ -288,7 +321,9 @@ class _Director:
         history = recorded_history(said) if self._history is None else self._history
         if history.content_hash != said.content_hash:
             raise BadData("These are not the bars that the session began with: their content has another hash.")
-        self.strategy = self._strategy or recorded_strategy(started, spec)
+        self.strategy = self._strategy or recorded_strategy(started, spec, self._trust)
+        if self._strategy is None:
+            self.notes += changed_sources(started, self.strategy)
         for agent in self.cast(spec, spec.assignments(self.strategy), history, started.stage):
             await agent.start()
             self.agents[agent.name] = agent
@@ -404,7 +439,7 @@ class _OtherDirector(_Director):
     """Asks another strategy at every bar, in the place of the one that traded."""
 
     def __init__(self, journal: Journal, other: Strategy, of: str, history: Bars | None) -> None:
-        super().__init__(journal, None, history)
+        super().__init__(journal, None, history, Trust())
         self._other, self._of = other, of
         self._who = strategy_agent(of) if of else StrategyAgent.name
         self._recorded: defaultdict[str, list[Event]] = defaultdict(list)
@@ -487,6 +522,12 @@ def _essence(payload: Payload) -> dict[str, Any]:
     return said
 
 # %% ../../nbs/session/12_replay.ipynb #a2b35aa4
+def _least_trust(journal: Journal) -> Trust:
+    """In what is installed and what is the user's own, as seen from where the journal lies."""
+    path = getattr(journal, "path", None)
+    return Trust(strange=() if path is None else strange_folders(path))
+
+
 async def replay(
     journal: Journal,
     *,
@@ -495,14 +536,19 @@ async def replay(
     other: Strategy | None = None,  # another version: what would it have decided?
     of: str = "",  # of which of several strategies it is another version
     history: Bars | None = None,  # the bars before the session's first, for a journal that does not hold them
+    trust: Trust | None = None,  # in the code that the journal names; None: in what is installed or your own
 ) -> ReplayResult:
     """Feed the inputs of a journal to fresh agents and compare what they say with what is recorded.
 
-    Raises BadData for a journal that cannot be replayed, with the reason; Misused for two strategies at once.
+    Raises BadData for a journal that cannot be replayed, with the reason; Misused for two strategies at once, and for code
+    that is not trusted.
     """
     if strategy is not None and other is not None:
         raise Misused("Give `strategy`, to replay what ran, or `other`, to ask another version; not both.")
-    director = _Director(journal, strategy, history) if other is None else _OtherDirector(journal, other, of, history)
+    if other is not None:
+        director: _Director = _OtherDirector(journal, other, of, history)
+    else:
+        director = _Director(journal, strategy, history, trust or _least_trust(journal))
     await director.run(until)
     started, played = director.started, director.strategy
     assert started is not None and played is not None

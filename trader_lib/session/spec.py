@@ -222,6 +222,11 @@ class SessionSpec(BaseModel):
         )
 
     @property
+    def references(self) -> tuple[str, ...]:
+        """The strategies as they are named: by name, module:Class, file.py:Class or notebook.ipynb:Class."""
+        return tuple(share.strategy for share in self.strategies) or (self.strategy,)
+
+    @property
     def label(self) -> str:
         """What is traded here, in a word or two: the strategy, or the names of several."""
         return " + ".join(share.name for share in self.strategies) or self.strategy

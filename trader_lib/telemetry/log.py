@@ -28,6 +28,7 @@ from pydantic import BaseModel, SecretBytes, SecretStr
 
 from ..config.sections import LoggingSettings
 from ..errors.taxonomy import Misconfigured
+from .visible import visible, visible_json
 
 if TYPE_CHECKING:
     from loguru import Logger, Message
@@ -154,7 +155,7 @@ class _Sink:
     def write(self, message: "Message") -> None:
         try:
             row = self._row(message)
-            line = json.dumps(row, ensure_ascii=False) if self._form == "json" else _text(row)
+            line = visible_json(json.dumps(row, ensure_ascii=False)) if self._form == "json" else visible(_text(row))
         except Exception as error:  # loguru would print the record as it is, secrets and all
             line = json.dumps({"level": "ERROR", "message": f"a record could not be written: {type(error).__name__}"})
         try:
