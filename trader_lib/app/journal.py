@@ -9,6 +9,7 @@ __all__ = ['BROKEN', 'ROWS_MAX', 'journal', 'Run', 'Folder', 'Json', 'COLUMNS', 
 # %% ../../nbs/app/07_journal.ipynb #e2fabb7b
 import asyncio
 import sys
+from dataclasses import asdict
 from datetime import UTC, datetime, time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,7 +45,7 @@ def open_journal(run: str, folder: str | None) -> "AnyJournal":
     from trader_lib.journal.opening import open_journal as open_at
     from trader_lib.runs.store import RunStore
 
-    if Path(run).is_file():
+    if Path(run).exists() and not Path(run).is_dir():
         return open_at(run)
     found = RunStore(folder or load_settings(None).runs.path).find(run)
     if not journal_exists(found.journal):
@@ -57,10 +58,10 @@ def show_verification(path: Path, found: "Verification", *, as_json: bool = Fals
     from trader_lib.app.console import print_json, print_line
 
     if as_json:
-        said = {"ok": found.ok, "rows": found.rows, "first_bad_seq": found.first_bad_seq, "reason": found.reason}
-        print_json({"journal": str(path), **said})
+        print_json({"journal": str(path), **asdict(found)})
     elif found.ok:
         print_line(f"{path}: {found.rows:,} events, numbered without a gap, each chained to the one before it.")
+        print_line(found.promise)
     else:
         where = "" if found.first_bad_seq is None else f" at event {found.first_bad_seq:,}"
         print_line(f"{path}: the chain is broken{where}: {found.reason}.")
@@ -69,7 +70,9 @@ def show_verification(path: Path, found: "Verification", *, as_json: bool = Fals
 
 @journal.command
 def verify(run: Run = "latest-paper", /, *, folder: Folder = None, json: Json = False) -> int:
-    """Check that no event of a journal was changed, left out or cut off; exit code 6 if one was, with its number.
+    """Check that no event of a journal was changed, left out or cut off, and say what that check can see.
+
+    Exit code 6 if one was, with its number; 3 if the journal was begun with another key than TRADER_JOURNAL__KEY.
 
     Example: trader journal verify latest-paper
     """
