@@ -22,7 +22,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ..errors.taxonomy import Misconfigured, Misused
+from ..errors.taxonomy import BadData, Misconfigured, Misused
 
 if TYPE_CHECKING:
     from trader_lib.observe.view import SessionView
@@ -283,7 +283,8 @@ def watch(
 ) -> int:
     """Watch a session in the terminal: state, figures, positions, orders, decisions and why, log. Ctrl-C leaves.
 
-    Exit code 0 if it was alive when you left, or ended in good order while you watched; 7 if it was not running, or died.
+    Exit code 0 if it was alive when you left, or ended in good order while you watched; 7 if it was not running, or died; 4
+    if its journal cannot be read.
 
     Example: trader watch latest-paper
     """
@@ -294,6 +295,8 @@ def watch(
         raise Misused(f"--every {every:g} is out of range: give 0.1 to 3600 seconds.")
     found = SessionWatch(session_run(_store(folder), run).path)
     view = found.look_whole()
+    if view.trouble and view.condition == "waiting":
+        raise BadData(view.trouble)
     if once or not (json or sys.stdout.isatty()):
         _show_once(view, as_json=json)
         return 0 if view.condition == "alive" else NOT_RUNNING

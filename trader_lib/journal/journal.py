@@ -74,12 +74,12 @@ ORDER BY seq DESC LIMIT :rows
 SELECT_CANONICAL = """
 SELECT
     seq, prev_hash, hash,
-    CAST(printf(
+    CASE typeof(payload) WHEN 'text' THEN CAST(printf(
         '%s{"causation_id":%s,"correlation_id":%s,"id":%s,"kind":%s,"payload":%s,"recorded_at":%s,"seq":%d,'
         || '"session_id":%s,"source":%s,"time":%s,"type":%s}',
         prev_hash, json_quote(causation_id), json_quote(correlation_id), json_quote(id), json_quote(kind), payload,
         json_quote(recorded_at), seq, json_quote(session_id), json_quote(source), json_quote(time), json_quote(type)
-    ) AS BLOB)
+    ) AS BLOB) END
 FROM events ORDER BY seq
 """
 WRITE_HEAD = (
@@ -108,6 +108,10 @@ def _refusal(path: Path, error: sqlite3.Error) -> Exception:
         )
     if isinstance(error, sqlite3.IntegrityError) or "locked" in said:
         return Misused(f"Another process writes to the journal {path} ({said}). Give each session its own.", path=path)
+    if (interrupted := path.with_name(f"{path.name}-journal")).exists():
+        return BadData(
+            f"{path} was left in the midst of a change that {interrupted.name} is to undo: {said}. Restore both."
+        )
     if said == "interrupted":
         return BadData(f"{path} does not end where its size says: its pages lead in a ring. Restore it.", path=path)
     if isinstance(error, sqlite3.OperationalError) and not any(words in said for words in DAMAGED):
