@@ -287,7 +287,7 @@ def replay(
         Parameter(name=("--param", "-p"), negative=(), help="Another value of a parameter: -p fast=8."),
     ] = (),
     of: Annotated[str, Parameter(help="Which of several strategies is to be another version.")] = "",
-    unverified: Annotated[bool, Parameter(negative=(), help="Replay even though the chain is broken.")] = False,
+    unverified: Annotated[bool, Parameter(negative=(), help="Replay without checking the chain.")] = False,
     folder: Folder = None,
     json: Json = False,
 ) -> int:
@@ -302,8 +302,7 @@ def replay(
 
     moment = moment_or_number(until)
     with open_journal(run, folder) as opened:
-        found = opened.verify()
-        if not found.ok and not unverified:
+        if not unverified and not (found := opened.verify()).ok:
             return show_verification(opened.path, found, as_json=json)
         other = other_version(opened, strategy, strategy_params(param), of)
         with asyncio.Runner() as runner:
