@@ -29,6 +29,7 @@ ENV PATH=/opt/trader/bin:$PATH \
     NUMBA_CACHE_DIR=/runs/.numba \
     TRADER_RUNS__PATH=/runs \
     TRADER_RUNS__SCHEDULE_PATH=/runs/.schedule.sqlite \
+    TRADER_JOURNAL__LEDGER_PATH=/runs/.ledger.sqlite \
     TRADER_DATA__STORE_PATH=/runs/.store \
     TRADER_LOGGING__TERMINAL=json \
     TRADER_MONITORING__HOST=0.0.0.0 \

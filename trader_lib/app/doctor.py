@@ -6,7 +6,7 @@
 __all__ = ['Verdict', 'NEEDED', 'CALENDAR_DAYS', 'DISK_MB', 'SKEW_S', 'EXTRAS', 'Doubt', 'Finding', 'check_python',
            'check_packages', 'check_extras', 'check_versions', 'check_strategies', 'check_sample', 'check_templates',
            'check_kernel', 'check_compiler', 'check_runs', 'check_calendar', 'check_disk', 'check_secret_files',
-           'check_broker', 'diagnose']
+           'check_journal_key', 'check_broker', 'diagnose']
 
 # %% ../../nbs/app/02_doctor.ipynb #573abe8e
 import importlib
@@ -28,6 +28,8 @@ from ..clock.sessions import NEW_YORK, TradingCalendar
 from ..config.settings import Settings, load_settings
 from ..errors.extras import missing_packages
 from ..errors.taxonomy import Misconfigured, TraderError
+from ..journal.ledger import Ledger
+from ..journal.opening import vouching_of
 from ..runs.result import result_schema, shipped_schema
 from ..runs.store import RunStore
 from ..runs.templates import TEMPLATES, template_parameters, template_path
@@ -205,6 +207,24 @@ def check_secret_files(settings: Settings) -> str:
     return f"{len(modes)} files, readable by their owner alone"
 
 
+def check_journal_key(settings: Settings) -> str:
+    """What the journals of these settings show, and that their ledger can be used if there is a key."""
+    vouching = vouching_of(settings.journal)
+    if vouching is None:
+        return "no key: journals show accidents, not somebody who computes their hashes again (TRADER_JOURNAL__KEY)"
+    told = f"key {vouching.key.id}, ledger {vouching.ledger.absolute()}"
+    if not vouching.ledger.exists():
+        return f"{told}: begun by the first session"
+    ledger = Ledger(vouching.ledger, vouching.key, read_only=True)
+    try:
+        noted = sum(1 for _ in ledger.entries())
+    finally:
+        ledger.close()
+    if vouching.ledger.stat().st_mode & 0o022:
+        raise Doubt(f"Others may write to the ledger of runs. Close it: `chmod 600 {vouching.ledger}`.")
+    return f"{told}: {noted:,} ends noted with it"
+
+
 def check_broker(settings: Settings, clock: Clock, *, offline: bool = False) -> str:
     """The chosen broker answers, takes the keys, and agrees about the time; no order is sent."""
     broker = settings.broker
@@ -274,5 +294,6 @@ def diagnose(profile: str | None = None, *, offline: bool = False, clock: Clock 
     look("run folder", lambda: check_runs(settings))
     look("disk", lambda: check_disk(settings))
     look("secrets", lambda: check_secret_files(settings))
+    look("journal key", lambda: check_journal_key(settings))
     look("broker", lambda: check_broker(settings, time, offline=offline))
     return found

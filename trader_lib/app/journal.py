@@ -10,6 +10,7 @@ __all__ = ['BROKEN', 'ROWS_MAX', 'journal', 'Run', 'Folder', 'Json', 'COLUMNS', 
 # %% ../../nbs/app/07_journal.ipynb #e2fabb7b
 import asyncio
 import sys
+from dataclasses import asdict
 from datetime import UTC, datetime, time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,7 +52,7 @@ def journal_place(run: str, folder: str | None) -> Path:
     """Where the journal of a run lies, or the path that was given; raises Misused where there is none."""
     from trader_lib.journal.opening import journal_exists
 
-    if Path(run).is_file():
+    if Path(run).exists() and not Path(run).is_dir():
         return Path(run)
     found = _runs(folder).find(run)
     if not journal_exists(found.journal):
@@ -71,10 +72,10 @@ def show_verification(path: Path, found: "Verification", *, as_json: bool = Fals
     from trader_lib.app.console import print_json, print_line
 
     if as_json:
-        said = {"ok": found.ok, "rows": found.rows, "first_bad_seq": found.first_bad_seq, "reason": found.reason}
-        print_json({"journal": str(path), **said})
+        print_json({"journal": str(path), **asdict(found)})
     elif found.ok:
         print_line(f"{path}: {found.rows:,} events, numbered without a gap, each chained to the one before it.")
+        print_line(found.promise)
     else:
         where = "" if found.first_bad_seq is None else f" at event {found.first_bad_seq:,}"
         print_line(f"{path}: the chain is broken{where}: {found.reason}.")
@@ -83,7 +84,9 @@ def show_verification(path: Path, found: "Verification", *, as_json: bool = Fals
 
 @journal.command
 def verify(run: Run = "latest-paper", /, *, folder: Folder = None, json: Json = False) -> int:
-    """Check that no event of a journal was changed, left out or cut off; exit code 6 if one was, with its number.
+    """Check that no event of a journal was changed, left out or cut off, and say what that check can see.
+
+    Exit code 6 if one was, with its number; 3 if the journal was begun with another key than TRADER_JOURNAL__KEY.
 
     Example: trader journal verify latest-paper
     """
@@ -313,7 +316,7 @@ def replay(
         Parameter(name=("--param", "-p"), negative=(), help="Another value of a parameter: -p fast=8."),
     ] = (),
     of: Annotated[str, Parameter(help="Which of several strategies is to be another version.")] = "",
-    unverified: Annotated[bool, Parameter(negative=(), help="Replay even though the chain is broken.")] = False,
+    unverified: Annotated[bool, Parameter(negative=(), help="Replay without checking the chain.")] = False,
     trust: TrustOption = False,
     folder: Folder = None,
     json: Json = False,
@@ -331,8 +334,7 @@ def replay(
     moment = moment_or_number(until)
     named = read_trust(trust, (*strange_folders(journal_place(run, folder)), _runs(folder).path))
     with open_journal(run, folder) as opened:
-        found = opened.verify()
-        if not found.ok and not unverified:
+        if not unverified and not (found := opened.verify()).ok:
             return show_verification(opened.path, found, as_json=json)
         if strategy is None:
             named = trusted(opened, named)

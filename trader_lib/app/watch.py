@@ -23,7 +23,7 @@ from rich.text import Text
 
 from .console import shown
 from ..errors.extras import require_extra
-from ..errors.taxonomy import Misconfigured, Misused, RunFailed
+from ..errors.taxonomy import BadData, Misconfigured, Misused, RunFailed
 from ..telemetry.visible import visible, visible_json
 
 if TYPE_CHECKING:
@@ -291,7 +291,7 @@ def watch(
     """Watch a session in the terminal: state, figures, positions, orders, decisions and why, log. Ctrl-C leaves.
 
     Exit code 0 if it was alive when you left, or ended in good order while you watched; 5 if it ended degraded; 7 if it
-    was not running, or died.
+    was not running, or died; 4 if its journal cannot be read.
 
     Example: trader watch latest-paper
     """
@@ -302,6 +302,8 @@ def watch(
         raise Misused(f"--every {every:g} is out of range: give 0.1 to 3600 seconds.")
     found = SessionWatch(session_run(_store(folder), run).path)
     view = found.look_whole()
+    if view.trouble and view.condition == "waiting":
+        raise BadData(view.trouble)
     if once or not (json or sys.stdout.isatty()):
         _show_once(view, as_json=json)
         return 0 if view.condition == "alive" else NOT_RUNNING

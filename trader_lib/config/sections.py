@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Level', 'Fraction', 'Window', 'Positive', 'NotNegative', 'PostgresUrl', 'RedisUrl', 'Symbols', 'Hosts',
-           'SymbolBounds', 'AgentLevels', 'Url', 'Address', 'Addresses', 'Section', 'symbol_bounds', 'BrokerSettings',
-           'ExchangeSettings', 'RiskSettings', 'ResilienceSettings', 'JournalSettings', 'BusSettings', 'CacheSettings',
-           'SessionSettings', 'DataSettings', 'LoggingSettings', 'RunSettings', 'MonitoringSettings',
+           'SymbolBounds', 'AgentLevels', 'Url', 'KEY_CHARACTERS', 'Address', 'Addresses', 'Section', 'symbol_bounds',
+           'BrokerSettings', 'ExchangeSettings', 'RiskSettings', 'ResilienceSettings', 'JournalSettings', 'BusSettings',
+           'CacheSettings', 'SessionSettings', 'DataSettings', 'LoggingSettings', 'RunSettings', 'MonitoringSettings',
            'TelemetrySettings', 'NotifySettings']
 
 # %% ../../nbs/config/00_sections.ipynb #6d961b9e
@@ -267,8 +267,11 @@ class ResilienceSettings(Section):
         )
 
 # %% ../../nbs/config/00_sections.ipynb #00e9f5b0
+KEY_CHARACTERS = 32
+
+
 class JournalSettings(Section):
-    """How hard a session's record is pressed onto the disk."""
+    """How hard a session's record is pressed onto the disk, where it lies, and what shows that it was changed."""
 
     durability: Literal["process", "power"] = Field(
         "process", description="survive the death of the process, or of the power supply (slower)"
@@ -276,6 +279,23 @@ class JournalSettings(Section):
     url: PostgresUrl | None = Field(
         None, description="postgresql://user:password@host/database; empty: a file in the run folder"
     )
+    key: SecretStr | None = Field(
+        None,
+        description="makes the chains of new journals keyed, at least 32 characters; a secret; empty: plain hashes",
+    )
+    ledger_path: Path = Field(
+        Path(".trader/ledger.sqlite"),
+        description="where the ends of keyed journals are noted, outside of the run folders",
+    )
+
+    @field_validator("key")
+    @classmethod
+    def _long_enough(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and len(value.get_secret_value()) < KEY_CHARACTERS:
+            raise ValueError(
+                f"is too short: at least {KEY_CHARACTERS} characters, such as `openssl rand -hex 32` gives"
+            )
+        return value
 
 
 class BusSettings(Section):

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 from ..errors.extras import require_extra
 from ..errors.taxonomy import BadData, InvariantBroken, Misconfigured, Misused
-from .chain import NO_HASH, Verification, chain_hash, row_fault
-from .journal import READ_ROWS, SCHEMA_VERSION, Durability
+from .chain import NO_HASH, PLAIN, Chain, Verification, chain_hash, row_fault
+from .guard import fits, readable_row
+from .journal import KEYED_VERSION, READ_ROWS, SCHEMA_VERSION, SMALLER, Durability, end_of
+from .ledger import Expectation, Identity, Notes, Vouching, expected
 from ..trading.events import ENVELOPE, Event, Payload
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ CREATE TABLE IF NOT EXISTS journal_events (
 CREATE TABLE IF NOT EXISTS journal_heads (
     journal TEXT PRIMARY KEY, seq BIGINT NOT NULL, hash TEXT NOT NULL, version INTEGER NOT NULL
 );
+CREATE TABLE IF NOT EXISTS journal_keys (journal TEXT PRIMARY KEY, key_id TEXT NOT NULL, id TEXT NOT NULL);
 """
 READ_EVENTS = f"""
 SELECT {COLUMNS} FROM journal_events
@@ -90,19 +93,30 @@ class PostgresJournal:
     """A journal on a PostgreSQL server.
 
     url: of the database, postgresql://user:password@host/name. name: of the journal, one a session. durability,
-    read_only: as SqliteJournal. Raises Misconfigured for a server that cannot be used, Misused where somebody writes to
-    this journal already or where there is none to read, BadData for one that is not whole.
+    read_only, vouching: as SqliteJournal. Raises Misconfigured for a server that cannot be used and for a key that is
+    missing, Misused where somebody writes to this journal already or where there is none to read, BadData for one that is
+    not whole.
     """
 
-    def __init__(self, url: str, name: str, durability: Durability = "process", read_only: bool = False) -> None:
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        durability: Durability = "process",
+        read_only: bool = False,
+        vouching: Callable[[], Vouching | None] = lambda: None,
+    ) -> None:
         require_extra("scale", "A journal on PostgreSQL")
         import psycopg
 
         self.name, self.read_only = name, read_only
-        self._url, self._durability = url, durability
+        self._url, self._durability, self._vouching = url, durability, vouching
         self._seq, self._committed, self._hash = 0, (0, NO_HASH), NO_HASH
         self._pending: list[tuple[Any, ...]] = []  # rows that no commit has confirmed
         self._lost, self._closed = "", False
+        self._chain: Chain = PLAIN
+        self._identity: Identity | None = None
+        self._notes: Notes | None = None
         self.reconnects = 0
         self.path = Path("postgresql") / name
         try:
@@ -153,25 +167,55 @@ class PostgresJournal:
             raise Misused(
                 f"There is no journal {self.path} on this server. `trader runs list` shows runs.", path=self.path
             )
-        if head is None:
-            run(MOVE_HEAD, (self.name, 0, NO_HASH, SCHEMA_VERSION))
-        elif head[2] != SCHEMA_VERSION:
+        version = self._name() if head is None else head[2]
+        if version not in (SCHEMA_VERSION, KEYED_VERSION):
             raise BadData(
-                f"{self.path} has journal version {head[2]}, and this library reads {SCHEMA_VERSION}. "
+                f"{self.path} has journal version {version}, and this library reads {KEYED_VERSION}. "
                 "Use the version that wrote it, or another name.",
                 path=self.path,
             )
+        self._read_identity(version)
         last = self._last_row()
-        if not self.read_only and last != self._read_head():
+        if not self.read_only and end_of(self._chain, *last) != self._read_head():
             raise BadData(
                 f"The journal {self.path} lost its last rows. Restore it, or start a new run.", path=self.path
             )
         self._seq, self._hash = self._committed = last
+        vouching = self._vouching() if self._identity is not None and not self.read_only else None
+        if vouching is not None and self._identity is not None:
+            self._notes = Notes(vouching, self._identity.journal, str(self.path), *last)
+
+    def _name(self) -> int:
+        """Name a new journal; says of which version it is."""
+        vouching = self._vouching()
+        version = SCHEMA_VERSION if vouching is None else KEYED_VERSION
+        with self._connection.transaction():
+            self._connection.execute(MOVE_HEAD, (self.name, 0, NO_HASH, version))
+            if vouching is not None:
+                named = vouching.name_journal()
+                row = (self.name, named.key_id, named.journal)
+                self._connection.execute("INSERT INTO journal_keys VALUES (%s, %s, %s)", row)
+        return version
+
+    def _read_identity(self, version: int) -> None:
+        """Know which key and which journal this is; a writer needs that key."""
+        if version != KEYED_VERSION:
+            return
+        query = "SELECT key_id, id FROM journal_keys WHERE journal = %s"
+        found = self._connection.execute(query, (self.name,)).fetchone()
+        if found is None:
+            raise BadData(f"{self.path} does not say which key it was begun with. Restore it.", path=self.path)
+        self._identity = Identity(*found)
+        if not self.read_only:
+            self._chain = self._expected().chain
+
+    def _expected(self) -> Expectation:
+        return expected(self._vouching(), self._identity, str(self.path))
 
     def _last_row(self) -> tuple[int, str]:
         query = "SELECT seq, hash FROM journal_events WHERE journal = %s ORDER BY seq DESC LIMIT 1"
         row = self._connection.execute(query, (self.name,)).fetchone()
-        return (int(row[0]), str(row[1])) if row else (0, NO_HASH)
+        return (int(row[0]), str(row[1])) if row else (0, self._chain.origin)
 
     def _read_head(self) -> tuple[int, str]:
         row = self._connection.execute(
@@ -206,7 +250,9 @@ class PostgresJournal:
                 path=self.path,
             )
         envelope, payload = event.envelope(), event.payload.to_json()
-        link = chain_hash(self._hash, envelope, payload)
+        if not fits(event.type, payload):
+            raise BadData(f"An event {event.type} of {len(payload):,} bytes is more than a journal keeps. {SMALLER}")
+        link = chain_hash(self._hash, envelope, payload, self._chain)
         row = (*envelope.values(), payload.decode(), self._hash, link, self.name)
         self._surviving(lambda: self._insert(row))
         self._pending.append(row)
@@ -235,13 +281,16 @@ class PostgresJournal:
             self._surviving(self._confirm)
             self._committed = self._seq, self._hash
             self._pending.clear()
+        if self._notes is not None and self._notes.is_due(self._seq):
+            self._notes.note(self._seq, self._hash)
 
     def _confirm(self) -> None:
         from psycopg.pq import TransactionStatus
 
         if self._connection.info.transaction_status == TransactionStatus.IDLE:
             return  # done before the answer got lost: on the new connection there was nothing to write
-        self._connection.execute(MOVE_HEAD, (self.name, self._seq, self._hash, SCHEMA_VERSION))
+        end = end_of(self._chain, self._seq, self._hash)
+        self._connection.execute(MOVE_HEAD, (self.name, *end, SCHEMA_VERSION))
         self._connection.execute("COMMIT")
 
     def _refuse_unfit(self) -> None:
@@ -290,9 +339,9 @@ class PostgresJournal:
     def _write_again(self) -> None:
         """Write what the server does not have; raises InvariantBroken where it has something else."""
         head = self._read_head()
-        if head == (self._seq, self._hash):
+        if head == end_of(self._chain, self._seq, self._hash):
             return
-        if head != self._committed:
+        if head != end_of(self._chain, *self._committed):
             self._lost = "somebody else wrote to it"
             raise InvariantBroken(f"The journal {self.path} is not as this session left it. Stop, and report this.")
         for row in self._pending:
@@ -309,7 +358,8 @@ class PostgresJournal:
     def _rows(self, from_seq: int, types: Collection[type[Payload]] = ()) -> list[tuple[Any, ...]]:
         names = [payload.type for payload in types] or None
         values = (self.name, from_seq, names, names, READ_ROWS)
-        return self._surviving(lambda: self._connection.execute(READ_EVENTS, values).fetchall())
+        found = self._surviving(lambda: self._connection.execute(READ_EVENTS, values).fetchall())
+        return [readable_row(row, max(from_seq - 1, 0), self.path) for row in found]
 
     @_translated
     def payloads(self, kind: type[Payload], last: int) -> Iterator[str]:
@@ -327,26 +377,35 @@ class PostgresJournal:
 
     @_translated
     def verify(self, last_hash: str | None = None) -> Verification:
-        """Check the chain from the first row to the last.
+        """Check the chain from the first row to the last, and its end by the ledger of runs where there is a key.
 
-        last_hash: the last link as it was kept elsewhere, where it was.
+        last_hash: the last link as it was kept elsewhere, where it was. Raises Misconfigured where the chain has a key, and
+        the settings have not that one.
         """
         if not self._lost and not self.read_only:
             self.commit()
-        rows, expected = 0, NO_HASH
+        wanted = self._expected()
+        if wanted.fault:
+            return Verification(False, 0, None, wanted.fault)
+        rows, link = 0, wanted.chain.origin
         with self._connection.transaction():
             self._connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")  # one view
             while found := self._rows(rows + 1):
                 for row in found:
                     rows += 1
-                    if reason := row_fault(row, rows, expected):
+                    reason = row_fault(row, rows, link, wanted.chain) or wanted.row_fault(rows, row[-1])
+                    if reason:
                         return Verification(False, rows, rows, reason)
-                    expected = row[-1]
-            if (rows, expected) != self._read_head():
-                return Verification(False, rows, rows + 1, "rows are missing at the end")
-        if last_hash is not None and last_hash != expected:
+                    link = row[-1]
+            reason = wanted.end_fault(rows)
+            if end_of(wanted.chain, rows, link) != self._read_head():
+                reason = "rows are missing at the end"
+        if reason:
+            return Verification(False, rows, rows + 1, reason)
+        if last_hash is not None and last_hash != link:
             return Verification(False, rows, None, "the chain does not end in the hash that was kept elsewhere")
-        return Verification(True, rows)
+        noted = None if wanted.noted is None else wanted.noted.seq
+        return Verification(True, rows, key_id=wanted.key_id, noted_seq=noted, promise=wanted.promise(rows))
 
     def close(self) -> None:
         """Commit and let go; a second time does nothing."""
@@ -358,6 +417,10 @@ class PostgresJournal:
         finally:
             self._closed = True
             self._connection.close()
+            if self._notes is not None:
+                if not self._lost:
+                    self._notes.note(self._seq, self._hash)
+                self._notes.close()
 
     def __enter__(self) -> Self:
         return self
