@@ -7,13 +7,10 @@ __all__ = ['T', 'build_app', 'ExchangeServer']
 
 # %% ../../nbs/exchange/12_server.ipynb #f51a1bc0
 import asyncio
-import socket
-import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self, TypeVar
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -21,10 +18,12 @@ from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket
 
 from ..clock.ids import Ids, SeededIds
-from ..errors.taxonomy import InvariantBroken, Misconfigured, Misused
+from ..errors.taxonomy import Misused
 from .endpoints import Endpoints, json_response
 from .engine import Exchange
 from .streams import DataStreams, Keys, TradingStreams
+from ..resilience.connections import Patience
+from ..resilience.http_server import BodyLimit, HttpServer, listen, trust_caller
 
 T = TypeVar("T")
 
@@ -37,33 +36,26 @@ def build_app(exchange: Exchange, keys: Keys, ids: Ids) -> Starlette:
 
     async def serve_trading(websocket: WebSocket) -> None:
         await websocket.accept()
-        await trading.serve(websocket)
+        await trading.serve(websocket, on_known=lambda: trust_caller(websocket.scope["state"]))
 
     async def serve_data(websocket: WebSocket) -> None:
         binary = websocket.headers.get("content-type", "") == "application/msgpack"
         await websocket.accept()
-        await data.serve(websocket, binary=binary)
+        await data.serve(websocket, binary=binary, on_known=lambda: trust_caller(websocket.scope["state"]))
 
-    async def missing(request: Request, error: Exception) -> Response:
+    async def refused(request: Request, error: Exception) -> Response:
         status = getattr(error, "status_code", 404)
-        return json_response(status, {"code": status * 100_000 + 10_000, "message": "endpoint not found."})
+        message = "request body is too long." if status == 413 else "endpoint not found."
+        return json_response(status, {"code": status * 100_000 + 10_000, "message": message})
 
     sockets = [WebSocketRoute(path, serve_trading) for path in ("/stream", "/stream/")]
     sockets += [WebSocketRoute(f"/v2/{feed}", serve_data) for feed in ("iex", "sip")]
     routes = [*Endpoints(exchange, keys, ids).routes(), *sockets]
-    return Starlette(routes=routes, exception_handlers={404: missing, 405: missing})
+    app = Starlette(routes=routes, exception_handlers=dict.fromkeys((404, 405, 413), refused))
+    app.router.redirect_slashes = False  # a redirect repeats the Host header that it was sent
+    return app
 
 # %% ../../nbs/exchange/12_server.ipynb #4ba05694
-class _Uvicorn(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, ready: threading.Event) -> None:
-        super().__init__(config)
-        self._ready = ready
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets=sockets)
-        self._ready.set()
-
-
 class ExchangeServer:
     """An exchange served at an address, as a context manager.
 
@@ -82,55 +74,34 @@ class ExchangeServer:
         ids: Ids | None = None,
     ) -> None:
         app = build_app(exchange, Keys(key_id, secret_key), ids or SeededIds("server"))
-        config = uvicorn.Config(
-            app,
-            http="h11",
-            ws="websockets-sansio",
-            ws_per_message_deflate=False,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=600,
-            timeout_graceful_shutdown=1,
-            lifespan="off",
-        )
         self.exchange = exchange
         self._address = (host, port)
-        self._started = threading.Event()
-        self._server = _Uvicorn(config, self._started)
-        self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._server = HttpServer(BodyLimit(app), "exchange-server", Patience(), websockets=True, leaving_s=1)
 
     def start(self) -> None:
         """Take the port and serve; return when clients can connect."""
-        listener = _listen(*self._address)
+        listener = listen(*self._address, "The exchange cannot listen on", "TRADER_EXCHANGE__PORT")
         self._address = listener.getsockname()[:2]
-        self._thread = threading.Thread(target=self._run, args=(listener,), name="exchange-server", daemon=True)
-        self._thread.start()
-        if not self._started.wait(10):
-            raise InvariantBroken("The exchange server did not start within 10 s. Look at its log.")
+        self._server.start(listener)
 
     def stop(self) -> None:
         """Close every connection and the port; a second call does nothing."""
-        if self._thread is not None:
-            self._server.should_exit = True
-            self._thread.join(5)
-            self._thread = None
+        self._server.stop()
 
     def wait(self) -> None:
         """Serve until the server is stopped from elsewhere."""
-        if self._thread is not None:
-            self._thread.join()
+        self._server.join()
 
     def call(self, function: Callable[[], T]) -> T:
         """Run a function on the server's thread, between two requests, and return what it returns."""
-        if self._thread is None or self._loop is None:
+        loop = self._server.loop
+        if loop is None or not self._server.is_running:
             raise Misused("The exchange server is not running. Call start() first.")
 
         async def run() -> T:
             return function()
 
-        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(10)
+        return asyncio.run_coroutine_threadsafe(run(), loop).result(10)
 
     def __enter__(self) -> Self:
         self.start()
@@ -160,26 +131,3 @@ class ExchangeServer:
     def data_stream_url(self) -> str:
         """What to give StockDataStream as url_override."""
         return f"ws://{self._address[0]}:{self.port}/v2/iex"
-
-    def _run(self, listener: socket.socket) -> None:
-        with asyncio.Runner() as runner:
-            self._loop = runner.get_loop()
-            runner.run(self._server.serve(sockets=[listener]))
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    # Named TCP, or asyncio leaves Nagle's algorithm on, and every answer waits 40 ms for an acknowledgement.
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(128)
-    except (OSError, OverflowError) as error:
-        listener.close()
-        raise Misconfigured(
-            f"The exchange cannot listen on {host}:{port} ({error}). "
-            "Choose another port, or 0 for any that is free (TRADER_EXCHANGE__PORT).",
-            host=host,
-            port=port,
-        ) from None
-    return listener
