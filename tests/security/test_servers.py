@@ -1,25 +1,34 @@
 """What strangers send to the exchange and to the page, and what it costs a session: nothing."""
 
+import asyncio
 import base64
 import http.client
 import json
+import os
 import random
 import re
 import socket
 import struct
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
-from typing import Any
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, closing, suppress
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import msgpack
 import orjson
 import pytest
 
-from trader_lib.exchange.engine import Exchange
+from tests.observed import observed_session, observed_settings
+from trader_lib.config.settings import SETTING_NAMES, Settings, load_settings
+from trader_lib.errors.taxonomy import Misconfigured
 from trader_lib.exchange.server import ExchangeServer
-from trader_lib.market.bars import Bars
+from trader_lib.observe.address import monitor_url
+from trader_lib.observe.page import PAUSE_S, STREAMS_MAX, WRONG_MAX, WrongTokens, sender_of
+from trader_lib.session.companions import SessionParts
 
 KEY_ID, SECRET_KEY = "test-key", "test-secret"  # of the fixture exchange_server
 HEADERS = {"APCA-API-KEY-ID": KEY_ID, "APCA-API-SECRET-KEY": SECRET_KEY}
@@ -113,7 +122,7 @@ NUMBERS: list[Any] = [
     "\x00",
     "💥" * 100,
 ]
-WORDS: list[Any] = ["", "buy", "IBM", "IBM,IBM", "ibm", "oco", "gtc", "limit", "\u202e", "x" * 10_000, "../..", "%00", None, 0]
+WORDS: list[Any] = ["", "buy", "IBM", "IBM,IBM", "ibm", "oco", "gtc", "limit", "\u202e", "x" * 10_000, "../..", None, 0]
 RAW_BODIES = [
     b"",
     b"{",
@@ -132,7 +141,7 @@ RAW_BODIES = [
     b"\xef\xbb\xbf{}",
     b'{"symbol": "IBM", "symbol": "MSFT"}',
 ]
-TIMES = ["", "yesterday", "0001-01-01", "9999-12-31", "2012-01-03T25:00", "2012-13-01", "2012-W01-1", "9" * 5000, "0", "-1"]
+TIMES = ["", "yesterday", "0001-01-01", "9999-12-31", "2012-01-03T25:00", "2012-13-01", "2012-W01-1", "9" * 5000, "-1"]
 TIMES += ["0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59", "2012-01-03T00:00:00Z", "２０１２-01-03", "\x00"]
 PARAMETERS = {
     "limit": ["0", "-1", "1", "9" * 5000, "٣", "1.5", "²", "NaN"],
@@ -142,7 +151,12 @@ PARAMETERS = {
     "end": TIMES,
     "after": TIMES,
     "until": TIMES,
-    "page_token": ["x", "====", "SUJNfDk5OTk5OTk5OTk5OTk5OTk5OTk5OTk5OTk5", "\u00e9", base64.b64encode(b"IBM|NaN").decode()],
+    "page_token": [
+        "x",
+        "====",
+        "\u00e9",
+        *(base64.b64encode(one).decode() for one in (b"IBM|NaN", b"IBM|" + b"9" * 5000)),
+    ],
     "status": ["all", "closed", "odd"],
     "side": ["buy", "odd"],
     "direction": ["asc", "odd"],
@@ -173,6 +187,8 @@ PLACES = [
     "/v2/iex",
 ]
 PARTS = ["IBM", "NOPE", "%00", "%ff", "..%2f..", "%F0%9F%92%A5", "x" * 3000, ".", "..", "%", "%zz", "*"]
+HOSTS = ["127.0.0.1", "127.0.0.1", "[", "evil.example", ""]
+SECRETS = ["Basic", "Basic ====", "Basic \xe9", "Bearer x", "Basic " + "A" * 4000]
 TYPES = ["application/json", "text/plain", "application/msgpack", "multipart/form-data; boundary=x", "\x80", ""]
 
 
@@ -183,11 +199,12 @@ def quoted(text: str) -> str:
 def odd_request(rng: random.Random) -> bytes:
     """One request with the keys, some part of which is wrong."""
     method = rng.choice(["GET"] * 6 + ["POST"] * 4 + ["PATCH", "DELETE", "HEAD", "OPTIONS", "PUT", "\x7f"])
-    path = rng.choice(PLACES if method != "POST" else ["/v2/orders"] * 9 + PLACES).format(rng.choice(PARTS)) + rng.choice([*[""] * 12, "/", "//", "?", "#", "%0a", "/../x"])
+    path = rng.choice(PLACES if method != "POST" else ["/v2/orders"] * 9 + PLACES).format(rng.choice(PARTS))
+    path += rng.choice([*[""] * 12, "/", "//", "?", "#", "%0a", "/../x"])
     names = rng.sample(sorted(PARAMETERS), rng.randrange(5))
     query = [f"{name}={quoted(rng.choice(PARAMETERS[name]))}" for name in names]
     query += rng.choice([[], [], ["&&&=&"], ["%"], ["a" * 2000], ["limit=1&limit=2"], ["%ff=%fe"]])
-    headers = {"Host": rng.choice(["127.0.0.1", "127.0.0.1", "[", "evil.example", ""]), **HEADERS, "Connection": "close"}
+    headers = {"Host": rng.choice(HOSTS), **HEADERS, "Connection": "close"}
     body = b""
     if method in ("POST", "PATCH", "PUT"):
         body = rng.choice(RAW_BODIES) if rng.random() < 0.3 else orjson.dumps(odd_order(rng))
@@ -196,20 +213,24 @@ def odd_request(rng: random.Random) -> bytes:
         headers |= {name: value for name, value in UPGRADE.items() if rng.random() < 0.8}
     if rng.random() < 0.05:
         del headers["APCA-API-KEY-ID"]
-        headers |= {"Authorization": rng.choice(["Basic", "Basic ====", "Basic \xe9", "Bearer x", "Basic " + "A" * 4000])}
+        headers |= {"Authorization": rng.choice(SECRETS)}
     target = path + ("?" + "&".join(query) if query else "")
     return head(method, target, headers) + body
+
+
+MORE_FIELDS = ["notional", "limit_price", "stop_price", "order_class", "client_order_id", "extended_hours"]
 
 
 def odd_order(rng: random.Random) -> Any:
     """An order that nobody should want. What might by chance be a good one is too large to be bought."""
     order: dict[str, Any] = {"symbol": "IBM", "side": "buy", "type": "market", "time_in_force": "day", "qty": 10**7}
     for _ in range(rng.randrange(1, 4)):
-        name = rng.choice([*order, "notional", "limit_price", "stop_price", "order_class", "client_order_id", "extended_hours"])
+        name = rng.choice([*order, *MORE_FIELDS])
         order[name] = rng.choice(NUMBERS if rng.random() < 0.5 else WORDS)
     if rng.random() < 0.3:
         leg = rng.choice(["take_profit", "stop_loss"])
-        order |= {"order_class": "oco", leg: rng.choice([*WORDS, {"limit_price": rng.choice(NUMBERS)}, {"stop_price": []}])}
+        prices = [{"limit_price": rng.choice(NUMBERS)}, {"stop_price": []}]
+        order |= {"order_class": "oco", leg: rng.choice([*WORDS, *prices])}
     return rng.choice([order, order, order, order, [order], rng.choice(NUMBERS)])
 
 
@@ -233,7 +254,7 @@ def _attack_exchange(server: ExchangeServer, count: int) -> None:
     assert {200, 400, 401, 404, 405, 422} <= set(answers), answers
     cash, positions, _ = books(server)
     assert (cash, positions) == (100_000, ()), "odd requests moved the books"
-    good = {"symbol": "MSFT", "side": "buy", "type": "market", "time_in_force": "day", "qty": 10, "client_order_id": "good"}
+    good = MARKET | {"symbol": "MSFT", "client_order_id": "good"}
     with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)) as client:
         client.request("DELETE", "/v2/orders", headers=HEADERS)
         assert client.getresponse().read() is not None
@@ -243,11 +264,14 @@ def _attack_exchange(server: ExchangeServer, count: int) -> None:
     assert [one.qty for one in server.call(server.exchange.positions)] == [10]
 
 
+MARKET = {"symbol": "IBM", "side": "buy", "type": "market", "time_in_force": "day", "qty": 10}
+
+
 @pytest.mark.parametrize(
     ("request_line", "body", "status"),
     [
-        ("POST /v2/orders", b'{"symbol":"IBM","side":"buy","type":"market","time_in_force":"day","qty":"1e999999999"}', 422),
-        ("POST /v2/orders", b'{"symbol":"IBM","side":"buy","type":"market","time_in_force":"day","qty":{"n":1}}', 422),
+        ("POST /v2/orders", orjson.dumps(MARKET | {"qty": "1e999999999"}), 422),
+        ("POST /v2/orders", orjson.dumps(MARKET | {"qty": {"n": 1}}), 422),
         ("POST /v2/orders", b'{"symbol":"IBM","side":"buy","order_class":"oco","stop_loss":"47"}', 422),
         ("POST /v2/orders", b'{"symbol":"\\ud800"}', 400),
         ("POST /v2/orders", b'{"qty":NaN}', 400),
@@ -272,7 +296,7 @@ def test_each_request_that_failed_once_is_answered(
 
 def frame(opcode: int, payload: bytes, *, mask: bool = True, flags: int = 0x80) -> bytes:
     length = len(payload)
-    sizes = [length] if length < 126 else [126, *struct.pack("!H", length)] if length < 65_536 else [127, *struct.pack("!Q", length)]
+    sizes = [length] if length < 126 else [126, *struct.pack("!H", length)]
     sizes[0] |= 0x80 if mask else 0
     return bytes([flags | opcode, *sizes]) + (b"\x00" * 4 if mask else b"") + payload  # a mask of zeros changes nothing
 
@@ -308,14 +332,16 @@ def odd_frames(rng: random.Random) -> bytes:
     sent = b""
     for _ in range(rng.randrange(1, 6)):
         message = rng.choice(MESSAGES)
-        payload = rng.choice([orjson.dumps(message), msgpack.packb(message), NESTED, b"\x91" * 5000, rng.randbytes(40), b""])
+        payloads = [orjson.dumps(message), msgpack.packb(message), NESTED, b"\x91" * 5000, rng.randbytes(40), b""]
+        payload = rng.choice(payloads)[:65_000]
         kind = rng.random()
         if kind < 0.7:
             sent += frame(rng.choice([1, 2]), payload)
         elif kind < 0.8:
             sent += frame(rng.choice([0, 8, 9, 10]), payload[:125], flags=rng.choice([0x80, 0x00]))
         elif kind < 0.9:  # not masked, reserved bits, reserved kinds, a length beyond all bounds
-            sent += rng.choice([frame(1, b"{}", mask=False), frame(1, b"{}", flags=0xF0), frame(11, b""), b"\x81\xff" + b"\x7f" * 8])
+            endless = b"\x81\xff" + b"\x7f" * 8
+            sent += rng.choice([frame(1, b"{}", mask=False), frame(1, b"{}", flags=0xF0), frame(11, b""), endless])
         else:
             sent += rng.randbytes(rng.randrange(60))
     return sent
@@ -381,7 +407,7 @@ def test_a_message_without_an_end_is_refused(exchange_server: ExchangeServer) ->
     ],
     ids=["body", "stranger's body", "head"],
 )
-def test_what_is_too_long_is_refused_before_it_is_read(exchange_server: ExchangeServer, data: bytes, status: int) -> None:
+def test_what_is_too_long_is_refused_unread(exchange_server: ExchangeServer, data: bytes, status: int) -> None:
     assert status_of(say(exchange_server.port, data)) == status
 
 
@@ -423,3 +449,248 @@ def test_drips_and_silence_end_in_time_and_known_clients_stay(exchange_server: E
     kept.request("GET", "/v2/account", headers=HEADERS)
     assert kept.getresponse().status == 200 and kept.sock.getsockname() == used
     kept.close()
+
+
+# ---- the page, the probes and the figures of a session
+
+TOKEN = "open-sesame"
+
+
+@pytest.fixture(scope="module")
+def monitor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port at which a session is shown that has traded and whose loop still turns."""
+    folder, found, done = tmp_path_factory.mktemp("monitored"), list[int](), threading.Event()
+    shown = threading.Event()
+
+    @asynccontextmanager
+    async def stay(parts: SessionParts) -> AsyncIterator[None]:
+        yield
+        found.append(int((monitor_url(parts.run_folder) or "").rpartition(":")[2]))
+        shown.set()
+        await asyncio.to_thread(done.wait, 300)
+
+    def trade() -> None:
+        settings = observed_settings(monitoring={"port": 0, "token": TOKEN, "hosts": "trader.lan"})
+        with asyncio.Runner() as runner:
+            runner.run(observed_session(folder, settings, beside=[stay]))
+
+    session = threading.Thread(target=trade, daemon=True)
+    session.start()
+    assert shown.wait(60)
+    yield found[0]
+    done.set()
+    session.join(30)
+
+
+def ask(port: int, path: str, method: str = "GET", body: bytes = b"", address: str = "127.0.0.1", **more: str) -> bytes:
+    headers = {"Host": f"127.0.0.1:{port}"} | {name.replace("_", "-"): value for name, value in more.items()}
+    if body:
+        headers |= {"Content-Length": str(len(body)), "Origin": f"http://127.0.0.1:{port}"}
+        headers.setdefault("Content-Type", "application/json")
+    return say(port, head(method, path, {"Connection": "close"} | headers) + body, address=address)
+
+
+def unlock(port: int, token: str, address: str = "127.0.0.1") -> int:
+    return status_of(ask(port, "/api/unlock", "POST", orjson.dumps({"token": token}), address))
+
+
+def test_idle_sockets_cost_no_probe_and_no_page(monitor: int) -> None:
+    with ExitStack() as stack:
+        for number in range(200):
+            line = stack.enter_context(socket.create_connection(("127.0.0.1", monitor), 5))
+            line.sendall((b"", b"GET / HT", b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")[number % 3])
+        for path in ("/healthz", "/metrics", "/readyz", "/", "/api/session") * 3:
+            begun = time.monotonic()
+            answer = ask(monitor, path)
+            assert status_of(answer) == 200, answer
+            assert time.monotonic() - begun < 2.0, path
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/", "/api/session"])
+def test_strangers_names_are_not_answered(monitor: int, path: str) -> None:
+    for host, status in [
+        ("evil.example", 421),
+        ("127.0.0.1.evil.example", 421),
+        ("[", 421),
+        ("", 421),
+        ("10.1.2.3:8080", 200),  # as Kubernetes asks its probes: by the pod's address
+        ("[fd00::1]:8080", 200),
+        ("localhost", 200),
+        ("trader.lan", 200),
+    ]:
+        answer = ask(monitor, path, Host=host)
+        assert status_of(answer) == status, (host, answer)
+
+
+def test_wrong_tokens_slow_down_their_sender_and_nobody_else(monitor: int) -> None:
+    guessed = [unlock(monitor, f"guess-{number}", "127.0.0.2") for number in range(WRONG_MAX + 3)]
+    assert guessed == [403] * WRONG_MAX + [429] * 3
+    answer = ask(monitor, "/api/unlock", "POST", orjson.dumps({"token": TOKEN}), "127.0.0.2")
+    assert status_of(answer) == 429 and b"retry-after: 30" in answer.lower(), "even with the right one, for a while"
+    assert unlock(monitor, TOKEN) == 200, "the operator, from another address"
+
+
+def test_the_table_of_senders_is_bounded_and_a_pause_ends() -> None:
+    class Hand:
+        now_s = 0.0
+
+        def monotonic(self) -> float:
+            return self.now_s
+
+    hand = Hand()
+    wrong: Any = WrongTokens(hand, most=10)  # type: ignore[arg-type]
+    for number in range(1000):
+        wrong.count(f"10.0.{number // 250}.{number % 250}")
+    for _ in range(WRONG_MAX):
+        wrong.count("10.9.9.9")
+    assert wrong.are_too_many("10.9.9.9") and not wrong.are_too_many("10.0.0.1")
+    hand.now_s = PAUSE_S + 1
+    assert not wrong.are_too_many("10.9.9.9")
+    wrong.count("10.9.9.9")
+    assert not wrong.are_too_many("10.9.9.9"), "counting begins anew"
+
+
+@pytest.mark.parametrize(
+    ("address", "sender"),
+    [
+        ("10.0.0.7", "10.0.0.7"),
+        ("::ffff:10.0.0.7", "10.0.0.7"),
+        ("fd00::1", "fd00::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+    ],
+)
+def test_a_sender_is_an_address_or_a_network_of_ipv6(address: str, sender: str) -> None:
+    from starlette.requests import Request
+
+    assert sender_of(Request({"type": "http", "client": (address, 1), "headers": []})) == sender
+    assert sender_of(Request({"type": "http", "client": None, "headers": []})) == ""
+
+
+ODD_BODIES = [
+    b'{"token": NaN}',
+    b'{"token": "\\ud800"}',
+    b'{"token": Infinity, "\\udfff": 1}',
+    b'{"action": "halt", "by": "\\ud83d", "reason": "x", "flatten": NaN}',
+    b'{"token": ' + b"[" * 3000,
+    b'{"token": ' + b"9" * 3000 + b"}",
+    b'{"token": "\xff"}',
+    b"\xef\xbb\xbf{}",
+    b"[]",
+    b"null",
+    b'"\\u0000"',
+    b"{",
+    b'{"token": 1e999}',
+]
+
+
+@pytest.mark.parametrize("path", ["/api/unlock", "/api/steer", "/api/lock"])
+def test_bodies_that_are_no_text_and_no_number_are_the_senders_fault(monitor: int, path: str) -> None:
+    for body in ODD_BODIES:
+        status = status_of(ask(monitor, path, "POST", body, "127.0.0.3"))
+        assert 400 <= status < 500 or (path == "/api/lock" and status == 200), (body, status)
+    chunked = head("POST", path, {"Host": "127.0.0.1", "Transfer-Encoding": "chunked", "Origin": "http://127.0.0.1"})
+    piece = b"4000\r\n" + b" " * 0x4000 + b"\r\n"
+    assert status_of(say(monitor, chunked + piece * 6)) == 413
+
+
+def test_what_a_refusal_says_is_not_what_it_was_sent(monitor: int) -> None:
+    answer = ask(monitor, "/api/unlock", "POST", b'{"token": ["' + TOKEN.encode() + b'"]}', "127.0.0.4")
+    assert status_of(answer) == 422 and TOKEN.encode() not in answer
+
+
+def test_no_request_makes_the_page_fail(monitor: int) -> None:
+    rng = random.Random(SEED)
+    places = ["/", "/healthz", "/readyz", "/metrics", "/static/{}", "/api/session", "/api/decisions", "/api/log"]
+    places += ["/api/operator", "/api/unlock", "/api/lock", "/api/steer", "/none"]
+    cookies = ["trader_operator=x", "\xff", "a" * 4000, '="', "trader_operator_00000000=9.\xe9; ;;"]
+    for number in range(600):
+        method = rng.choice(["GET"] * 5 + ["POST"] * 3 + ["HEAD", "PUT", "DELETE", "OPTIONS", "\x7f"])
+        path = rng.choice(places).format(rng.choice(PARTS)) + rng.choice([*[""] * 8, "/", "//", "#", "%0a", "/../x"])
+        query = rng.choice(
+            ["", "?", "?order=%ff", "?order=" + "x" * 5000, "?correlation=%00", "?&&=&", "?order=1&order=2"]
+        )
+        headers = {"Host": rng.choice(HOSTS), "Connection": "close"}
+        headers |= rng.choice([{}, {"Origin": rng.choice(["null", "http://[", "http://127.0.0.1", "\xff", ""])}])
+        headers |= rng.choice([{}, {"Sec-Fetch-Site": "same-origin"}, {"Cookie": rng.choice(cookies)}])
+        body = rng.choice([*ODD_BODIES, *RAW_BODIES]) if method in ("POST", "PUT") else b""
+        if body:
+            headers |= {"Content-Length": str(len(body)), "Content-Type": rng.choice(TYPES)}
+        request = head(method, path + query, headers) + body
+        answer = say(monitor, request, address="127.0.0.5")
+        assert 200 <= status_of(answer) < 500, (number, request[:2000], answer[:300])
+    assert status_of(ask(monitor, "/healthz")) == 200
+
+
+def test_as_many_streams_as_promised_and_no_more(monitor: int) -> None:
+    listen = head("GET", "/api/events", {"Host": "127.0.0.1"})
+
+    def opened(line: socket.socket) -> int:
+        line.sendall(listen)
+        return status_of(line.recv(65_536))
+
+    with ExitStack() as stack:
+        lines = [socket.create_connection(("127.0.0.1", monitor), 10) for _ in range(STREAMS_MAX + 8)]
+        for line in lines:
+            stack.enter_context(line)
+            line.sendall(listen)  # all at once: whoever counts after the answer has begun lets too many in
+        statuses = [status_of(line.recv(65_536)) for line in lines]
+        assert sorted(statuses) == [200] * STREAMS_MAX + [503] * 8
+        refused = ask(monitor, "/api/events")
+        assert status_of(refused) == 503 and b"retry-after:" in refused.lower()
+        for path in ("/healthz", "/metrics", "/", "/api/session"):
+            assert status_of(ask(monitor, path)) == 200
+        for line in lines[:20]:
+            line.close()
+        ends = time.monotonic() + 10
+        while status_of(refused) == 503 and time.monotonic() < ends:  # places of those who left are free again
+            time.sleep(0.2)
+            with socket.create_connection(("127.0.0.1", monitor), 10) as line:
+                line.sendall(listen)
+                refused = line.recv(65_536)
+        assert status_of(refused) == 200
+
+
+# ---- settings that say none
+
+
+def choices(annotation: Any) -> set[str]:
+    """The words among which a setting chooses."""
+    if getattr(annotation, "__origin__", None) is Literal:
+        return set(get_args(annotation))
+    return set().union(*(choices(one) for one in get_args(annotation)))
+
+
+def field_of(name: str) -> Any:
+    section, _, field = name.partition(".")
+    info = Settings.model_fields[section]
+    return info.annotation.model_fields[field] if field else info
+
+
+def test_every_word_that_a_setting_names_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = 0
+    for name in SETTING_NAMES:
+        for word in choices(field_of(name).annotation) - {"alpaca", "live"}:
+            variable = "TRADER_" + name.upper().replace(".", "__")
+            settings = load_settings(environ={variable: word}, env_file=None)
+            section, _, field = name.partition(".")
+            found = getattr(getattr(settings, section), field) if field else getattr(settings, section)
+            assert found == word, name
+            tried += word == "none"
+    assert tried, "no setting is left that knows the word none"
+
+
+def test_none_still_means_nothing_where_a_setting_may_be_empty() -> None:
+    for name in SETTING_NAMES:
+        info = field_of(name)
+        if type(None) in get_args(info.annotation) and "none" not in choices(info.annotation):
+            variable = "TRADER_" + name.upper().replace(".", "__")
+            settings = load_settings(environ={variable: "none"}, env_file=None)
+            section, _, field = name.partition(".")
+            assert (getattr(getattr(settings, section), field) if field else getattr(settings, section)) is None, name
+
+
+def test_mail_without_encryption_is_for_servers_that_ask_for_no_password() -> None:
+    plain = {"TRADER_NOTIFY__SMTP_SECURITY": "none", "TRADER_NOTIFY__SMTP_HOST": "127.0.0.1"}
+    assert load_settings(environ=plain, env_file=None).notify.smtp_security == "none"
+    with pytest.raises(Misconfigured, match="travel in the clear"):
+        load_settings(environ=plain | {"TRADER_NOTIFY__SMTP_PASSWORD": "s3cret"}, env_file=None)

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['BODY_MAX', 'DROPPED_MAX', 'HEAD_MAX', 'MESSAGE_MAX', 'TRUST', 'BAD_HANDSHAKE', 'BACKLOG', 'START_S', 'SWEEP_TICKS',
-           'BodyLimit', 'trust_caller', 'descriptors_allow', 'HttpServer', 'listen']
+           'BodyLimit', 'RequestLimit', 'trust_caller', 'descriptors_allow', 'HttpServer', 'listen']
 
-# %% ../../nbs/resilience/07_http_server.ipynb #d3b97570
+# %% ../../nbs/resilience/07_http_server.ipynb #20dec74b
 import asyncio
 import logging
 import socket
 import threading
-from collections.abc import MutableMapping
+from collections.abc import Collection, MutableMapping
 from contextlib import suppress
 from typing import Any
 
@@ -19,6 +19,7 @@ import h11
 import uvicorn
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
@@ -56,6 +57,31 @@ class BodyLimit:
 
         with suppress(ClientDisconnect):  # it left in the middle of its body: nobody waits for an answer
             await self._app(scope, limited, send)
+
+# %% ../../nbs/resilience/07_http_server.ipynb #ec6c56c5
+class RequestLimit:
+    """An ASGI application around another one that serves so many requests at once: 503 for more.
+
+    beside: paths that are served in any case.
+    """
+
+    def __init__(self, app: ASGIApp, most: int, beside: Collection[str] = ()) -> None:
+        self._app, self._most, self._beside = app, most, beside
+        self._under_way = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http" or scope["path"] in self._beside:
+            await self._app(scope, receive, send)
+        elif self._under_way >= self._most:
+            full = PlainTextResponse("Too much is asked at once. Try again.", 503, {"Retry-After": "1"})
+            await full(scope, receive, send)
+        else:
+            self._under_way += 1
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                self._under_way -= 1
 
 # %% ../../nbs/resilience/07_http_server.ipynb #54b19efb
 DROPPED_MAX = 4_194_304  # bytes that are read and thrown away after a request was refused
