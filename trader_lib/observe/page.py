@@ -25,7 +25,7 @@ import orjson
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, StringConstraints
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
@@ -232,12 +232,20 @@ class Wish(BaseModel):
     flatten: bool = False
 
 
+def _as_text(value: SecretStr) -> SecretStr:
+    try:
+        value.get_secret_value().encode()
+    except UnicodeEncodeError:
+        raise ValueError("is no text") from None
+    return value
+
+
 class Unlock(BaseModel):
     """The operator's token."""
 
     model_config = ConfigDict(extra="forbid")
 
-    token: SecretStr = Field(max_length=500)
+    token: Annotated[SecretStr, Field(max_length=500), AfterValidator(_as_text)]
 
 # %% ../../nbs/observe/13_page.ipynb #ac45e10e
 BEAT_S = 1.0
