@@ -19,13 +19,17 @@ from typing import Any, Literal, get_args
 import msgpack
 import orjson
 import pytest
+from alpaca.trading.client import TradingClient
+from alpaca.trading.requests import MarketOrderRequest
 
 from tests.observed import observed_session, observed_settings
 from trader_lib.config.settings import SETTING_NAMES, Settings, load_settings
 from trader_lib.errors.taxonomy import Misconfigured
+from trader_lib.exchange.engine import Exchange
 from trader_lib.exchange.server import ExchangeServer
 from trader_lib.observe.address import monitor_url
 from trader_lib.observe.page import PAUSE_S, STREAMS_MAX, WRONG_MAX, WrongTokens, sender_of
+from trader_lib.resilience.connections import Patience
 from trader_lib.session.companions import SessionParts
 
 KEY_ID, SECRET_KEY = "test-key", "test-secret"  # of the fixture exchange_server
@@ -415,38 +419,74 @@ def test_a_body_in_pieces_has_an_end(exchange_server: ExchangeServer) -> None:
     assert status_of(say(exchange_server.port, chunked + piece * 5)) == 413
 
 
-@pytest.mark.slow
-def test_drips_and_silence_end_in_time_and_known_clients_stay(exchange_server: ExchangeServer) -> None:
-    """Heads and bodies that come byte by byte, sockets that say nothing, websockets without keys."""
-    port = exchange_server.port
-    order = head("POST", "/v2/orders", {"Host": "x", **HEADERS, "Content-Length": "100"})
-    opened = [b"", b"GET /v2/acc", order, head("GET", "/stream", {"Host": "x", **UPGRADE})]
-    kept = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-    kept.request("GET", "/v2/account", headers=HEADERS)
-    assert kept.getresponse().read()
-    used = kept.sock.getsockname()
-    with ExitStack() as stack:
-        lines = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 5)) for _ in opened]
-        for line, begun in zip(lines, opened, strict=True):
-            line.sendall(begun)
-            line.settimeout(0.01)
-        ends, open_lines = time.monotonic() + 20, set(lines)
-        while open_lines and time.monotonic() < ends:
-            for line in list(open_lines):
-                try:
-                    if line is not lines[0] and line is not lines[3]:
-                        line.sendall(b"x")
-                    if not line.recv(65_536):
-                        open_lines.discard(line)
-                except TimeoutError:
-                    pass
-                except ConnectionError:
-                    open_lines.discard(line)
-            time.sleep(0.2)
-        assert not open_lines, [lines.index(line) for line in open_lines]
-    kept.request("GET", "/v2/account", headers=HEADERS)
-    assert kept.getresponse().status == 200 and kept.sock.getsockname() == used
-    kept.close()
+HASTY = Patience(head_s=0.8, body_s=0.8, idle_s=0.8, keys_s=0.8, stalled_s=0.8, known_idle_s=60)
+
+
+@pytest.fixture
+def hasty_server(exchange: Exchange) -> Iterator[ExchangeServer]:
+    """The exchange with little patience."""
+    with ExchangeServer(exchange, key_id=KEY_ID, secret_key=SECRET_KEY, patience=HASTY) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("begun", "drip"),
+    [
+        (b"", b""),
+        (b"GET /v2/acc", b"x"),
+        (head("POST", "/v2/orders", {"Host": "x", **HEADERS, "Content-Length": "100000"}), b"x"),
+        (head("POST", "/v2/orders", {"Host": "x", **HEADERS, "Transfer-Encoding": "chunked"}), b"1\r\nx\r\n"),
+        (head("GET", "/v2/account", {"Host": "x"}), b""),
+        (head("GET", "/v2/account", {"Host": "x"}), head("GET", "/v2/account", {"Host": "x"})[:-2]),
+        (head("GET", "/stream", {"Host": "x", **UPGRADE}), b""),
+        (head("GET", "/v2/iex", {"Host": "x", **UPGRADE}), b"\x89\x80\0\0\0\0"),
+    ],
+    ids=["silence", "head", "body", "chunks", "one request", "half a second one", "websocket", "websocket with pings"],
+)
+def test_a_client_that_drips_is_closed_in_time(hasty_server: ExchangeServer, begun: bytes, drip: bytes) -> None:
+    ends = time.monotonic() + 8
+    with socket.create_connection(("127.0.0.1", hasty_server.port), 5) as line, suppress(ConnectionError):
+        line.sendall(begun)
+        line.settimeout(0.1)
+        while time.monotonic() < ends:
+            with suppress(TimeoutError):
+                if drip:
+                    line.sendall(drip)
+                if not line.recv(65_536):
+                    break
+    assert time.monotonic() < ends, "it was never closed"
+
+
+def test_a_client_that_asks_and_does_not_read_is_closed(hasty_server: ExchangeServer) -> None:
+    with socket.socket() as line:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        line.connect(("127.0.0.1", hasty_server.port))
+        line.settimeout(8)
+        with pytest.raises(OSError, match=r"reset|pipe"):
+            while True:
+                line.sendall(head("GET", "/v2/assets", {"Host": "x", **HEADERS}))
+
+
+def test_a_known_client_stays_and_one_that_was_closed_places_its_next_order(exchange: Exchange) -> None:
+    """An idle connection that the server closed is noticed by the client before it sends an order on it."""
+    short = Patience(idle_s=0.2, known_idle_s=1.2)
+    with ExchangeServer(exchange, key_id=KEY_ID, secret_key=SECRET_KEY, patience=short) as server:
+        kept = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
+        for _ in range(2):
+            kept.request("GET", "/v2/account", headers=HEADERS)
+            assert kept.getresponse().read()
+            used = kept.sock.getsockname()
+            time.sleep(0.8)
+        assert kept.sock.getsockname() == used, "known clients may be idle for longer"
+        kept.close()
+        client = TradingClient(KEY_ID, SECRET_KEY, url_override=server.url)
+        for number in range(2):
+            request = MarketOrderRequest(
+                symbol="IBM", qty=1, side="buy", time_in_force="day", client_order_id=f"o{number}"
+            )
+            assert client.submit_order(request).status == "accepted"
+            time.sleep(3.0)  # longer than it is kept
+        assert len(server.call(server.exchange.orders)) == 2
 
 
 SESSION = """
