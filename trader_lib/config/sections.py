@@ -363,7 +363,7 @@ class MonitoringSettings(Section):
         None, description="who knows it may reduce, halt and kill on the page; empty: the page only shows"
     )
     hosts: Hosts = Field(
-        frozenset(), description="names under which the page may be opened, beside addresses and localhost: trader.lan"
+        frozenset(), description="names under which page, probes and metrics may be asked, beside addresses: trader.lan"
     )
     min_free_mb: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
         200, description="free space on the run folder's disk below which a session is not ready, in MB"

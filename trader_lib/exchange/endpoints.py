@@ -24,6 +24,7 @@ from ..errors.taxonomy import BadData, Misused, Rejected
 from . import messages, refusals, requests
 from .engine import Exchange
 from .streams import Keys
+from ..resilience.http_server import trust_caller
 from ..trading.orders import Order, OrderSide, OrderType
 
 CALENDAR_BEGIN = date(1990, 1, 2)  # nothing is known before
@@ -72,6 +73,7 @@ class Endpoints:
             try:
                 if not self._known(request.headers):
                     return json_response(401, {"message": "unauthorized."})
+                trust_caller(request.scope.get("state", {}))
                 return json_response(*await method(request))
             except Rejected as error:
                 return json_response(refusals.refusal_status(error), refusals.refusal_body(error))
@@ -203,6 +205,8 @@ class Endpoints:
         qty = requests.parse_number("qty", query.get("qty"))
         percentage = requests.parse_number("percentage", query.get("percentage"))
         if percentage is not None:
+            if not 0 < percentage <= 100:
+                raise refusals.bad_request(f"invalid percentage: {percentage} is not above 0 and at most 100")
             qty = round(held * percentage / 100, 9)
         return 200, messages.order_json(self._close(symbol, held if qty is None else qty))
 
@@ -235,7 +239,7 @@ class Endpoints:
 
     async def bars(self, request: Request) -> Answer:
         """GET /v2/stocks/bars"""
-        symbols = [name for name in request.query_params.get("symbols", "").split(",") if name]
+        symbols = [name for name in dict.fromkeys(request.query_params.get("symbols", "").split(",")) if name]
         if not symbols:
             raise refusals.bad_request("symbols is required", status=400)
         page, token = self._bars(request, symbols)

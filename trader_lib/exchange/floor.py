@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from ..clock.ids import Ids
-from ..errors.taxonomy import Rejected
 from . import refusals
 from .admission import Admission
 from .book import BookOrder, Ledger, OrderEvent
@@ -118,7 +117,7 @@ class Floor:
         self.working.remove(order)
         try:
             column, cost = self.admission.admit(request)
-        except Rejected:
+        except Exception:
             self.working.insert(place, order)
             raise
         new = self._book(request, column, cost)
