@@ -625,7 +625,14 @@ def strategies(*, json: Json = False) -> int:
 
 # %% ../../nbs/app/04_cli.ipynb #312ec535
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; nothing escapes but the end of the process."""
+    """Run one command and return its exit code; nothing escapes but the end of the process, and no secret."""
+    from trader_lib.app.console import masked_output
+
+    with masked_output():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     try:
         answer = app(
             sys.argv[1:] if arguments is None else list(arguments),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MASKED', 'LENGTH_MIN', 'WORD_MAX', 'VALUES_MAX', 'is_ordinary', 'credentials', 'spellings', 'Masker', 'put_in_force',
-           'kept_secret', 'in_force', 'masked', 'masked_bytes', 'masked_value', 'StreamMasker', 'is_clean', 'mask',
-           'mask_by']
+           'kept_secret', 'in_force', 'masked', 'masked_bytes', 'masked_value', 'refuse_secrets', 'StreamMasker',
+           'is_clean', 'mask', 'mask_by']
 
 # %% ../../nbs/config/03_masking.ipynb #8c7d74f0
 import html
@@ -22,6 +22,8 @@ from typing import Any
 from urllib.parse import parse_qsl, quote, quote_plus, unquote, urlsplit
 
 from pydantic import BaseModel, SecretBytes, SecretStr
+
+from ..errors.taxonomy import Misused
 
 # %% ../../nbs/config/03_masking.ipynb #46651ab9
 MASKED = "********"
@@ -204,6 +206,18 @@ def masked_bytes(raw: bytes) -> bytes:
 def masked_value(value: Any) -> Any:
     """What JSON can hold, without the secrets in force."""
     return _in_force.masker.value(value)
+
+# %% ../../nbs/config/03_masking.ipynb #a85b23cc
+def refuse_secrets(values: Mapping[str, Any]) -> None:
+    """Raise Misused where a parameter, or its name, holds a secret in force; the sentence does not hold it."""
+    masker = in_force()
+    for name, value in values.items():
+        told = json.dumps([name, masker.value(value)], default=str)
+        if told != json.dumps([name, value], default=str) or masker.holds(name):
+            raise Misused(
+                f"The parameter {masker.text(name)} holds a secret of the settings, and parameters are written into the "
+                "run's folder. Leave it out: what needs a key reads it from the environment."
+            )
 
 # %% ../../nbs/config/03_masking.ipynb #624446db
 class StreamMasker:

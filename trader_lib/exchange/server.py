@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket
 
-from ..clock.ids import Ids, SeededIds
+from ..clock.ids import Ids, SeededIds, new_secret
 from ..errors.taxonomy import InvariantBroken, Misconfigured, Misused
 from .endpoints import Endpoints, json_response
 from .engine import Exchange
@@ -67,8 +67,8 @@ class _Uvicorn(uvicorn.Server):
 class ExchangeServer:
     """An exchange served at an address, as a context manager.
 
-    port: 0 takes any that is free. key_id, secret_key: what clients must present. Raises Misconfigured where the address
-    cannot be had.
+    port: 0 takes any that is free. key_id, secret_key: what clients must present; a new secret where none is given. Raises
+    Misconfigured where the address cannot be had.
     """
 
     def __init__(
@@ -78,10 +78,11 @@ class ExchangeServer:
         port: int = 0,
         *,
         key_id: str = "simulated",
-        secret_key: str = "simulated",
+        secret_key: str | None = None,
         ids: Ids | None = None,
     ) -> None:
-        app = build_app(exchange, Keys(key_id, secret_key), ids or SeededIds("server"))
+        self.keys = Keys(key_id, secret_key or new_secret())
+        app = build_app(exchange, self.keys, ids or SeededIds("server"))
         config = uvicorn.Config(
             app,
             http="h11",

@@ -18,6 +18,7 @@ from fastapi import APIRouter, FastAPI, Response
 from fastapi.responses import JSONResponse
 
 from ..clock.clock import Clock, WallClock
+from ..config.masking import masked_value
 from ..errors.taxonomy import InvariantBroken, Misconfigured
 from .metering import BEAT_S, Condition, Meter
 from .readiness import ALIVE_S, Readiness, readiness
@@ -114,7 +115,8 @@ def create_app(window: Window, parts: SessionParts, routers: Iterable[APIRouter]
     async def readyz() -> JSONResponse:
         """200 where the session could trade, 503 with the reasons where it could not."""
         found = judged(await window.read())
-        return JSONResponse({"session_id": parts.session_id} | found.document(), 200 if found.ok else 503)
+        said = masked_value({"session_id": parts.session_id} | found.document())
+        return JSONResponse(said, 200 if found.ok else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
