@@ -203,7 +203,10 @@ def register_engine() -> str:
             content = message.get("content") or {}
             step = (content.get("data") or {}).get(PROGRESS_MIME)
             if step is None:
-                message = {**message, "content": self.streams.masked(message["msg_type"], content)}
+                content = self.streams.masked(message["msg_type"], content)
+                if content.get("text") == "":  # kept back, for now
+                    return None
+                message = {**message, "content": content}
                 return super().process_message(message, cell, cell_index)
             self.tell(int(step.get("done", 0)), int(step.get("total", 0)))
             return None
