@@ -302,6 +302,25 @@ async def test_a_session_handed_a_secret_as_parameter_writes_nothing(planted: Tr
     assert not (tmp_path / "journal.sqlite").exists()
 
 
+def test_neither_a_file_that_does_not_run_nor_a_bug_with_its_traceback_shows_a_secret(
+    planted: Trader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = PLANTED["APCA_API_SECRET_KEY"]
+    raising = "import os\nraise ValueError('made with ' + repr(os.environ['APCA_API_SECRET_KEY']))\n"
+    (tmp_path / "broken.py").write_text(raising, encoding="utf-8")
+    code, out, err = planted("backtest", "--strategy", "broken.py:Any")
+    assert code != 0 and MASKED in err and leaks(out + err) == []
+
+    def fail(*_: object, **__: object) -> None:
+        connected_with = secret
+        raise RuntimeError({"headers": {"APCA-API-SECRET-KEY": connected_with}})
+
+    monkeypatch.setattr("trader_lib.app.views.list_runs", fail)
+    monkeypatch.setenv("TRADER_DEBUG", "1")
+    code, out, err = planted("runs", "list", "--runs", str(tmp_path))
+    assert code == 1 and "Traceback" in err and "This is a bug" in err and leaks(out + err) == []
+
+
 def test_an_operator_s_reason_is_masked_and_the_command_obeyed(planted: Trader, tmp_path: Path) -> None:
     file = ControlFile(tmp_path / "control.jsonl")
     file.append("halt", reason=f"key {PLANTED['APCA_API_KEY_ID']} leaked", by="ada")

@@ -15,7 +15,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from os import environ
 from pathlib import Path
@@ -628,8 +628,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; nothing escapes but the end of the process, and no secret."""
     from trader_lib.app.console import masked_output
 
+    _put_secrets_in_force()
     with masked_output():
         return _main(arguments)
+
+
+def _put_secrets_in_force() -> None:
+    """Those of the environment, also for a command that has no other use for settings; quick where there are none."""
+    if Path(".env").exists() or any(name.upper().startswith(("TRADER_", "APCA_")) for name in environ):
+        from trader_lib.config.settings import load_settings
+
+        with suppress(TraderError):  # the command itself says what is wrong with them
+            load_settings()
 
 
 def _main(arguments: Sequence[str] | None) -> int:

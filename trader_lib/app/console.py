@@ -6,11 +6,9 @@
 __all__ = ['print_json', 'print_table', 'print_facts', 'print_line', 'say', 'progress_bar', 'MaskedStream', 'masked_output']
 
 # %% ../../nbs/app/00_console.ipynb #c7afbce8
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
 
 import orjson
@@ -118,13 +116,7 @@ class MaskedStream:
 
 @contextmanager
 def masked_output() -> Iterator[None]:
-    """Mask the secrets of the environment's settings, and all that come in force, in what is printed within."""
-    if Path(".env").exists() or any(name.upper().startswith(("TRADER_", "APCA_")) for name in os.environ):
-        from trader_lib.config.settings import load_settings
-        from trader_lib.errors.taxonomy import TraderError
-
-        with suppress(TraderError):  # the command itself says what is wrong with them
-            load_settings()
+    """Mask the secrets in force in what is printed within."""
     out, err = MaskedStream(sys.stdout), MaskedStream(sys.stderr)
     try:
         with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, err)):
