@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from ..bus.bus import Bus, Handler
 from ..clock.clock import Clock
+from ..config.masking import masked
 from ..errors.taxonomy import BadData, InvariantBroken
 from ..trading.events import AgentFailed, Event, Payload
 
@@ -160,7 +161,7 @@ class Agent(abc.ABC):
 
     async def _recover(self, event: Event, error: Exception) -> None:
         self._failed += 1
-        self._reason = f"{type(error).__name__}: {error}"
+        self._reason = masked(f"{type(error).__name__}: {error}")
         gives_up = self._gives_up(error)
         self._state = "down" if gives_up else "degraded"
         if not gives_up:

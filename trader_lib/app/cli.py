@@ -15,7 +15,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from os import environ
 from pathlib import Path
@@ -718,8 +718,25 @@ def strategies(*, json: Json = False) -> int:
 
 # %% ../../nbs/app/04_cli.ipynb #312ec535
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; nothing escapes but the end of the process."""
+    """Run one command and return its exit code; nothing escapes but the end of the process, and no secret."""
+    from trader_lib.app.console import masked_output
+
+    _put_secrets_in_force()
     _log_to_terminal()
+    with masked_output():
+        return _main(arguments)
+
+
+def _put_secrets_in_force() -> None:
+    """Those of the environment, also for a command that has no other use for settings; quick where there are none."""
+    if Path(".env").exists() or any(name.upper().startswith(("TRADER_", "APCA_")) for name in environ):
+        from trader_lib.config.settings import load_settings
+
+        with suppress(TraderError):  # the command itself says what is wrong with them
+            load_settings()
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     try:
         answer = app(
             sys.argv[1:] if arguments is None else list(arguments),

@@ -25,6 +25,7 @@ from typing import Literal
 from .. import __version__
 from ..clock.clock import Clock, WallClock
 from ..clock.sessions import NEW_YORK, TradingCalendar
+from ..config.masking import LENGTH_MIN
 from ..config.settings import Settings, load_settings
 from ..errors.extras import missing_packages
 from ..errors.taxonomy import Misconfigured, TraderError
@@ -194,17 +195,20 @@ def check_disk(settings: Settings) -> str:
 
 
 def check_secret_files(settings: Settings) -> str:
-    """Nobody but the owner may read the files that settings come from, if there are secrets."""
+    """Nobody but the owner may read the files that settings come from, and every secret can be masked where it leaks."""
     if not settings.secrets():
         return "no secrets are set"
-    if not settings.files:
-        return "secrets come from the environment"
     modes = {path: stat.S_IMODE(path.stat().st_mode) for path in settings.files}
     open_ones = [path for path, mode in modes.items() if mode & 0o077]
     if open_ones:
         told = " ".join(str(path) for path in open_ones)
         raise Doubt(f"Others may read secrets. Close them: `chmod 600 {told}`.")
-    return f"{len(modes)} files, readable by their owner alone"
+    if weak := settings.ordinary_secrets():
+        raise Doubt(
+            f"{', '.join(weak)}: too short or too ordinary a value to be masked in logs, journals and reports. Choose "
+            f"one of at least {LENGTH_MIN} characters, letters and figures mixed."
+        )
+    return f"{len(modes)} files, readable by their owner alone" if modes else "secrets come from the environment"
 
 
 def check_journal_key(settings: Settings) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from .jobs import Job
+from ..config.masking import masked
 from ..errors.taxonomy import Misconfigured
 
 # %% ../../nbs/app/21_firings.ipynb #f0b74629
@@ -137,7 +138,7 @@ class Firings:
         reason: str = "",
     ) -> None:
         """Write down what came of it."""
-        self._set(firing, state=state, ended_at=_text(now), run=run, exit_code=exit_code, reason=reason)
+        self._set(firing, state=state, ended_at=_text(now), run=run, exit_code=exit_code, reason=masked(reason))
 
     def _set(self, firing: Firing, **values: object) -> None:
         columns = ", ".join(f"{name} = ?" for name in values)

@@ -23,6 +23,7 @@ from .bus import InProcessBus, OnError, Past, Recorder
 from .inbox import Handler, Overloaded, Subscription
 from ..clock.clock import Clock, WallClock
 from ..clock.ids import Ids, UniqueIds
+from ..config.masking import masked
 from ..errors.extras import require_extra
 from ..errors.taxonomy import Halted, Misconfigured, Misused, Retryable, TraderError
 from ..telemetry.log import get_logger
@@ -455,7 +456,7 @@ class RedisHub(InProcessBus):
         try:
             answer = await self._work_out(remote, message)
         except Exception as error:
-            answer = {"error": type(error).__name__, "message": str(error)}
+            answer = {"error": type(error).__name__, "message": masked(str(error))}
         if message["by"] != remote.incarnation:
             return
         remote.answers[number] = answer

@@ -8,7 +8,7 @@ __all__ = ['Profile', 'PREFIX', 'ALIASES', 'SETTING_NAMES', 'SECRETS_DIR', 'FILE
 
 # %% ../../nbs/config/01_settings.ipynb #113e15cf
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -40,6 +40,7 @@ from trader_lib.config.sections import (
     SessionSettings,
     TelemetrySettings,
 )
+from .masking import MASKED, is_ordinary, put_in_force
 from ..errors.taxonomy import Misconfigured, did_you_mean
 
 # %% ../../nbs/config/01_settings.ipynb #c0449d7f
@@ -109,9 +110,25 @@ class Settings(BaseSettings):
         return self._files
 
     def secrets(self) -> tuple[str, ...]:
-        """Return the secrets in clear text, for the one who masks them in logs."""
-        values = (value for _, value in _leaves(self))
-        return tuple(value.get_secret_value() for value in values if isinstance(value, SecretStr))
+        """Return the secrets in clear text, for whoever masks them."""
+        return tuple(value for _, value in self._secret_leaves())
+
+    def ordinary_secrets(self) -> tuple[str, ...]:
+        """Names of the secrets that are too short or too ordinary to be masked where they leak."""
+        return tuple(name for name, value in self._secret_leaves() if is_ordinary(value))
+
+    def _secret_leaves(self) -> Iterator[tuple[str, str]]:
+        return ((name, value.get_secret_value()) for name, value in _leaves(self) if isinstance(value, SecretStr))
+
+
+def _secret_fields(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """The dotted names of the settings that are secrets."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _secret_fields(kind, f"{name}.")
+        elif "SecretStr" in str(kind):
+            yield prefix + name
 
 
 def _leaves(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -124,6 +141,7 @@ def _leaves(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 # %% ../../nbs/config/01_settings.ipynb #f9cfa47d
 SETTING_NAMES: tuple[str, ...] = tuple(name for name, _ in _leaves(Settings()))
+_SECRET_NAMES = frozenset(_secret_fields(Settings))
 
 _VARIABLES = {PREFIX + name.replace(".", "__").upper(): name for name in SETTING_NAMES}
 _DEFAULT_ENV_FILE = Path(".env")
@@ -146,7 +164,10 @@ def load_settings(
     env_file: Path | None = _DEFAULT_ENV_FILE,  # None: no file; the default may be absent
     overrides: Mapping[str, Any] | None = None,  # nested, from the command line; strongest of all
 ) -> Settings:
-    """Read, merge and check every layer; raise Misconfigured with all problems in one message."""
+    """Read, merge and check every layer; raise Misconfigured with all problems in one message.
+
+    The secrets among them are masked from then on, wherever this process writes or sends something.
+    """
     problems: list[str] = []
     read: list[Path] = []
     around, written = os.environ if environ is None else environ, _read_env_file(env_file, problems, read)
@@ -162,6 +183,7 @@ def load_settings(
     preset = _flat(_read_profile(name), f"profile {name}", problems)
 
     layers = [preset, secrets, from_file, variables, given]
+    put_in_force(_clear_text(layers))
     chosen = {key: layer for layer in layers for key in layer.values}
     try:
         settings = Settings(**_nested({key: layer.values[key] for key, layer in chosen.items()}))
@@ -177,6 +199,14 @@ def load_settings(
     settings._sources.update({key: layer.source for key, layer in chosen.items()})
     settings._files = tuple(read)
     return settings
+
+
+def _clear_text(layers: Iterable[_Layer]) -> Iterator[str]:
+    """The secrets of all layers, also of one that another hides: each may turn up somewhere."""
+    for layer in layers:
+        for name, value in layer.values.items():
+            if name in _SECRET_NAMES and isinstance(value, str | SecretStr):
+                yield value.get_secret_value() if isinstance(value, SecretStr) else value
 
 
 def _with_files(environ: Mapping[str, str], source: str, problems: list[str], read: list[Path]) -> dict[str, str]:
@@ -335,7 +365,7 @@ def _text(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, SecretStr):
-        return "********"
+        return MASKED
     if isinstance(value, frozenset):
         return ",".join(sorted(value))
     if isinstance(value, tuple):

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket
 
-from ..clock.ids import Ids, SeededIds
+from ..clock.ids import Ids, SeededIds, new_secret
 from ..errors.taxonomy import Misused
 from .endpoints import Endpoints, json_response
 from .engine import Exchange
@@ -60,8 +60,8 @@ def build_app(exchange: Exchange, keys: Keys, ids: Ids) -> Starlette:
 class ExchangeServer:
     """An exchange served at an address, as a context manager.
 
-    port: 0 takes any that is free. key_id, secret_key: what clients must present. patience: how long it waits for them.
-    Raises Misconfigured where the address cannot be had.
+    port: 0 takes any that is free. key_id, secret_key: what clients must present; a new secret where none is given.
+    patience: how long it waits for them. Raises Misconfigured where the address cannot be had.
     """
 
     def __init__(
@@ -71,11 +71,12 @@ class ExchangeServer:
         port: int = 0,
         *,
         key_id: str = "simulated",
-        secret_key: str = "simulated",
+        secret_key: str | None = None,
         ids: Ids | None = None,
         patience: Patience = PATIENCE,
     ) -> None:
-        app = build_app(exchange, Keys(key_id, secret_key), ids or SeededIds("server"))
+        self.keys = Keys(key_id, secret_key or new_secret())
+        app = build_app(exchange, self.keys, ids or SeededIds("server"))
         self.exchange = exchange
         self._address = (host, port)
         self._server = HttpServer(BodyLimit(app), "exchange-server", patience, websockets=True, leaving_s=1)

@@ -23,6 +23,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import requests
 from pydantic import SecretStr
 
+from ..config.masking import MASKED, masked
 from ..config.sections import NotifySettings
 from ..errors.taxonomy import Misconfigured, RateLimited, Rejected, Retryable
 
@@ -118,7 +119,7 @@ class Webhook:
         raise Rejected(f"The webhook refused the message ({words}). Check TRADER_NOTIFY__WEBHOOK_URL and its form.")
 
     def _without_secret(self, said: str) -> str:
-        return " ".join(said.replace(self._url.get_secret_value(), "********").split())[:SAID_MAX]
+        return " ".join(masked(said.replace(self._url.get_secret_value(), MASKED)).split())[:SAID_MAX]
 
 
 def _seconds(headers: Any, now: datetime) -> float | None:
@@ -191,10 +192,11 @@ class Mail:
         return mail
 
 
-def _by_code(code: int, words: str) -> Retryable | Rejected:
+def _by_code(code: int, said: str) -> Retryable | Rejected:
+    words = masked(said)[:SAID_MAX]
     if 400 <= code < 500:
-        return Retryable(f"The mail server asks to try again later ({code}: {words[:SAID_MAX]}).")
-    return Rejected(f"The mail server refused the message ({code}: {words[:SAID_MAX]}). Check notify.email_*.")
+        return Retryable(f"The mail server asks to try again later ({code}: {words}).")
+    return Rejected(f"The mail server refused the message ({code}: {words}). Check notify.email_*.")
 
 # %% ../../nbs/observe/21_channels.ipynb #d2e8a56e
 def channels(settings: NotifySettings) -> list[Channel]:

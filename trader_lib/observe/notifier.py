@@ -19,6 +19,7 @@ import numpy as np
 from ..bus.bus import InProcessBus
 from ..clock.clock import Clock, WallClock
 from ..clock.ids import Ids, UniqueIds, generator
+from ..config.masking import masked
 from ..config.sections import NotifySettings
 from ..errors.taxonomy import Retryable, TraderError
 from .channels import Channel, Message, aside, channels
@@ -71,7 +72,8 @@ def message_of(
     parts = [written(notice) if len(notices) == 1 else f"{notice.title}\n{written(notice)}" for notice in notices]
     if dropped:
         parts.append(f"{dropped:,} notices before these were dropped: too many at once. The journal has them all.")
-    return Message(identifier, f"{about}{gravest.title}{more}", "\n\n".join(parts), notices[-1].at)
+    subject, text = masked(f"{about}{gravest.title}{more}"), masked("\n\n".join(parts))
+    return Message(identifier, subject, text, notices[-1].at)
 
 # %% ../../nbs/observe/22_notifier.ipynb #b57e04f0
 @dataclass

@@ -17,7 +17,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, cast
 from urllib.parse import urlsplit
 
 import anyio
@@ -32,6 +32,7 @@ from starlette.types import Receive, Scope, Send
 
 from ..clock.clock import Clock, WallClock
 from ..clock.ids import UniqueIds
+from ..config.masking import masked, masked_bytes, masked_value
 from ..errors.taxonomy import TraderError
 from .watch import SessionWatch
 from ..session import steering
@@ -262,7 +263,7 @@ async def changes(
     """The picture, then what changes in it, then the end of the stream: after a while, or when its server leaves."""
     ends, known = clock.monotonic() + STREAM_S, dict[str, Any]()
     while clock.monotonic() < ends and not is_leaving():
-        found = (await run_in_threadpool(watch.look)).document()
+        found = masked_value((await run_in_threadpool(watch.look)).document())
         changed = {name: value for name, value in found.items() if known.get(name, ...) != value}
         if changed.keys() <= {"seen_at", "silent_s"} and known:
             yield ServerSentEvent(event="beat", data=found["seen_at"])
@@ -337,7 +338,7 @@ def page_router(
     @router.get("/api/session")
     async def session() -> Response:
         view = await run_in_threadpool(watch.look)
-        return Response(orjson.dumps(view.document()), media_type="application/json")
+        return Response(masked_bytes(orjson.dumps(view.document())), media_type="application/json")
 
     @router.get("/api/events")
     async def events(request: Request) -> Response:
@@ -350,12 +351,12 @@ def page_router(
         row = (await run_in_threadpool(watch.look)).decision(order)
         if row is None:
             raise HTTPException(404, "It is older than what the page keeps: `trader journal show` has it.")
-        return Response(row.model_dump_json(), media_type="application/json")
+        return Response(masked(row.model_dump_json()), media_type="application/json")
 
     @router.get("/api/log")
     async def log(correlation: Annotated[str, Query(max_length=200)]) -> Response:
         rows = await run_in_threadpool(watch.log, correlation)
-        return Response(orjson.dumps([row.model_dump() for row in rows]), media_type="application/json")
+        return Response(masked_bytes(orjson.dumps([row.model_dump() for row in rows])), media_type="application/json")
 
     @router.get("/api/operator")
     async def operator(request: Request) -> dict[str, Any]:
@@ -393,8 +394,8 @@ def _add_controls(router: APIRouter, controls: Controls, gate: Gate) -> None:
             else:
                 steered = await controls.steer(wish.action, reason=wish.reason, by=wish.by)
         except TraderError as error:
-            raise HTTPException(500, error.message) from None
-        return steered.document()
+            raise HTTPException(500, masked(error.message)) from None
+        return cast(dict[str, Any], masked_value(steered.document()))
 
 # %% ../../nbs/observe/13_page.ipynb #31b18b34
 def page_app(

@@ -17,6 +17,7 @@ from fastapi import APIRouter, FastAPI, Response
 from fastapi.responses import JSONResponse
 
 from ..clock.clock import Clock, WallClock
+from ..config.masking import masked_value
 from .metering import BEAT_S, Condition, Meter
 from .page import guarded_route
 from .readiness import ALIVE_S, Readiness, readiness
@@ -113,7 +114,8 @@ def create_app(window: Window, parts: SessionParts, routers: Iterable[APIRouter]
     async def readyz() -> JSONResponse:
         """200 where the session could trade, 503 with the reasons where it could not."""
         found = judged(await window.read())
-        return JSONResponse({"session_id": parts.session_id} | found.document(), 200 if found.ok else 503)
+        said = masked_value({"session_id": parts.session_id} | found.document())
+        return JSONResponse(said, 200 if found.ok else 503)
 
     @probes.get("/metrics")
     async def metrics() -> Response:

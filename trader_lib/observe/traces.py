@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from ..clock.clock import Clock, WallClock
+from ..config.masking import masked
 from ..session.companions import Companion, SessionParts
 from ..telemetry.tracing import Tracing, otlp_tracing, root_id_of, span_id_of, use_tracing
 from trader_lib.trading.events import (
@@ -79,11 +80,11 @@ class DecisionSpans:
             case TradeUpdated(order=order) if order.status in TERMINAL and decision is not None:
                 decision.orders.discard(order.client_order_id)
             case OrderFailed(client_order_id=name, outcome=outcome, reason=reason) if decision is not None:
-                decision.span.add_event(f"order {outcome}", {"reason": reason})
+                decision.span.add_event(f"order {outcome}", {"reason": masked(reason)})
                 if outcome != "unknown":
                     decision.orders.discard(name)
             case TradingStateChanged(state=state, reason=reason) if decision is not None:
-                decision.span.add_event(f"trading {state}", {"reason": reason})
+                decision.span.add_event(f"trading {state}", {"reason": masked(reason)})
 
     def close(self) -> None:
         """End what is open."""

@@ -17,6 +17,8 @@ import orjson
 from pydantic import BaseModel, ValidationError
 
 from ..clock.clock import Clock, WallClock
+from ..config.masking import in_force, masked, refuse_secrets
+from ..config.settings import load_settings
 from ..errors.taxonomy import Interrupted, Misconfigured, Misused, RunFailed, TraderError, did_you_mean
 from .result import AGENT_DOWN, Failure, Kind, RunResult, Status, versions
 from .store import RunFolder, RunStore, write_atomic
@@ -84,6 +86,7 @@ def run_notebook(
     source = template or template_path(kind)
     if kind == "live" and permit is None:
         raise Misused(REAL_MONEY)
+    _refuse_secrets(source, parameters)
     check_names(source, parameters)
     try:
         orjson.dumps(dict(parameters))
@@ -135,6 +138,18 @@ def _begin(run: RunFolder, asked_for: Mapping[str, object]) -> None:
         with suppress(OSError):
             run.path.rmdir()
         raise
+
+
+def _refuse_secrets(source: Path, parameters: Mapping[str, object]) -> None:
+    """Raise Misused where what would be written down as it is holds a secret of this process's settings."""
+    with suppress(TraderError):  # what is wrong with the settings is said by whoever needs them
+        load_settings()
+    refuse_secrets(parameters)
+    if source.is_file() and in_force().holds(source.read_text(encoding="utf-8", errors="replace")):
+        raise Misused(
+            f"The notebook {masked(str(source))} holds a secret of the settings, and a copy of it is kept with every run. "
+            "Let it read the key from the environment."
+        )
 
 
 def _folder_parameter(source: Path, run: RunFolder) -> dict[str, object]:

@@ -18,6 +18,7 @@ import orjson
 
 from ..clock.clock import Clock, WallClock
 from ..clock.ids import Ids, UniqueIds, run_stamp
+from ..config.masking import masked_bytes
 from ..errors.taxonomy import BadData, Misconfigured, Misused, did_you_mean
 from ..journal.files import write_whole
 from .result import Kind, RunResult, read_result
@@ -27,13 +28,13 @@ NAME = re.compile(r"^(?P<stamp>\d{8}T\d{6}Z)-(?P<kind>[a-z]+)-(?P<id>[0-9a-f]{6}
 
 # %% ../../nbs/runs/01_store.ipynb #d410b976
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Put a file in its place in one step, durable before it is visible.
+    """Put a text in its place in one step, durable before it is visible, and without the secrets in force.
 
     Raises Misconfigured if the folder cannot be written to.
     """
     raw = content.encode() if isinstance(content, str) else content
     try:
-        write_whole(path, raw)
+        write_whole(path, masked_bytes(raw))
     except OSError as error:
         raise unwritable(path.parent, error) from None
 

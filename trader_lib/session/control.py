@@ -23,6 +23,7 @@ from ..broker.port import Broker
 from ..bus.bus import InProcessBus
 from ..clock.clock import Clock, WallClock
 from ..clock.ids import Ids, UniqueIds
+from ..config.masking import masked
 from ..errors.taxonomy import Misconfigured, Misused
 from ..trading.events import OperatorCommand, TradingState
 from ..trading.orders import Utc
@@ -86,7 +87,7 @@ class ControlFile:
     ) -> ControlCommand:
         """Add a command, on the disk when this returns; raises Misconfigured where the file cannot be written."""
         moment, name = (clock or WallClock()).now(), (ids or UniqueIds()).new()
-        command = ControlCommand(id=name, at=moment, action=action, reason=reason, by=by)
+        command = ControlCommand(id=name, at=moment, action=action, reason=masked(reason), by=masked(by))
         line = orjson.dumps(command.model_dump(mode="json")) + b"\n"
         try:
             file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)

@@ -34,6 +34,7 @@ from ..bus.bus import InProcessBus
 from ..bus.redis import SESSIONS, SUPERSEDED, HubClock, RedisHub, RedisMember, connect, insisting, text
 from ..clock.clock import Clock, WallClock
 from ..clock.ids import Ids
+from ..config.masking import put_in_force
 from ..config.settings import Settings
 from ..errors.taxonomy import Misconfigured, Misused, did_you_mean
 from ..journal.chain import Journal
@@ -273,7 +274,9 @@ class Casting:
     def _access(self) -> AlpacaAccess:
         resilience = self.settings.resilience
         if self.is_simulated:
-            return AlpacaAccess(**self.member.facts["access"], resilience=resilience.for_simulation())
+            access = AlpacaAccess(**self.member.facts["access"], resilience=resilience.for_simulation())
+            put_in_force([access.secret_key])
+            return access
         feed = self.spec.feed or self.settings.data.feed
         return AlpacaAccess.from_settings(self.settings.broker, resilience, feed=feed)
 

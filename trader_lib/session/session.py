@@ -36,6 +36,7 @@ from ..bus.bus import InProcessBus
 from ..clock.clock import Clock, WallClock
 from ..clock.ids import Ids, UniqueIds
 from ..clock.sessions import NEW_YORK, TIMEFRAME_SECONDS, TradingCalendar
+from ..config.masking import put_in_force, refuse_secrets
 from ..config.sections import JournalSettings
 from ..config.settings import Settings
 from trader_lib.errors.taxonomy import (
@@ -539,7 +540,9 @@ async def run_session(
     """
     settings = settings or Settings()
     account = _permitted_account(spec, settings, journal_path)
+    put_in_force(settings.secrets())
     strategy = strategy or spec.build()
+    refuse_secrets(spec.told(strategy))
     warmup = max(one.strategy.warmup for one in spec.assignments(strategy))
     simulated = settings.broker.kind == "simulated"
     if bars is not None and not simulated:

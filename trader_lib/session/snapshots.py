@@ -25,6 +25,7 @@ from .. import __version__
 from ..agents.tracking import FAMILIES, OrderBook
 from ..bus.bus import InProcessBus
 from ..clock.ids import Ids
+from ..config.masking import masked_bytes
 from ..errors.taxonomy import BadData
 from ..journal.chain import Journal
 from ..journal.files import write_whole
@@ -178,13 +179,15 @@ class SnapshotKeeper:
         for event in self._journal.read(self._summary.last_seq + 1):
             self._summary.take(event)
         self._add_orders()
-        state = orjson.dumps(
-            {
-                "identity": self._wanted,
-                "landmarks": orjson.Fragment(LANDMARKS.dump_json(self._summary.landmarks())),
-                "orders": {"bytes": self._size, "sha256": self._digest.hexdigest()},
-                "parts": {name: orjson.Fragment(part.snapshot()) for name, part in self._parts.items()},
-            }
+        state = masked_bytes(
+            orjson.dumps(
+                {
+                    "identity": self._wanted,
+                    "landmarks": orjson.Fragment(LANDMARKS.dump_json(self._summary.landmarks())),
+                    "orders": {"bytes": self._size, "sha256": self._digest.hexdigest()},
+                    "parts": {name: orjson.Fragment(part.snapshot()) for name, part in self._parts.items()},
+                }
+            )
         )
         taken = SnapshotTaken(digest=hashlib.sha256(state).hexdigest())
         event = await self._bus.publish(taken, source=SESSION, correlation_id=self._ids.new())
@@ -195,7 +198,7 @@ class SnapshotKeeper:
         self.taken += 1
 
     def _add_orders(self) -> None:
-        line = FAMILIES.dump_json(self._book.changed(), exclude_defaults=True) + b"\n"
+        line = masked_bytes(FAMILIES.dump_json(self._book.changed(), exclude_defaults=True)) + b"\n"
         self._folder.mkdir(exist_ok=True)
         with (self._folder / "orders.jsonl").open("ab") as file:
             file.truncate(self._size)

@@ -35,6 +35,7 @@ from ..clock.clock import Clock, VirtualClock, WallClock
 from ..clock.ids import Ids, SeededIds, UniqueIds
 from ..clock.sessions import TradingCalendar
 from ..config.endpoints import Stage
+from ..config.masking import kept_secret
 from ..config.settings import Settings
 from ..errors.taxonomy import Misused
 from ..exchange.engine import Exchange
@@ -286,24 +287,24 @@ class HttpProvider(Provider):
 
     @provide
     async def server(self, inputs: SessionInputs, exchange: Exchange) -> AsyncIterator[ExchangeServer]:
-        """The server, stopped at the end; raises Misconfigured where the port is in use."""
+        """The server, with a secret of its own, stopped at the end; raises Misconfigured where the port is in use."""
         settings = inputs.settings.exchange
         with ExchangeServer(
             exchange,
             settings.host,
             settings.port,
             key_id=SIMULATED_KEY,
-            secret_key=inputs.session_id,
             ids=SeededIds(f"{inputs.session_id}/server"),
         ) as server:
-            yield server
+            with kept_secret(server.keys.secret_key):
+                yield server
 
     @provide
     def access(self, inputs: SessionInputs, server: ExchangeServer) -> AlpacaAccess:
         """Its addresses and keys."""
         return AlpacaAccess(
-            key_id=SIMULATED_KEY,
-            secret_key=inputs.session_id,
+            key_id=server.keys.key_id,
+            secret_key=server.keys.secret_key,
             trading_url=server.url,
             data_url=server.url,
             trading_stream_url=server.trading_stream_url,

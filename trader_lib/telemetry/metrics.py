@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from ..config.masking import masked_bytes
 from ..errors.taxonomy import InvariantBroken, did_you_mean
 
 # %% ../../nbs/telemetry/01_metrics.ipynb #0810c31e
@@ -289,4 +290,4 @@ def exposition(snapshot: Snapshot) -> Exposition:
     registry = CollectorRegistry()
     registry.register(Once())
     ProcessCollector(registry=registry)
-    return Exposition(generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4)
+    return Exposition(masked_bytes(generate_latest(registry)), CONTENT_TYPE_PLAIN_0_0_4)

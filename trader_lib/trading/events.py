@@ -31,6 +31,7 @@ from pydantic import (
     ValidationError,
 )
 
+from ..config.masking import masked_bytes
 from ..errors.taxonomy import BadData, did_you_mean
 from .capability import Asset
 from .orders import Label, Number, Order, OrderRequest, Utc
@@ -77,8 +78,8 @@ class Payload(BaseModel):
         PAYLOADS[cls.type] = cls
 
     def to_json(self) -> bytes:
-        """The payload in canonical JSON: keys sorted, Decimals as strings, moments in UTC."""
-        return orjson.dumps(self.model_dump(mode="json"), option=orjson.OPT_SORT_KEYS)
+        """The payload in canonical JSON: keys sorted, Decimals as strings, moments in UTC, secrets masked."""
+        return masked_bytes(orjson.dumps(self.model_dump(mode="json"), option=orjson.OPT_SORT_KEYS))
 
 
 class Input(Payload):
