@@ -293,8 +293,8 @@ def test_what_was_rehearsed_on_paper_may_go_live(
         code, _, err = trader(*live, *LIMITS, "--account", "SIMULATED")
         assert code == 3 and "no reconciled paper session" in err and len(err.strip().splitlines()) == 2, err
 
-        code, out, err = trader("paper", "--profile", "paper", *WHAT, "--bars-max", "3", "--json")
-        assert code == 0 and json.loads(out)["reconciliation"]["ok"], out + err
+        code, out, err = trader("paper", "--profile", "paper", *WHAT, "--bars-max", "12", "--json")
+        assert code == 0 and json.loads(out)["reconciliation"]["ok"] and json.loads(out)["orders"], out + err
 
         code, _, err = trader(*live, *LIMITS, "--account", "PA-1")
         assert code == 3 and "'PA-1'" in err and len(err.strip().splitlines()) == 2, err

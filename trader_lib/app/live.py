@@ -51,7 +51,7 @@ def rehearsal_refusals(store: RunStore, asked: SessionSpec) -> list[str]:
         return []
     none = (
         f"There is no reconciled paper session of {asked.label} with these parameters, symbols and time frame in "
-        f"{store.path}: run `trader paper --broker alpaca` first."
+        f"{store.path}: run `trader paper --broker alpaca` first, to its own end (--bars-max or --end)."
     )
     return [none, *(best.sentences() if best is not None else ())]
 

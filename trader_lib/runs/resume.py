@@ -65,7 +65,9 @@ def changes(before: SessionStarted, after: SessionStarted, names: Collection[str
 
     Raises BadData where one was written by a version whose parameters cannot be read.
     """
-    then, now = _flat(recorded_spec(before)), _flat(recorded_spec(after))
+    then, now = (
+        dict(_leaves(spec.values() | {"cash": float(spec.cash)})) for spec in map(recorded_spec, (before, after))
+    )
     found = [
         f"{name} was {_in_json(then.get(name))}, and {_in_json(now.get(name))} is asked for"
         for name in dict.fromkeys([*then, *now])
@@ -74,12 +76,15 @@ def changes(before: SessionStarted, after: SessionStarted, names: Collection[str
     return found + list(_rewritten(before.sources, after.sources))
 
 
-def _flat(spec: SessionSpec) -> dict[str, object]:
-    """A specification's values by dotted names."""
-    flat: dict[str, object] = {}
-    for name, value in (spec.values() | {"cash": float(spec.cash)}).items():
-        flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
-    return flat
+def _leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """The values of a specification by dotted names; several strategies by their labels."""
+    if prefix == "strategies.":
+        values = {share["name"]: share for share in values}
+    if not isinstance(values, dict):
+        yield prefix.removesuffix("."), values
+        return
+    for name, value in values.items():
+        yield from _leaves(value, f"{prefix}{name}.")
 
 
 def _in_json(value: object) -> str:
