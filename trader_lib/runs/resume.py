@@ -35,7 +35,8 @@ def ensure_resumable(run: RunFolder) -> None:
     if not journal_exists(run.journal) or not run.result_file.is_file():
         return
     result = run.result()
-    if result.status == "failed" or result.order_list_hash is None:  # it was killed before it had a result
+    killed = result.status == "interrupted" and result.order_list_hash is None  # before it had a result
+    if result.status == "failed" or killed:
         return
     with open_journal(run.journal) as journal:
         for event in journal.read(types=[SessionEnded]):

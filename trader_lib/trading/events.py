@@ -442,7 +442,7 @@ class SessionEnded(Output):
         """Which agents had given up, and why, as a sentence; "" where all of them worked to the end."""
         return degraded_sentence(self.down)
 
-
+# %% ../../nbs/trading/05_events.ipynb #7a10c4a2
 def degraded_sentence(down: Mapping[str, str]) -> str:
     """Which agents gave up, and why. down: agents by name, with the failure after which each gave up."""
     if not down:
