@@ -298,6 +298,10 @@ def test_session_goes_on_where_it_died_and_begins_anew_otherwise(tmp_path: Path,
     environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     said = run(tool("sh"), DEPLOY / "session.sh", "--broker", "alpaca", env=environ)
     assert said.strip() == expected
+    trusting = run(
+        tool("sh"), DEPLOY / "session.sh", "--broker", "alpaca", env=environ | {"SESSION_TRUST": "sha256:ab"}
+    )
+    assert trusting.strip() == expected + (" --trust=sha256:ab" if "--resume" in expected else "")
 
 
 @pytest.mark.parametrize("jobs", sorted(DEPLOY.rglob("jobs.toml")), ids=lambda path: path.parent.name)

@@ -291,10 +291,15 @@ def test_a_file_that_changes_after_it_was_trusted_does_not_run_again(trader: Tra
 
 @pytest.mark.slow
 def test_a_resumed_session_runs_what_was_trusted_in_its_kernel(trader: Trader, received: Received) -> None:
+    shadows = received.run / "it_shadowed"
+    for name in ("ipykernel_launcher", "queue", "pandas", "trader_lib"):
+        (received.run / f"{name}.py").write_text(f"open({str(shadows)!r}, 'a').write('{name} ')\n")
     received.name(f"{received.evil}:Evil")
     received.journal.unlink()
+    os.chdir(received.run)  # where a kernel would look first for what it imports
     code, _, err = trader("paper", "--resume", str(received.run), "--trust", digest(received.evil))
     assert code == 0 and "Trusted:" in err
+    assert not shadows.exists(), shadows.read_text()
     assert orjson.loads((received.run / "result.json").read_bytes())["status"] == "completed"
 
 

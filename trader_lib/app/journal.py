@@ -210,9 +210,9 @@ def other_version(
     """The version that is asked for, on top of what was recorded; None where none is. Raises Misused."""
     if strategy is None and not params:
         return None
-    from trader_lib.session.replay import recorded_spec
+    from trader_lib.session.replay import least_trust, recorded_spec
     from trader_lib.strategy.contract import build_strategy
-    from trader_lib.strategy.trust import Trust, guarded
+    from trader_lib.strategy.trust import guarded
     from trader_lib.trading.events import SessionStarted
 
     started = next((event.payload for event in opened.read(types=[SessionStarted])), SessionStarted())
@@ -226,7 +226,7 @@ def other_version(
             f"{', '.join(names)}.{did_you_mean(of, names)}"
         )
     same = strategy is None or strategy == recorded.strategy
-    with guarded((trust or Trust()) if strategy is None else None):
+    with guarded((trust or least_trust(opened)) if strategy is None else None):
         return build_strategy(strategy or recorded.strategy, {**(recorded.params if same else {}), **params})
 
 

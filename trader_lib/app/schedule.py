@@ -60,7 +60,11 @@ class CommandAttempt:
     """
 
     def __init__(
-        self, jobs: JobFile, runs: Path, command: Sequence[str] = (sys.executable, "-c", MAIN), poll_s: float = 0.2
+        self,
+        jobs: JobFile,
+        runs: Path,
+        command: Sequence[str] = (sys.executable, "-P", "-c", MAIN),
+        poll_s: float = 0.2,
     ) -> None:
         self._jobs, self._runs, self._command, self._poll_s = jobs, runs, tuple(command), poll_s
 

@@ -446,4 +446,4 @@ def agent_command(name: str, session: str = "", profile: str | None = None, trus
     chosen = (["--session", session] if session else []) + (["--profile", profile] if profile else [])
     code = "import sys; from trader_lib.app.cli import main; sys.exit(main())"
     trusted = [f"--trust={trust}"] if isinstance(trust, str) else ["--trust"] if trust else []
-    return [sys.executable, "-c", code, "agent", name, *chosen, *trusted]
+    return [sys.executable, "-P", "-c", code, "agent", name, *chosen, *trusted]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FieldDifference', 'SCRIPTED', 'field_differences', 'Divergence', 'ReplayResult', 'recorded_spec', 'recorded_strategy',
-           'changed_sources', 'source_changes', 'divergence', 'replay']
+           'changed_sources', 'source_changes', 'divergence', 'least_trust', 'replay']
 
 # %% ../../nbs/session/12_replay.ipynb #dbe3989c
 from collections import Counter, defaultdict
@@ -522,7 +522,7 @@ def _essence(payload: Payload) -> dict[str, Any]:
     return said
 
 # %% ../../nbs/session/12_replay.ipynb #a2b35aa4
-def _least_trust(journal: Journal) -> Trust:
+def least_trust(journal: Journal) -> Trust:
     """In what is installed and what is the user's own, as seen from where the journal lies."""
     path = getattr(journal, "path", None)
     return Trust(strange=() if path is None else strange_folders(path))
@@ -548,7 +548,7 @@ async def replay(
     if other is not None:
         director: _Director = _OtherDirector(journal, other, of, history)
     else:
-        director = _Director(journal, strategy, history, trust or _least_trust(journal))
+        director = _Director(journal, strategy, history, trust or least_trust(journal))
     await director.run(until)
     started, played = director.started, director.strategy
     assert started is not None and played is not None
