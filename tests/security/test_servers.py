@@ -16,11 +16,13 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, suppress
 from typing import Any, Literal, get_args
 
+import anyio
 import msgpack
 import orjson
 import pytest
 from alpaca.trading.client import TradingClient
 from alpaca.trading.requests import MarketOrderRequest
+from sse_starlette import ServerSentEvent
 
 from tests.observed import observed_session, observed_settings
 from trader_lib.config.settings import SETTING_NAMES, Settings, load_settings
@@ -28,7 +30,7 @@ from trader_lib.errors.taxonomy import Misconfigured
 from trader_lib.exchange.engine import Exchange
 from trader_lib.exchange.server import ExchangeServer
 from trader_lib.observe.address import monitor_url
-from trader_lib.observe.page import PAUSE_S, STREAMS_MAX, WRONG_MAX, WrongTokens, sender_of
+from trader_lib.observe.page import PAUSE_S, STREAMS_MAX, WRONG_MAX, BoundedStream, WrongTokens, sender_of
 from trader_lib.resilience.connections import Patience
 from trader_lib.session.companions import SessionParts
 
@@ -768,6 +770,28 @@ def test_as_many_streams_as_promised_and_no_more(monitor: int) -> None:
                 line.sendall(listen)
                 refused = line.recv(65_536)
         assert status_of(refused) == 200
+
+
+async def test_a_stream_that_nobody_reads_ends_and_gives_its_place_back() -> None:
+    places, sent = anyio.Semaphore(1, max_value=1), []
+
+    async def events() -> AsyncIterator[ServerSentEvent]:
+        while True:
+            yield ServerSentEvent(data="x")
+            await asyncio.sleep(0)
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        if len(sent) > 2:
+            await asyncio.Event().wait()
+
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    async with asyncio.timeout(5):
+        await BoundedStream(events(), places, unread_s=0.1)(scope, receive, send)
+    assert places.value == 1 and len(sent) == 3
 
 
 # ---- settings that say none

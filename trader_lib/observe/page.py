@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SAFE_HEADERS', 'COOKIE', 'UNLOCKED_S', 'WRONG_MAX', 'PAUSE_S', 'SENDERS_MAX', 'Told', 'BEAT_S', 'HURRY_S', 'STREAM_S',
-           'STREAMS_MAX', 'STREAM_AGAIN_S', 'BODY_MAX', 'STATIC', 'is_known_host', 'check_same_origin', 'guarded_route',
-           'sender_of', 'WrongTokens', 'Gate', 'Controls', 'FolderControls', 'Wish', 'Unlock', 'changes',
-           'BoundedStream', 'page_router', 'page_app', 'session_page']
+           'STREAMS_MAX', 'UNREAD_S', 'STREAM_AGAIN_S', 'BODY_MAX', 'STATIC', 'is_known_host', 'check_same_origin',
+           'guarded_route', 'sender_of', 'WrongTokens', 'Gate', 'Controls', 'FolderControls', 'Wish', 'Unlock',
+           'changes', 'BoundedStream', 'page_router', 'page_app', 'session_page']
 
 # %% ../../nbs/observe/13_page.ipynb #0050ec7e
 import hashlib
@@ -27,6 +27,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, StringConstraints
 from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette.sse import SendTimeoutError
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
@@ -253,6 +254,7 @@ BEAT_S = 1.0
 HURRY_S = 0.05  # while a long journal is being read
 STREAM_S = 900.0
 STREAMS_MAX = 32  # pages that listen at once; one more gets 503
+UNREAD_S = 10.0  # after which a page that does not read is given up
 STREAM_AGAIN_S = 10  # after which a page that found no room may ask again
 BODY_MAX = 4096  # bytes of a request
 
@@ -274,10 +276,12 @@ async def changes(
 
 
 class BoundedStream(EventSourceResponse):
-    """A stream of events that takes a place while it is sent, and is 503 where there is none."""
+    """A stream of events that takes a place while it is sent, and is 503 where there is none; ends where nobody reads it."""
 
-    def __init__(self, events: AsyncIterator[ServerSentEvent], places: anyio.Semaphore) -> None:
-        super().__init__(events, send_timeout=10)
+    def __init__(
+        self, events: AsyncIterator[ServerSentEvent], places: anyio.Semaphore, unread_s: float = UNREAD_S
+    ) -> None:
+        super().__init__(events, send_timeout=unread_s)
         self._places = places
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -291,6 +295,8 @@ class BoundedStream(EventSourceResponse):
             return
         try:
             await super().__call__(scope, receive, send)
+        except* SendTimeoutError:
+            pass
         finally:
             self._places.release()
 

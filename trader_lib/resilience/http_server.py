@@ -6,13 +6,14 @@
 __all__ = ['BODY_MAX', 'DROPPED_MAX', 'HEAD_MAX', 'MESSAGE_MAX', 'TRUST', 'BAD_HANDSHAKE', 'BACKLOG', 'START_S', 'SWEEP_TICKS',
            'BodyLimit', 'RequestLimit', 'trust_caller', 'descriptors_allow', 'HttpServer', 'listen']
 
-# %% ../../nbs/resilience/07_http_server.ipynb #20dec74b
+# %% ../../nbs/resilience/07_http_server.ipynb #9fd0733f
 import asyncio
 import logging
 import socket
 import threading
 from collections.abc import Collection, MutableMapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import h11
@@ -219,7 +220,7 @@ def trust_caller(state: MutableMapping[str, Any]) -> None:
     if (trust := state.get(TRUST)) is not None:
         trust()
 
-# %% ../../nbs/resilience/07_http_server.ipynb #1d96a616
+# %% ../../nbs/resilience/07_http_server.ipynb #3705b73c
 BACKLOG = 128
 START_S = 10.0
 SWEEP_TICKS = 5  # uvicorn's, of 0.1 s
@@ -257,7 +258,9 @@ class HttpServer:
     """An ASGI application on a thread and a loop of its own. leaving_s: that answers under way have when it stops."""
 
     def __init__(self, app: ASGIApp, name: str, patience: Patience, *, websockets: bool, leaving_s: int) -> None:
-        clock, log = WallClock(), rationed_logger(f"trader_lib.{name}", WallClock())
+        clock = WallClock()
+        log = rationed_logger(f"trader_lib.{name}", clock)
+        patience = replace(patience, strangers_max=descriptors_allow(patience.strangers_max))
         self._config = _Config(
             app,
             http=_Http,
