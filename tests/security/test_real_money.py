@@ -281,7 +281,7 @@ def test_resumed_session_keeps_its_stage_and_its_account(
     path = tmp_path / "journal.sqlite"
     write_start(path, stage, account)
     with pytest.raises(Misconfigured, match=words):
-        asyncio.run(run_session(MINUTES, paper_settings(market), journal_path=path, resume=True))
+        asyncio.run(asyncio.wait_for(run_session(MINUTES, paper_settings(market), journal_path=path, resume=True), 30))
     assert known_orders(market) == 0
 
 
@@ -420,6 +420,8 @@ def test_kill_touches_only_the_account_that_the_session_traded(
     assert code == 1 and open_orders(market) == 1, "the environment is for paper"
     code, out, _ = trader("kill", own.name, "--profile", "live", "--by", "ada", "--wait", "1")
     assert code == 0 and "Canceled 1 open orders" in out and open_orders(market) == 0
+    code, out, _ = trader("kill", other.name, "--profile", "live", "--by", "ada", "--wait", "1")
+    assert code == 1 and "another account than 987654321" in out, "nothing is open here, which says nothing of that one"
 
 
 def test_kill_with_an_account_reaches_it_although_the_folder_is_lost(
@@ -454,18 +456,18 @@ async def test_notebook_that_calls_run_session_trades_no_real_money(
     money = load_settings("live", environ={}, env_file=None, overrides={"broker": as_alpaca(market) | {"paper": False}})
     run = RunStore(tmp_path / "runs").create("live")
     with pytest.raises(Misused, match="`trader live` alone"):
-        await run_session(MINUTES, money, journal_path=run.journal)
+        await asyncio.wait_for(run_session(MINUTES, money, journal_path=run.journal), 30)
     with pytest.raises(TypeError):
         await run_session(MINUTES, money, journal_path=run.journal, real_money=True)  # type: ignore[call-arg]
     # A permission that the notebook makes for itself, with everything in it right.
     with handed_over(issue_live_permit("SIMULATED", MINUTES), run.path) as inherited:
         monkeypatch.setenv(PERMIT_FD, str(inherited[PERMIT_FD]))
         with pytest.raises(Misused, match="`trader live` alone"):
-            await run_session(MINUTES, money, journal_path=run.journal)
+            await asyncio.wait_for(run_session(MINUTES, money, journal_path=run.journal), 30)
     for forged in ("", "0", "-1", "x", "999999"):
         monkeypatch.setenv(PERMIT_FD, forged)
         with pytest.raises(Misused, match="`trader live` alone"):
-            await run_session(MINUTES, money, journal_path=run.journal)
+            await asyncio.wait_for(run_session(MINUTES, money, journal_path=run.journal), 30)
     assert known_orders(market) == 0 and not run.journal.exists()
 
 

@@ -89,6 +89,7 @@ async def sweep_account(settings: Settings, *, account: str = "", flatten: bool,
     access = AlpacaAccess.from_settings(settings.broker, settings.resilience, account=account)
     broker = AlpacaBroker(access, symbols=(), timeframe="1Day")
     try:
+        await broker.confirm_account()  # an account on which nothing is open is no proof that it was the right one
         return await sweep(broker, WallClock(), flatten=flatten, command_id=command_id)
     finally:
         await broker.stop()
