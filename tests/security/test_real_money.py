@@ -17,6 +17,7 @@ import pytest
 from tests.servers import RedisServer
 from tests.venue import as_alpaca, goes_on, recent_minutes
 from trader_lib.agents.execution import ExecutionAgent
+from trader_lib.app.doctor import check_broker
 from trader_lib.broker.alpaca import AlpacaBroker
 from trader_lib.broker.connection import AlpacaAccess
 from trader_lib.broker.streams import StreamThread, WatchedTradingStream
@@ -251,6 +252,16 @@ async def test_broker_that_was_never_started_compares_the_account_before_the_fir
         await broker.cancel("some-order")
     await broker.stop()
     assert known_orders(market) == 0
+
+
+def test_doctor_says_that_the_keys_are_not_of_a_paper_account(
+    market: ExchangeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, clock = paper_settings(market), VirtualClock(market.exchange.now)
+    assert "alpaca, paper: the keys are taken" in check_broker(settings, clock)
+    reports(monkeypatch, "123456789")
+    with pytest.raises(Misconfigured, match="not from a paper account"):
+        check_broker(settings, clock)
 
 
 def write_start(path: Path, stage: str, account: str = "") -> None:
