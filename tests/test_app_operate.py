@@ -231,11 +231,12 @@ def test_kill_with_the_keys_of_another_kind_of_account_touches_nothing(
     trader: Trader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = alpaca_run(tmp_path)
-    run.write_params({"kind": "paper", "parameters": {"broker": "alpaca", "profile": "live"}})
+    run.write_params({"kind": "live", "parameters": {"broker": "alpaca", "profile": "live"}})
     monkeypatch.setenv("APCA_API_KEY_ID", "key")
     monkeypatch.setenv("APCA_API_SECRET_KEY", "secret")
     code, out, _ = trader("kill", run.name, "--by", "ada")
-    assert code == 1 and "Nothing was done at the broker" in out and ControlFile.beside(run.journal).is_halted()
+    assert code == 1 and "Nothing was done at the broker" in out and f"trader kill {run.name} --profile live" in out
+    assert ControlFile.beside(run.journal).is_halted()
 
 
 async def test_operator_halts_and_the_session_records_it_as_an_input(tmp_path: Path) -> None:

@@ -559,6 +559,10 @@ def kill(
     /,
     *,
     flatten: Annotated[bool, Parameter(negative=(), help="Close every position as well.")] = False,
+    profile: Annotated[
+        Literal["paper", "live"] | None,
+        Parameter(help="Whose account: a live session wants live. [your environment's; never the run folder's]"),
+    ] = None,
     reason: Reason = "",
     by: Annotated[str | None, Parameter(help="Who says so. [the login name]")] = None,
     wait: Annotated[float, Parameter(help="Longest wait for the session's confirmation, seconds.")] = 15.0,
@@ -567,7 +571,8 @@ def kill(
 ) -> int:
     """Halt a session until it is resumed, and cancel its account's open orders at the broker; it need not cooperate.
 
-    Exit code 0 when all of it is confirmed, 1 when something is left to do.
+    The account is the one of your settings: of a live session, type --profile live. Exit code 0 when all of it is
+    confirmed, 1 when something is left to do.
 
     Example: trader kill latest-paper --flatten --reason "bad prices"
     """
@@ -575,7 +580,8 @@ def kill(
     from trader_lib.app.operate import session_run
 
     found = session_run(_store(folder), run)
-    return _done(act(found, flatten=flatten, reason=reason, by=_by(by), wait_s=wait, as_json=json))
+    done = act(found, flatten=flatten, profile=profile, reason=reason, by=_by(by), wait_s=wait, as_json=json)
+    return _done(done)
 
 
 @app.command

@@ -7,6 +7,7 @@ __all__ = ['SESSIONS', 'NOT_RUNNING', 'SILENT_S', 'session_run', 'kill', 'steer'
 
 # %% ../../nbs/app/08_operate.ipynb #45d311b2
 from decimal import Decimal
+from functools import partial
 from typing import Literal
 
 from .console import print_facts, print_json, print_line, print_table
@@ -42,11 +43,22 @@ async def kill(
     flatten: bool = False,
     reason: str = "",
     by: str,
+    profile: str | None = None,
     wait_s: float = CONFIRMATION_S,
     as_json: bool = False,
 ) -> int:
-    """Halt a session for good, cancel what is open, flatten if asked; 0 when all of it is confirmed, 1 where not."""
-    steered = await steering.kill(run.journal, flatten=flatten, reason=reason or "trader kill", by=by, wait_s=wait_s)
+    """Halt a session for good, cancel what is open, flatten if asked; 0 when all of it is confirmed, 1 where not.
+
+    profile: of the operator's settings that reach the account, as typed; None for the environment's.
+    """
+    steered = await steering.kill(
+        run.journal,
+        flatten=flatten,
+        reason=reason or "trader kill",
+        by=by,
+        wait_s=wait_s,
+        operator=None if profile is None else partial(steering.operator_settings, profile),
+    )
     return _told(run, steered, as_json)
 
 

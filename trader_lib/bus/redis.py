@@ -217,6 +217,7 @@ class RedisHub(InProcessBus):
     """The bus of a session whose agents live in several processes.
 
     url: of the Redis. elsewhere: names of the subscribers in other processes. facts: what these are told about the session.
+    refuses: why a process may not serve an agent, by the agent's name and what its hello says of it; "" where it may.
     in_turns: handle events in the sequence of the embedded bus. commit_for: payloads that are on disk before their publisher
     goes on. is_halted: whether an operator has stopped trading. at_rest: awaited whenever `idle` ends. absent_s: how long Redis, or an agent at the start, may stay
     away, real seconds. The rest as in InProcessBus.
@@ -235,6 +236,7 @@ class RedisHub(InProcessBus):
         on_error: OnError | None = None,
         *,
         facts: Mapping[str, Any] | None = None,
+        refuses: Callable[[str, Mapping[str, Any]], str] = lambda name, about: "",
         in_turns: bool = False,
         commit_for: tuple[type[Payload], ...] = (),
         is_halted: Callable[[], bool] = lambda: False,
@@ -243,7 +245,8 @@ class RedisHub(InProcessBus):
     ) -> None:
         super().__init__(clock, ids, journal, session_id, queue_max, put_timeout_s, on_error)
         self.elsewhere = frozenset(elsewhere)
-        self.facts = dict(facts or {})
+        self.facts, self._refuses = dict(facts or {}), refuses
+        self._refused: dict[str, str] = {}  # why a process was sent away, by the agent's name
         self._archive, self._in_turns, self._commit_for = journal, in_turns, commit_for
         self._is_halted, self._at_rest, self._absent_s = is_halted, at_rest, absent_s
         self._epoch = UniqueIds().new()
@@ -323,10 +326,11 @@ class RedisHub(InProcessBus):
                 await self._attended.wait()
         except TimeoutError:
             self._refuse_broken()
-            absent = ", ".join(name for name, remote in self._remotes.items() if not remote.ready)
+            absent = [name for name, remote in self._remotes.items() if not remote.ready]
+            refused = "".join(f" {self._refused[name]}" for name in absent if name in self._refused)
             raise Misconfigured(
-                f"No process has come within {self._absent_s:g} s for: {absent}. Start it: trader agent NAME "
-                f"--session {self._session_id}"
+                f"No process has come within {self._absent_s:g} s for: {', '.join(absent)}.{refused} Start it: "
+                f"trader agent NAME --session {self._session_id}"
             ) from None
 
     async def relive(self, past: Past, events: Iterable[Event], deaf: Collection[str] = ()) -> None:
@@ -415,6 +419,11 @@ class RedisHub(InProcessBus):
         if remote is None:
             return  # not yet subscribed, or not of this session: it will ask again, and give up
         if message["k"] == "hello":
+            why = self._refuses(message["name"], message.get("about") or {})
+            if why:
+                self._refused[message["name"]] = why
+                self._start(self._refuse(message, why, unfit=True))
+                return
             if message["by"] != remote.incarnation:
                 remote.incarnation, remote.ready, remote.sent = message["by"], False, 0
                 remote.generation += 1
@@ -427,9 +436,11 @@ class RedisHub(InProcessBus):
         if "ask" in message:
             self._start(self._answer(remote, message))
 
-    async def _refuse(self, message: dict[str, Any], why: str) -> None:
+    async def _refuse(self, message: dict[str, Any], why: str, *, unfit: bool = False) -> None:
+        """Send a process away. unfit: whether it would be as wrong if it came back."""
         stream = key_of(self._session_id, f"to:{message['name']}")
-        await self._line.send(stream, {"k": "refused", "to": message["by"], "generation": 0, "why": why})
+        refusal = {"k": "refused", "to": message["by"], "generation": 0, "why": why, "unfit": unfit}
+        await self._line.send(stream, refusal)
 
     def _note(self, remote: _Remote, message: dict[str, Any]) -> None:
         remote.state = message["state"]
@@ -529,12 +540,21 @@ class RedisMember(InProcessBus):
     """The bus of one agent in a process of its own.
 
     url: of the Redis. session_id: of the session. name: of the agent. absent_s: how long Redis or the session's process may
-    stay away, real seconds.
+    stay away, real seconds. about: what its hello says of this process.
     """
 
-    def __init__(self, url: str, session_id: str, name: str, *, absent_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        session_id: str,
+        name: str,
+        *,
+        absent_s: float = 60.0,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(WallClock(), UniqueIds(), None, session_id)
         self.name, self.session_id, self._absent_s = name, session_id, absent_s
+        self._about, self._is_unfit = dict(about or {}), False
         self._me = UniqueIds().new()
         self._line = Line(url, key_of(session_id, f"to:{name}"), self._me, patience_s=absent_s)
         self._hub = key_of(session_id, "hub")
@@ -557,10 +577,13 @@ class RedisMember(InProcessBus):
         self.state: Callable[[], dict[str, Any]] = dict
 
     async def join(self) -> None:
-        """Say hello, and learn how far the journal goes; raises Retryable where no session answers."""
+        """Say hello, and learn how far the journal goes; raises Retryable where no session answers.
+
+        Raises Misconfigured where the session does not take this process for the agent.
+        """
         await self._line.claim()
         self._work = [asyncio.create_task(self._guarded(work())) for work in (self._listen, self._notify, self._watch)]
-        answer = await self._ask("hello")
+        answer = await self._ask("hello", about=self._about)
         self.upto, self._epoch, self.facts = answer["upto"], answer["epoch"], answer["facts"]
         self._generation = answer["generation"]
         self._seq = self._taken = self.upto
@@ -657,6 +680,8 @@ class RedisMember(InProcessBus):
         began = wall.monotonic()
         try:
             while not answer.done():
+                if self._is_unfit:
+                    raise Misconfigured(f"The session does not take this process. {self.over.result()}")
                 if self.over.done():
                     raise Halted(f"The {self.name} agent's process is no longer of this session: {self.over.result()}.")
                 if kind in {"hello", "past"} and wall.monotonic() - began > self._absent_s:
@@ -696,6 +721,7 @@ class RedisMember(InProcessBus):
     def _hear(self, entry: bytes, message: dict[str, Any]) -> bool:
         """Take a message in; say whether it has to be kept until its events are handled."""
         if message["k"] == "refused":
+            self._is_unfit = bool(message.get("unfit"))
             self._end(message["why"])
             return False
         self.told_now, self.halted = datetime.fromisoformat(message["now"]), message["halted"]

@@ -118,9 +118,15 @@ class BrokerSettings(Section):
         None, description="Alpaca's secret; APCA_API_SECRET_KEY is understood as well", validate_default=True
     )
     paper: bool = Field(True, description="Alpaca's paper account; false means real money and needs the profile live")
-    trading_url: Url | None = Field(None, description="another host for trading, such as a proxy; empty: Alpaca's")
+    trading_url: Url | None = Field(
+        None,
+        description="another host for trading; one that is neither Alpaca's paper host nor this machine is real money; "
+        "empty: Alpaca's",
+    )
     data_url: Url | None = Field(None, description="another host for market data; empty: Alpaca's")
-    trading_stream_url: Url | None = Field(None, description="another websocket for trade updates; empty: Alpaca's")
+    trading_stream_url: Url | None = Field(
+        None, description="another websocket for trade updates, of the same side as trading_url; empty: Alpaca's"
+    )
     data_stream_url: Url | None = Field(None, description="another websocket for market data; empty: Alpaca's")
 
     @field_validator("key_id", "secret_key")

@@ -34,6 +34,7 @@ from starlette.types import Receive, Scope, Send
 from ..clock.clock import Clock, WallClock
 from ..clock.ids import UniqueIds
 from ..config.masking import masked, masked_bytes, masked_value
+from ..config.settings import Settings
 from ..errors.taxonomy import TraderError
 from .watch import SessionWatch
 from ..session import steering
@@ -206,10 +207,18 @@ class Controls(Protocol):
 
 
 class FolderControls:
-    """The commands of the shell, on one run folder. wait_s: for the session's own word."""
+    """The commands of the shell, on one run folder.
 
-    def __init__(self, folder: Path, wait_s: float = steering.CONFIRMATION_S) -> None:
-        self._journal_path, self._wait_s = folder / "journal.sqlite", wait_s
+    wait_s: for the session's own word. operator: the settings that reach its account; None for the environment's.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        wait_s: float = steering.CONFIRMATION_S,
+        operator: Callable[[], Settings] | None = None,
+    ) -> None:
+        self._journal_path, self._wait_s, self._operator = folder / "journal.sqlite", wait_s, operator
 
     async def steer(self, action: Literal["reduce", "halt"], *, reason: str, by: str) -> Steered:
         """As `trader reduce`, and its halt."""
@@ -217,7 +226,9 @@ class FolderControls:
 
     async def kill(self, *, flatten: bool, reason: str, by: str) -> Steered:
         """As `trader kill`."""
-        return await steering.kill(self._journal_path, flatten=flatten, reason=reason, by=by, wait_s=self._wait_s)
+        return await steering.kill(
+            self._journal_path, flatten=flatten, reason=reason, by=by, wait_s=self._wait_s, operator=self._operator
+        )
 
 
 Told = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
@@ -424,5 +435,6 @@ def page_app(
 def session_page(parts: SessionParts) -> APIRouter:
     """The page of a session, for the server beside it."""
     watch = SessionWatch(parts.run_folder, health=lambda: [agent.health() for agent in parts.agents.all()])
-    bounds = parts.settings.monitoring
-    return page_router(watch, FolderControls(parts.run_folder), bounds.token, hosts=bounds.hosts)
+    bounds, operator = parts.settings.monitoring, None if parts.inputs.is_simulated else lambda: parts.settings
+    controls = FolderControls(parts.run_folder, operator=operator)
+    return page_router(watch, controls, bounds.token, hosts=bounds.hosts)
