@@ -419,7 +419,8 @@ ENDLESS = """
 CREATE VIEW events AS WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)
 SELECT
     i AS seq, 'e' || i AS id, 'clock_ticked' AS type, 'input' AS kind, '2024-03-01T21:00:00Z' AS time,
-    '2024-03-01T21:00:00Z' AS recorded_at, 'c' AS correlation_id, NULL AS causation_id, 't' AS source, 's' AS session_id,
+    '2024-03-01T21:00:00Z' AS recorded_at, 'c' AS correlation_id, NULL AS causation_id, 't' AS source,
+    's' AS session_id,
     '{"at":"2024-03-01T21:00:00Z"}' AS payload, '0' AS prev_hash, '0' AS hash
 FROM n
 """
