@@ -10,7 +10,7 @@ DEFINED = re.compile(r"^(?:async )?def (test_\w+)\(", re.MULTILINE)
 
 def test_every_row_of_the_degradation_table_names_tests_that_exist() -> None:
     rows = [line for line in (ROOT / "docs/degradation.md").read_text().splitlines() if line.startswith("| ")][2:]
-    there = {name for path in (ROOT / "tests").glob("test_*.py") for name in DEFINED.findall(path.read_text())}
+    there = {name for path in (ROOT / "tests").rglob("test_*.py") for name in DEFINED.findall(path.read_text())}
     assert len(rows) >= 18
     for row in rows:
         named = NAMED.findall(row)
