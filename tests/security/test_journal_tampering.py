@@ -11,12 +11,14 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest.mock import Mock
 
 import orjson
 import pytest
 from loguru import logger
 
 from tests.servers import PostgresServer
+from trader_lib.agents.tracking import OrderBook
 from trader_lib.clock.clock import VirtualClock
 from trader_lib.config.settings import load_settings
 from trader_lib.errors.taxonomy import BadData, Misconfigured
@@ -26,7 +28,9 @@ from trader_lib.journal.journal import SqliteJournal
 from trader_lib.journal.ledger import NOTE_EVENTS, NOTE_S, Vouching
 from trader_lib.journal.opening import open_journal
 from trader_lib.journal.postgres import PostgresJournal
+from trader_lib.session.recovery import Summary
 from trader_lib.session.session import run_session
+from trader_lib.session.snapshots import SnapshotKeeper
 from trader_lib.session.spec import SessionSpec
 from trader_lib.trading.events import ENVELOPE, ClockTicked, Event, SessionStarted, SnapshotTaken
 
@@ -236,6 +240,37 @@ def test_a_session_without_a_key_is_resumed_after_one_was_set(
     result = asyncio.run(run_session(SPEC, settings, journal_path=plain, resume=True))
     assert result.status == "completed"
     assert trader("journal", "verify", RUN)[0] == 0
+
+
+def test_a_keyed_session_that_died_is_resumed_with_its_key(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRADER_JOURNAL__KEY", KEY)
+    settings = load_settings(env_file=None, overrides={"broker": {"transport": "in_process"}})
+    with SqliteJournal(plain, read_only=True) as journal:
+        lived = list(journal.read())
+    plain.unlink()
+    with open_journal(plain, settings.journal, read_only=False) as journal:
+        for each in lived[:100]:
+            journal.append(each)
+    result = asyncio.run(run_session(SPEC, settings, journal_path=plain, resume=True))
+    assert result.status == "completed"
+    with open_journal(plain, settings.journal) as journal:
+        found = journal.verify()
+        assert found.ok and found.noted_seq == found.rows >= len(lived)
+
+
+@pytest.mark.parametrize("link", ["snapshot", "snapshot/orders.jsonl"])
+def test_snapshots_are_not_written_through_a_link(link: str, tmp_path: Path) -> None:
+    target = tmp_path / "elsewhere"
+    target.mkdir()
+    (target / "orders.jsonl").write_text("not to be lost")
+    (tmp_path / "snapshot" if "/" in link else tmp_path).mkdir(exist_ok=True)
+    (tmp_path / link).symlink_to(target / "orders.jsonl" if "/" in link else target)
+    book, none = OrderBook(), Mock()
+    with SqliteJournal(tmp_path / "journal.sqlite") as journal:
+        none.is_idle, none.last_seq = True, 10
+        keeper = SnapshotKeeper(tmp_path / "snapshot", journal, none, none, {}, book, Summary(), "identity", every=1)
+        asyncio.run(keeper.attend())
+    assert keeper.taken == 0 and (target / "orders.jsonl").read_text() == "not to be lost"
 
 
 def test_a_snapshot_is_vouched_for_by_the_key(tmp_path: Path) -> None:
