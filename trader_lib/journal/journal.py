@@ -108,9 +108,10 @@ def _refusal(path: Path, error: sqlite3.Error) -> Exception:
         )
     if isinstance(error, sqlite3.IntegrityError) or "locked" in said:
         return Misused(f"Another process writes to the journal {path} ({said}). Give each session its own.", path=path)
-    if (interrupted := path.with_name(f"{path.name}-journal")).exists():
+    undo = path.with_name(f"{path.name}-journal")
+    if undo.exists() and any(words in said for words in ("unable to open", "readonly database")):
         return BadData(
-            f"{path} was left in the midst of a change that {interrupted.name} is to undo: {said}. Restore both."
+            f"{path} was left in the midst of a change, which {undo.name} is to undo. Restore both.", path=path
         )
     if said == "interrupted":
         return BadData(f"{path} does not end where its size says: its pages lead in a ring. Restore it.", path=path)

@@ -7,13 +7,14 @@ __all__ = ['FORMAT', 'LANDMARKS', 'FOLDER', 'NO_BAR', 'identity', 'Knowing', 'Sn
            'SnapshotKeeper']
 
 # %% ../../nbs/session/08_snapshots.ipynb #16625acc
+import errno
 import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import orjson
@@ -200,10 +201,17 @@ class SnapshotKeeper:
     def _add_orders(self) -> None:
         line = masked_bytes(FAMILIES.dump_json(self._book.changed(), exclude_defaults=True)) + b"\n"
         self._folder.mkdir(exist_ok=True)
-        with (self._folder / "orders.jsonl").open("ab") as file:
+        with _open_here(self._folder / "orders.jsonl") as file:
             file.truncate(self._size)
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
         self._size += len(line)
         self._digest.update(line)
+
+
+def _open_here(path: Path) -> BinaryIO:
+    """A file to add to, in a folder that is one: a link out of a run folder is not followed; raises OSError."""
+    if path.parent.is_symlink():
+        raise OSError(errno.ELOOP, "it is a symbolic link", str(path.parent))
+    return open(path, "ab", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
