@@ -1,14 +1,17 @@
 """Collects notebooks as tests, under one true coverage figure.
 
 A plain `nbdev_test` runs exported cells in the notebook's namespace, where coverage cannot see the module they
-were exported to. Here every exported cell is compiled under the path and the line of its exported copy (found by
-the `# %% ….ipynb #cellid` headers that nbdev writes), so that lines and branches count where they live.
+were exported to, and where the rules are compiled anew for each notebook. Here an exported cell stands for its copy in
+the module (found by the `# %% ….ipynb #cellid` headers that nbdev writes): what it defines is taken from there, so that
+lines and branches count where they live and machine code is reused. That both copies are the same, tests/test_project.py
+holds.
 """
 
 from __future__ import annotations
 
 import ast
 import asyncio
+import importlib
 import inspect
 import json
 import os
@@ -32,13 +35,13 @@ SKIPPED_FLAGS = {"live", "eval: false"}
 
 
 @cache
-def exported_cells() -> dict[str, tuple[Path, int]]:
-    """Cell id → the module and the line (1-based) where that cell's exported code begins."""
-    places: dict[str, tuple[Path, int]] = {}
+def exported_modules() -> dict[str, Path]:
+    """Cell id → the module that the cell was exported to."""
+    places: dict[str, Path] = {}
     for module in sorted(LIBRARY.rglob("*.py")):
-        for number, line in enumerate(module.read_text(encoding="utf-8").splitlines(), start=1):
+        for line in module.read_text(encoding="utf-8").splitlines():
             if match := HEADER.match(line):
-                places[match["cell"]] = (module, number + 1)
+                places[match["cell"]] = module
     return places
 
 
@@ -46,23 +49,43 @@ def directives(source: str) -> set[str]:
     return {match["text"] for match in DIRECTIVE.finditer(source)}
 
 
-def compile_cell(cell: dict[str, Any], notebook: Path) -> types.CodeType:
-    """Compile a cell, an exported one under the place of its exported copy."""
-    source = "".join(cell["source"])
+def is_exported(source: str) -> bool:
     flags = directives(source)
-    filename, shift = f"{notebook}#{cell['id']}", 0
-    if flags & {"export", "exporti", "exports"} or any(flag.startswith("export ") for flag in flags):
-        place = exported_cells().get(cell["id"])
-        if place is None:
-            raise AssertionError(f"{notebook}: cell {cell['id']} is not exported; run nbdev_export")
-        lines = source.splitlines()
-        leading = 0
-        while leading < len(lines) and (DIRECTIVE.match(lines[leading]) or not lines[leading].strip()):
-            leading += 1
-        filename, shift = str(place[0]), place[1] - leading - 1
-    tree = ast.parse(source, filename=filename)
-    ast.increment_lineno(tree, shift)
-    return compile(tree, filename, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+    return bool(flags & {"export", "exporti", "exports"}) or any(flag.startswith("export ") for flag in flags)
+
+
+def bound_names(tree: ast.AST) -> set[str]:
+    """The names that a cell's statements bind at its top level, those inside of `if` and `try` included."""
+    names: set[str] = set()
+    todo = list(ast.iter_child_nodes(tree))
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+            continue  # what is bound inside is its own
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        todo += ast.iter_child_nodes(node)
+    return names
+
+
+def exported_names(cell: dict[str, Any], notebook: Path) -> dict[str, Any]:
+    """What an exported cell defines, taken from the module that it was exported to."""
+    place = exported_modules().get(cell["id"])
+    if place is None:
+        raise AssertionError(f"{notebook}: cell {cell['id']} is not exported; run nbdev_export")
+    module = importlib.import_module(".".join(place.relative_to(LIBRARY.parent).with_suffix("").parts))
+    names = bound_names(ast.parse("".join(cell["source"])))
+    return {name: getattr(module, name) for name in names if hasattr(module, name)}
+
+
+def compile_cell(cell: dict[str, Any], notebook: Path) -> types.CodeType:
+    filename = f"{notebook}#{cell['id']}"
+    return compile(
+        "".join(cell["source"]), filename, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True
+    )
 
 
 class NotebookItem(pytest.Item):
@@ -82,7 +105,10 @@ class NotebookItem(pytest.Item):
                     if cell["cell_type"] != "code" or not source.strip() or directives(source) & SKIPPED_FLAGS:
                         continue
                     self.cell = cell
-                    runner.run(run_cell(compile_cell(cell, self.path), module.__dict__))
+                    if is_exported(source):
+                        module.__dict__.update(exported_names(cell, self.path))
+                    else:
+                        runner.run(run_cell(compile_cell(cell, self.path), module.__dict__))
         finally:
             os.chdir(here)
             os.environ.clear()
