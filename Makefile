@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PYTHONWARNINGS ?= ignore::DeprecationWarning:alpaca,ignore::DeprecationWarning:websockets
 
-.PHONY: help install demo test lint types sync-check coverage fmt notebook export bench simulate constraints clean
+.PHONY: help install demo test verify lint types coverage fmt notebook export bench simulate constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,7 +24,14 @@ $(INSTALLED): settings.ini setup.py constraints.txt
 demo: install ## the main job: backtest, simulated paper session, comparison
 	@$(BIN)/trader demo
 
-test: install lint types coverage ## everything that must hold before a change lands
+# Many tests wait for a socket, a kernel or a clock, so that two at once on each core take less time than one.
+JOBS ?= $(shell echo $$((2 * $$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2))))
+PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+
+test: install lint types coverage ## what must hold before a change lands: lint, types, notebooks and tests, coverage
+
+verify: install ## what takes longer: kill loops, simulated seeds, planted bugs, attacks on servers, the package installed
+	$(PYTEST) -m 'slow or packaging' tests
 
 lint: install ## ruff over notebooks, tests and tools
 	$(BIN)/ruff check .
@@ -35,12 +42,13 @@ types: install ## mypy --strict over the exported library
 
 coverage: install ## notebooks and tests under one coverage figure, compiled functions run as Python
 	rm -f .coverage .coverage.*
-	COVERAGE_FILE=.coverage.compiled $(BIN)/python -m pytest -q --cov --cov-report= tests nbs
-	COVERAGE_FILE=.coverage.plain NUMBA_DISABLE_JIT=1 $(BIN)/python -m pytest -q --cov --cov-report= -m 'not slow' $(PLAIN)
+	COVERAGE_FILE=.coverage.compiled $(PYTEST) --cov --cov-report= -m '$(QUICK)' tests nbs
+	COVERAGE_FILE=.coverage.plain NUMBA_DISABLE_JIT=1 $(PYTEST) --cov --cov-report= -m '$(QUICK)' $(PLAIN)
 	$(BIN)/coverage combine -q .coverage.compiled .coverage.plain
 	$(BIN)/coverage report --fail-under=90
 	$(BIN)/coverage report --include='trader_lib/risk/*,trader_lib/agents/execution.py' --skip-empty --fail-under=100
 
+QUICK := not slow and not packaging
 # Where compiled functions live, and what tests them; the second run counts their lines.
 PLAIN := nbs/trading nbs/exchange nbs/risk nbs/strategy nbs/research \
 	tests/test_trading_folding.py tests/test_strategy_sizing.py tests/test_strategy_planner.py \
