@@ -83,9 +83,7 @@ def exported_names(cell: dict[str, Any], notebook: Path) -> dict[str, Any]:
 
 def compile_cell(cell: dict[str, Any], notebook: Path) -> types.CodeType:
     filename = f"{notebook}#{cell['id']}"
-    return compile(
-        "".join(cell["source"]), filename, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True
-    )
+    return compile("".join(cell["source"]), filename, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
 
 
 class NotebookItem(pytest.Item):

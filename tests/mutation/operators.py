@@ -54,7 +54,9 @@ def replacements(node: ast.AST) -> Iterator[ast.AST]:
         case ast.Compare(ops=[first, second]):
             for place, op in enumerate((first, second)):
                 for other in COMPARISONS.get(type(op), ())[:1]:
-                    yield ast.Compare(node.left, [other() if at == place else it for at, it in enumerate(node.ops)], node.comparators)
+                    yield ast.Compare(
+                        node.left, [other() if at == place else it for at, it in enumerate(node.ops)], node.comparators
+                    )
         case ast.BinOp(op=op) if type(op) in ARITHMETIC:
             yield ast.BinOp(node.left, ARITHMETIC[type(op)](), node.right)
         case ast.AugAssign(op=op) if type(op) in ARITHMETIC:
