@@ -16,6 +16,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..config.masking import masked
+
 # %% ../../nbs/research/04_report.ipynb #f9f34c54
 PERCENT = ("return", "drawdown", "volatility", "win_rate", "time_in_market")
 MONEY = ("equity", "cash", "pnl", "profit", "fees", "commission", "notional", "expectancy")
@@ -264,5 +266,5 @@ def write_report(
             else:
                 parts.append(f"<p>{escape(str(content))}</p>")
     target = Path(path)
-    target.write_text(page(title, "\n".join(parts), figures), encoding="utf-8")
+    target.write_text(masked(page(title, "\n".join(parts), figures)), encoding="utf-8")
     return target
