@@ -278,7 +278,7 @@ def test_doctor_names_what_is_missing_or_damaged(trader: Trader, monkeypatch: py
     monkeypatch.setattr(doctor, "importlib", SimpleNamespace(import_module=absent))
     monkeypatch.setattr(doctor, "shipped_schema", dict)
     found = {row["name"]: row for row in json.loads(trader("doctor", "--json")[1])}
-    assert "trader_lib[runs]" in found["kernel"]["told"]
+    assert "Install ipykernel again" in found["kernel"]["told"]
     assert "Install the package again" in found["templates"]["told"]
     assert found["compiler"]["verdict"] == "problem" and "ImportError" in found["compiler"]["told"]
 

@@ -111,6 +111,11 @@ class AlpacaBroker:
         return self._inbox
 
     @property
+    def account_number(self) -> str:
+        """Number of the account, as it was compared with the one that is meant; "" before that."""
+        return self._account_number or ""
+
+    @property
     def reconnects(self) -> int:
         """How often a stream had to connect again; what was sent meanwhile is lost, so compare with the broker's orders."""
         return sum(max(0, stream.connections - 1) for stream in self._streams)

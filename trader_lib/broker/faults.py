@@ -123,6 +123,11 @@ class FaultyBroker:
 
     # --- questions
 
+    @property
+    def account_number(self) -> str:
+        """Number of the account, as the broker compared it; no question is asked for it."""
+        return self._broker.account_number
+
     async def account(self) -> AccountReported:
         """Cash, equity and buying power now, USD; raises Retryable."""
         return await self._read(self._broker.account())

@@ -69,6 +69,11 @@ class InProcessBroker:
         """Everything that the exchange has told, in sequence."""
         return self._inbox
 
+    @property
+    def account_number(self) -> str:
+        """Number of the account that the embedded exchange keeps."""
+        return SIMULATED_NUMBER
+
     async def start(self) -> None:
         """Begin to deliver."""
         self._connected = True

@@ -65,6 +65,11 @@ class Broker(Protocol):
         """Disconnect; a second call does nothing."""
         ...
 
+    @property
+    def account_number(self) -> str:
+        """Number of the account, as it was compared with the one that is meant; "" before that."""
+        ...
+
     async def account(self) -> AccountReported:
         """Cash, equity and buying power now, USD."""
         ...

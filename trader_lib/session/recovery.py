@@ -403,6 +403,11 @@ class RecordedBroker:
         """The broker's."""
         return self._broker.inbox
 
+    @property
+    def account_number(self) -> str:
+        """Number of the account, as the broker compared it."""
+        return self._broker.account_number
+
     async def start(self) -> None:
         """As the broker."""
         await self._broker.start()

@@ -259,7 +259,7 @@ class Session:
                     parameters=inputs.spec.told(inputs.strategy),
                     versions=_versions(),
                     seed=inputs.spec.seed,
-                    account="" if inputs.is_simulated else await self._account_number(driver),
+                    account="" if inputs.is_simulated else self._broker.account_number,
                     sources=sources(inputs.strategy),
                 )
             )
@@ -294,10 +294,6 @@ class Session:
         bars = snapshot.bars(journal, symbols)
         for strategist in agents.strategies:
             strategist.follow(symbols, *bars)
-
-    async def _account_number(self, driver: Driver) -> str:
-        """Whose account it is, by the broker's answer, which was compared with what is meant when the broker started."""
-        return (await self._answer(driver, self._broker.account)).account_number
 
     def _ensure_capital(self, account: AccountReported) -> None:
         total = sum(self._inputs.capital.values(), Decimal(0))

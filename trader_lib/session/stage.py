@@ -167,6 +167,11 @@ class ScriptedBroker:
         """Raises Misused, as everything below: no agent reads it."""
         raise Misused("A replay has no wire. Read the journal.")
 
+    @property
+    def account_number(self) -> str:
+        """Raise Misused."""
+        raise Misused("A replay has no wire. Read the journal.")
+
     async def start(self) -> None:
         """Raise Misused."""
         raise Misused("A replay has no wire. Read the journal.")
