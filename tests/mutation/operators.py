@@ -1,4 +1,4 @@
-"""The small changes that are tried on a rule: a boundary, a sign, a factor, a condition, an assignment that is left out."""
+"""Small changes to a rule: a boundary, a sign, a factor, a condition, an assignment that is left out."""
 
 from __future__ import annotations
 
@@ -48,12 +48,9 @@ class Mutant:
 def replacements(node: ast.AST) -> Iterator[ast.AST]:
     """Return what a node may be changed to, a change at a time."""
     match node:
-        case ast.Compare(ops=[op]):
-            for other in COMPARISONS.get(type(op), ()):
-                yield ast.Compare(node.left, [other()], node.comparators)
-        case ast.Compare(ops=[first, second]):
-            for place, op in enumerate((first, second)):
-                for other in COMPARISONS.get(type(op), ())[:1]:
+        case ast.Compare():
+            for place, op in enumerate(node.ops):
+                for other in COMPARISONS.get(type(op), ()):
                     yield ast.Compare(
                         node.left, [other() if at == place else it for at, it in enumerate(node.ops)], node.comparators
                     )
@@ -79,11 +76,13 @@ def replacements(node: ast.AST) -> Iterator[ast.AST]:
             yield ast.Pass()
 
 
-def functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
-    """Return the functions of a module that stand at its top level."""
+def rules(tree: ast.Module) -> Iterator[ast.FunctionDef]:
+    """Return the rules of a module: the functions that it compiles."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef):
-            yield node
+            marks = {mark.id for mark in node.decorator_list if isinstance(mark, ast.Name)}
+            if marks & {"compiled", "compiled_part"}:
+                yield node
 
 
 def _without_signature(function: ast.FunctionDef) -> Iterator[ast.AST]:
@@ -105,7 +104,7 @@ def _code_of(function: ast.FunctionDef, filename: str) -> CodeType:
 
 def mutants_of(module: str, path: Path) -> Iterator[Mutant]:
     """Return every mutant of a module's functions, in the order of the source."""
-    for function in functions(ast.parse(path.read_text(encoding="utf-8"))):
+    for function in rules(ast.parse(path.read_text(encoding="utf-8"))):
         nodes = list(_without_signature(function))
         for place, node in enumerate(nodes):
             for number, _ in enumerate(replacements(node)):

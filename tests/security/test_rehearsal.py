@@ -264,7 +264,9 @@ class LiveRun:
 def live_run(
     copied: tuple[RunStore, SessionSpec, RunFolder], exchange: Exchange, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[LiveRun]:
-    monkeypatch.chdir(Path(copied[1].strategy.partition(":")[0]).parent)  # the operator's own project, where the strategy's file lies
+    monkeypatch.chdir(
+        Path(copied[1].strategy.partition(":")[0]).parent
+    )  # the operator's own project, where the strategy's file lies
     with ExchangeServer(exchange, key_id="key", secret_key="secret") as server:
         yield LiveRun(copied[0], copied[1], server, monkeypatch)
 

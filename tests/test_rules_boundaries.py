@@ -1,0 +1,272 @@
+"""Rules where a figure touches its bound exactly: what is allowed there, and what the next step beyond it does."""
+
+import math
+
+import numpy as np
+import pytest
+
+from trader_lib.exchange.matching import (
+    LIMIT,
+    MARKET,
+    STOP,
+    STOP_LIMIT,
+    fill_price,
+    fill_qty,
+    limit_fill_price,
+    match_price,
+)
+from trader_lib.risk.limits import LimitValues
+from trader_lib.risk.rules import (
+    ACTIVE,
+    CHECK_COUNT,
+    HALTED,
+    REDUCING,
+    Check,
+    OrderFacts,
+    RiskFacts,
+    beyond_reference,
+    check_order,
+    in_window,
+    is_reducing,
+    lost_since,
+    recent_count,
+    sells_short,
+    state_after_close,
+)
+from trader_lib.trading.folding import cash_flow, fold_fill
+from trader_lib.trading.numbers import round_down, round_to, tick_decimals
+
+BUY, SELL = 1, -1
+NONE = math.nan
+
+
+def just_over(value: float) -> float:
+    return float(np.nextafter(value, math.inf))
+
+
+def just_under(value: float) -> float:
+    return float(np.nextafter(value, -math.inf))
+
+
+# ---- matching
+
+
+@pytest.mark.parametrize(
+    ("side", "limit", "expected"),
+    [(BUY, 99.0, 99.0), (BUY, just_under(99.0), NONE), (SELL, 101.0, 101.0), (SELL, just_over(101.0), NONE)],
+)
+def test_limit_that_the_bar_just_touches_fills_at_its_price(side: int, limit: float, expected: float) -> None:
+    price = limit_fill_price(side, limit, 100.0, 101.0, 99.0)
+    assert price == expected or (math.isnan(price) and math.isnan(expected))
+
+
+@pytest.mark.parametrize(
+    ("side", "stop", "touched"),
+    [(BUY, 101.0, True), (BUY, just_over(101.0), False), (SELL, 99.0, True), (SELL, just_under(99.0), False)],
+)
+def test_stop_that_the_bar_just_touches_fires(side: int, stop: float, touched: bool) -> None:
+    price, triggered = match_price(STOP, side, NONE, stop, False, 100.0, 101.0, 99.0)
+    assert triggered is touched
+    assert price == stop if touched else math.isnan(price)
+
+
+def test_stop_limit_whose_trigger_is_exactly_its_limit_fills_there() -> None:
+    assert match_price(STOP_LIMIT, BUY, 101.0, 101.0, False, 100.0, 102.0, 99.0) == (101.0, True)
+    price, triggered = match_price(STOP_LIMIT, BUY, just_under(101.0), 101.0, False, 100.0, 102.0, 99.0)
+    assert math.isnan(price) and triggered
+
+
+def test_slippage_is_for_market_and_stop_orders_alone() -> None:
+    prices = [fill_price(kind, BUY, 100.0, 10.0) for kind in (MARKET, LIMIT, STOP, STOP_LIMIT)]
+    assert prices == [100.1, 100.0, 100.1, 100.0]
+
+
+def test_share_of_the_volume_that_is_used_up_exactly_fills_nothing_more() -> None:
+    assert fill_qty(10.0, 1000.0, 0.1, 100.0, False) == 0.0
+    assert fill_qty(10.0, 1000.0, 0.1, 99.0, False) == 1.0
+    assert fill_qty(10.0, 1000.0, 0.1, 90.0, False) == 10.0
+    assert fill_qty(10.0, 0.0, 0.0, 0.0, False) == 10.0  # a share of nothing is no cap
+
+
+# ---- risk
+
+FREE = LimitValues(
+    max_order_qty=math.inf,
+    max_order_notional=math.inf,
+    max_position_qty=math.inf,
+    max_position_notional=math.inf,
+    max_gross_exposure=math.inf,
+    max_margin_used=math.inf,
+    price_collar=math.inf,
+    reference_max_age_s=math.inf,
+    max_daily_loss=math.inf,
+    max_drawdown=math.inf,
+    max_orders=math.inf,
+    throttle_window_s=60.0,
+    duplicate_window_s=0.0,
+)
+ORDER = OrderFacts(BUY, 10.0, MARKET, NONE, NONE)
+FACTS = RiskFacts(
+    state=ACTIVE,
+    exits_pass=False,
+    restricted=False,
+    allow_short=True,
+    capability=0,
+    wash_trade=False,
+    duplicate_age_s=math.inf,
+    orders_in_window=0.0,
+    reference_price=100.0,
+    reference_age_s=0.0,
+    position_qty=0.0,
+    pending_qty=0.0,
+    gross_exposure=0.0,
+    margin_used=0.0,
+    buying_power=1_000_000.0,
+    order_cost=1_000.0,
+    equity=8_000.0,
+    day_start_equity=8_000.0,
+    peak_equity=8_000.0,
+)
+
+
+def failed(order: OrderFacts = ORDER, facts: RiskFacts = FACTS, limits: LimitValues = FREE) -> set[Check]:
+    """The checks that refuse an order."""
+    passed, observed, bound = np.zeros(CHECK_COUNT, bool), np.zeros(CHECK_COUNT), np.zeros(CHECK_COUNT)
+    approved = check_order(order, facts, limits, passed, observed, bound)
+    refused = {Check(at) for at in range(CHECK_COUNT) if not passed[at]}
+    assert approved is (not refused)
+    return refused
+
+
+def test_an_ordinary_order_passes_every_check() -> None:
+    assert failed() == set()
+
+
+@pytest.mark.parametrize(
+    ("check", "limit", "observed"),
+    [
+        (Check.ORDER_QTY, "max_order_qty", 10.0),
+        (Check.ORDER_NOTIONAL, "max_order_notional", 1_000.0),
+        (Check.POSITION_QTY, "max_position_qty", 10.0),
+        (Check.POSITION_NOTIONAL, "max_position_notional", 1_000.0),
+        (Check.GROSS_EXPOSURE, "max_gross_exposure", 0.125),
+        (Check.MARGIN, "max_margin_used", 0.0375),  # 30 % of 1,000 USD over 8,000
+        (Check.THROTTLE, "max_orders", 1.0),
+    ],
+)
+def test_a_figure_that_touches_its_limit_passes_and_the_next_one_does_not(
+    check: Check, limit: str, observed: float
+) -> None:
+    assert failed(limits=FREE._replace(**{limit: observed})) == set()
+    assert failed(limits=FREE._replace(**{limit: just_under(observed)})) == {check}
+
+
+def test_a_reference_price_that_is_exactly_as_old_as_allowed_passes() -> None:
+    limits = FREE._replace(reference_max_age_s=300.0)
+    assert failed(facts=FACTS._replace(reference_age_s=300.0), limits=limits) == set()
+    assert failed(facts=FACTS._replace(reference_age_s=just_over(300.0)), limits=limits) == {Check.REFERENCE}
+
+
+def test_an_order_without_a_reference_price_is_refused() -> None:
+    assert Check.REFERENCE in failed(facts=FACTS._replace(reference_price=0.0))
+
+
+def test_a_limit_exactly_at_the_collar_passes() -> None:
+    limits, order = FREE._replace(price_collar=0.125), ORDER._replace(order_type=LIMIT, limit_price=112.5)
+    assert failed(order, limits=limits) == set()
+    assert failed(order._replace(limit_price=just_over(112.5)), limits=limits) == {Check.PRICE_COLLAR}
+    sell = ORDER._replace(side_sign=SELL, order_type=LIMIT, limit_price=87.5)
+    assert failed(sell, limits=limits) == set()
+    assert failed(sell._replace(limit_price=just_under(87.5)), limits=limits) == {Check.PRICE_COLLAR}
+    assert beyond_reference(order._replace(limit_price=90.0), 100.0) == 0.0  # passive
+
+
+def test_an_order_that_costs_exactly_the_buying_power_passes() -> None:
+    assert failed(facts=FACTS._replace(buying_power=1_000.0)) == set()
+    assert failed(facts=FACTS._replace(buying_power=just_under(1_000.0))) == {Check.BUYING_POWER}
+
+
+def test_the_same_order_is_no_duplicate_once_the_window_is_exactly_over() -> None:
+    limits = FREE._replace(duplicate_window_s=1.0)
+    assert failed(facts=FACTS._replace(duplicate_age_s=1.0), limits=limits) == set()
+    assert failed(facts=FACTS._replace(duplicate_age_s=just_under(1.0)), limits=limits) == {Check.DUPLICATE}
+    assert not in_window(10.0, 11.0, 1.0)
+    assert in_window(10.0, just_under(11.0), 1.0)
+    assert recent_count(np.array([-math.inf, 10.0, 10.5, 11.0]), 11.0, 1.0) == 2.0
+
+
+@pytest.mark.parametrize(("check", "before"), [(Check.DAILY_LOSS, "day_start_equity"), (Check.DRAWDOWN, "peak_equity")])
+def test_a_loss_exactly_at_its_bound_stops_nothing(check: Check, before: str) -> None:
+    limits = FREE._replace(max_daily_loss=0.25) if check is Check.DAILY_LOSS else FREE._replace(max_drawdown=0.25)
+    facts = FACTS._replace(equity=6_000.0, **{before: 8_000.0})
+    if check is Check.DRAWDOWN:
+        facts = facts._replace(day_start_equity=6_000.0)
+    assert failed(facts=facts, limits=limits) == set()
+    assert failed(facts=facts._replace(equity=just_under(6_000.0)), limits=limits) == {check}
+
+
+def test_the_trading_state_changes_beyond_the_bounds_and_not_at_them() -> None:
+    limits = FREE._replace(max_daily_loss=0.25, max_drawdown=0.5)
+    assert state_after_close(ACTIVE, 6_000.0, 8_000.0, 8_000.0, limits) == ACTIVE
+    assert state_after_close(ACTIVE, just_under(6_000.0), 8_000.0, 8_000.0, limits) == REDUCING
+    assert state_after_close(HALTED, just_under(6_000.0), 8_000.0, 8_000.0, limits) == HALTED
+    assert state_after_close(ACTIVE, 6_000.0, 8_000.0, 12_000.0, limits) == ACTIVE
+    assert state_after_close(ACTIVE, 5_999.99, 8_000.0, 12_000.0, limits) == HALTED
+
+
+def test_nothing_is_lost_by_a_gain_and_everything_where_there_was_nothing() -> None:
+    assert lost_since(8_001.0, 8_000.0) == 0.0
+    assert lost_since(1.0, 0.0) == math.inf
+    assert lost_since(0.5, 1.0) == 0.5
+
+
+def test_an_order_that_closes_a_position_exactly_reduces_and_one_share_more_does_not() -> None:
+    assert is_reducing(SELL, 10.0, 10.0, 0.0)
+    assert not is_reducing(SELL, 11.0, 10.0, 0.0)
+    assert not is_reducing(SELL, 10.0, 10.0, -1.0)
+    assert is_reducing(BUY, 10.0, -10.0, -5.0)  # what goes the other way does not count
+    assert not is_reducing(BUY, 10.0, 0.0, 0.0)
+    assert not sells_short(SELL, 10.0, 10.0, 0.0)
+    assert sells_short(SELL, 11.0, 10.0, 0.0)
+    assert sells_short(SELL, 10.0, 10.0, -1.0)
+    assert not sells_short(BUY, 10.0, -20.0, 0.0)
+
+
+def test_states_let_through_what_they_promise() -> None:
+    closing = ORDER._replace(side_sign=SELL)
+    held = FACTS._replace(position_qty=10.0)
+    assert failed(facts=FACTS._replace(state=REDUCING)) == {Check.TRADING_STATE}
+    assert failed(closing, held._replace(state=REDUCING)) == set()
+    assert failed(closing, held._replace(state=HALTED)) == {Check.TRADING_STATE}
+    exit_ = closing._replace(protective=True)
+    assert failed(exit_, held._replace(state=HALTED)) == {Check.TRADING_STATE}
+    assert failed(exit_, held._replace(state=HALTED, exits_pass=True)) == set()
+
+
+# ---- numbers and folding
+
+
+def test_prices_from_one_dollar_on_have_two_decimals() -> None:
+    assert (tick_decimals(1.0), tick_decimals(just_under(1.0))) == (2, 4)
+
+
+def test_rounding_at_the_half() -> None:
+    assert (round_to(2.5, 0), round_to(-2.5, 0), round_to(just_under(2.5), 0)) == (3.0, -3.0, 2.0)
+    assert (round_down(2.999, 2), round_down(-2.999, 2)) == (2.99, -2.99)
+    assert math.isinf(round_to(math.inf, 2)) and math.isnan(round_to(math.nan, 2))
+
+
+def test_nothing_is_a_positive_zero() -> None:
+    """A negative zero would print as -0.00 and hash differently."""
+    held, _, _ = fold_fill(-1.0, 50.0, 1.0, 50.0)
+    _, _, realized = fold_fill(1.0, 50.0, -1.0, 50.0)
+    for value in (held, realized, fold_fill(-1.0, 50.0, 1.0, 50.0)[2], cash_flow(0.0, 50.0, 0.0)):
+        assert value == 0.0
+        assert math.copysign(1.0, value) == 1.0
+
+
+def test_a_fold_that_reduces_keeps_the_average_and_one_that_turns_takes_the_price() -> None:
+    assert fold_fill(2.0, 50.0, -1.5, 60.0) == (0.5, 50.0, 15.0)
+    assert fold_fill(2.0, 50.0, -2.5, 60.0) == (-0.5, 60.0, 20.0)
+    assert fold_fill(-2.0, 50.0, 1.5, 60.0) == (-0.5, 50.0, -15.0)
+    assert fold_fill(-2.0, 50.0, 2.5, 60.0) == (0.5, 60.0, -20.0)
