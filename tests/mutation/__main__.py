@@ -1,7 +1,7 @@
 """Run the tests of the rules against every mutant: `python -m tests.mutation`; exit code 1 where one survives unlisted.
 
 The rules run as Python here (NUMBA_DISABLE_JIT), and every test is collected once. Each mutant lives in a forked child
-that puts the changed code into the rule's function object, whoever imported it. A mutant that no test notices has to stand
+that puts the changed code into the function object, whoever imported it. A mutant that no test notices has to stand
 in `survivors.toml` with the reason why it changes nothing; one that stands there and is noticed is out of date.
 """
 
