@@ -29,7 +29,7 @@ from trader_lib.agents.execution import ExecutionAgent
 from trader_lib.agents.risk import RiskAgent
 from trader_lib.app.cli import main
 from trader_lib.config.settings import Settings, load_settings
-from trader_lib.errors.taxonomy import InvariantBroken, Misconfigured, Misused, RunFailed
+from trader_lib.errors.taxonomy import BadData, InvariantBroken, Misconfigured, Misused, RunFailed
 from trader_lib.journal import files
 from trader_lib.journal.journal import SqliteJournal
 from trader_lib.journal.scratch import scratch
@@ -377,7 +377,7 @@ def moments(runs: Path) -> dict[str, Callable[[], bool]]:
             try:
                 with SqliteJournal(path, read_only=True) as journal:
                     return bool(journal.last([SessionEnded]))
-            except Misconfigured:  # it is not ready to be read
+            except (BadData, Misconfigured):  # it is not ready to be read
                 return False
         return False
 

@@ -263,6 +263,7 @@ def test_a_broker_that_repeats_the_keys_it_was_given_does_not_put_them_into_a_ru
     with Sink(echo=True) as sink:
         for name in ("TRADING_URL", "DATA_URL"):
             monkeypatch.setenv(f"TRADER_BROKER__{name}", sink.url)
+        monkeypatch.setenv("TRADER_BROKER__TRADING_STREAM_URL", sink.url.replace("http", "ws", 1))
         monkeypatch.setenv("TRADER_RESILIENCE__READS_ATTEMPTS", "1")
         code, out, err = planted("paper", "--broker", "alpaca", *WHAT[:2])
         assert code in {3, 5} and leaks(out + err) == []

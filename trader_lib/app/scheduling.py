@@ -143,6 +143,7 @@ def run(
     from trader_lib.config.settings import load_settings
 
     require_extra("schedule", "`trader schedule run`")
+    require_extra("runs", "`trader schedule run`")
     settings = load_settings(profile, overrides={"runs": {"path": folder}} if folder else None)
     jobs, stop, clock = read_jobs(file), threading.Event(), WallClock()
     check_jobs(jobs)
@@ -181,6 +182,7 @@ def check(
     from trader_lib.clock.sessions import NEW_YORK
 
     require_extra("schedule", "`trader schedule check`")
+    require_extra("runs", "`trader schedule check`")
     jobs = read_jobs(file)
     check_jobs(jobs)
     moments = coming(jobs, WallClock().now(), min(max(count, 1), 100))

@@ -185,6 +185,10 @@ class SqliteJournal:
         restrict(self._connection)
         version = self._connection.execute("PRAGMA user_version").fetchone()[0]
         is_new = version == 0 and not self.read_only and not self._connection.execute(ANY_TABLE).fetchone()
+        if version == 0 and self.read_only and not self._connection.execute(ANY_TABLE).fetchone():
+            raise BadData(
+                f"{self.path} holds nothing yet. If its session is just beginning, look again.", path=self.path
+            )
         if not is_new and version not in SCHEMAS:
             raise BadData(
                 f"{self.path} has journal version {version}, and this library reads {max(SCHEMAS)}. "
