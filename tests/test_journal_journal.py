@@ -262,8 +262,8 @@ def under_a_file(path: Path) -> object:
     [
         (closed, Misused, "was closed"),
         (newer, BadData, "journal version 99"),
-        (foreign, BadData, "journal version 0"),
-        (empty, BadData, "journal version 0"),
+        (foreign, BadData, "holds nothing yet"),
+        (empty, BadData, "holds nothing yet"),
         (under_a_file, Misconfigured, "folder that exists"),
     ],
 )
