@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 ARGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+IMPORTS = 'import re\nfrom a import b\n_all_ = ["b"]'
 PHONE = {"width": 390, "height": 844}
 
 
@@ -67,6 +68,12 @@ def test_each_notebook_document_and_public_module_has_a_page(sources: Path) -> N
         assert f".. automodule:: trader_lib.{room}.{name}\n" in (sources / f"api/{room}/{name}.rst").read_text()
 
 
+def test_a_modules_constants_are_shown_as_written(sources: Path) -> None:
+    text = (sources / "api/trading/orders.rst").read_text()
+    assert ".. py:data:: trader_lib.trading.orders.MAGNITUDE_MAX\n   :value: " in text
+    assert ".. py:data:: trader_lib.trading.orders.OrderRequest" not in text
+
+
 def test_chapters_follow_the_order_of_rooms_and_numbers(sources: Path) -> None:
     text = (sources / "chapters/trading/index.md").read_text()
     assert re.findall(r"/chapters/trading/(\w+)", text)[:3] == ["numbers", "folding", "capability"]
@@ -107,13 +114,13 @@ def test_a_chapter_hides_what_only_nbdev_reads_and_folds_imports() -> None:
     }
     own = {"output_type": "display_data", "metadata": {}, "data": {"application/vnd.trader.run+json": {}}}
     noise = {"output_type": "stream", "name": "stderr", "text": "a warning"}
-    code = [cell("#| default_exp x"), cell("import re\nfrom a import b"), cell("#| export\nx = 1", figure, own, noise)]
+    code = [cell("#| default_exp x"), cell(IMPORTS), cell("#| export\nx = 1", figure, own, noise)]
     notebook = {"cells": [code[0], title, *code[1:]], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
     shown = pages.chapter(pages.survey(), "nbs/trading/02_orders.ipynb", notebook, "trader_lib.trading.orders")["cells"]
-    assert [part["source"] for part in shown[2:]] == ["import re\nfrom a import b", "x = 1"]
-    assert shown[0]["source"].startswith("# Orders") and "api/trading/orders.rst" in shown[1]["source"]
-    assert [part["metadata"]["tags"] for part in shown[2:]] == [["hide-cell"], []]
-    (output,) = shown[3]["outputs"]
+    assert [part["source"] for part in shown[1:]] == [IMPORTS, "x = 1"]
+    assert re.match(r"# Orders\n\n.*api/trading/orders\.rst.*\n\nWhy\.", shown[0]["source"], re.S)
+    assert [part["metadata"]["tags"] for part in shown[1:]] == [["hide-cell"], []]
+    (output,) = shown[2]["outputs"]
     assert output["data"]["text/html"].count("</script>") == 1  # the one that ends it
 
 

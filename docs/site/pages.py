@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 SITE = Path(__file__).parent
 CACHE = ROOT / ".jupyter_cache"
 CELL_TIMEOUT_S = 300
+SHOWN_VALUE_MAX = 80  # characters; a longer constant is read in its source
 
 # The rooms in the order in which they explain themselves: each imports from the rows above its own.
 ROOMS = {
@@ -226,12 +227,13 @@ def shown_source(source: str) -> str:
 
 
 def only_imports(source: str) -> bool:
-    """Whether a cell holds nothing but imports, so that a page can fold it."""
+    """Whether a cell holds nothing but imports, and which of them are exported, so that a page can fold it."""
     try:
         body = ast.parse(source).body
     except SyntaxError:  # a magic or a shell line
         return False
-    return bool(body) and all(isinstance(line, (ast.Import, ast.ImportFrom)) for line in body)
+    lines = [line for line in body if not (isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "_all_")]
+    return bool(lines) and all(isinstance(line, (ast.Import, ast.ImportFrom)) for line in lines)
 
 
 def chapter(site: Site, path: str, notebook: dict[str, Any], module: str | None) -> dict[str, Any]:
@@ -248,20 +250,21 @@ def chapter(site: Site, path: str, notebook: dict[str, Any], module: str | None)
     title = next((at for at, cell in enumerate(cells) if cell["cell_type"] == "markdown"), None)
     if title is None or not cells[title]["source"].lstrip().startswith("# "):
         raise SiteError(f"{path} does not begin with a title: its first Markdown cell must start with '# '.")
-    cells = [cells[title], origin(site, path, module), *cells[:title], *cells[title + 1 :]]
+    heading, _, rest = cells[title]["source"].lstrip().partition("\n")
+    opening = {**cells[title], "source": f"{heading}\n\n{origin(site, path, module)}\n\n{rest}"}
+    cells = [opening, *cells[:title], *cells[title + 1 :]]
     kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     kernel["language_info"] = {"name": "python", "pygments_lexer": "python3"}  # type: ignore[dict-item]
     return {**notebook, "cells": cells, "metadata": kernel}
 
 
-def origin(site: Site, path: str, module: str | None) -> dict[str, Any]:
+def origin(site: Site, path: str, module: str | None) -> str:
     """The line under a chapter's title: its module's API and its source."""
     links = [f"[Notebook]({site.address(path)})"]
     if module:
         api = posixpath.relpath(api_name(module), posixpath.dirname(site.pages[path]))
         links = [f"[API of `{module}`]({api}.rst)", *links]
-    source = "```{container} origin\n" + " · ".join(links) + "\n```"
-    return {"cell_type": "markdown", "id": "0a1b2c3d", "metadata": {}, "source": source}
+    return "```{container} origin\n" + " · ".join(links) + "\n```"
 
 
 def shown_output(output: dict[str, Any]) -> dict[str, Any] | None:
@@ -408,7 +411,25 @@ def api_page(site: Site, module: str, notebook: str) -> str:
     lines = [module, "=" * len(module), "", ".. container:: origin", ""]
     lines += [f"   :doc:`Chapter <{up}>` · `Source <{source}>`__", "", f".. automodule:: {module}"]
     lines += ["   :members:", "   :undoc-members:", "   :show-inheritance:", "   :member-order: bysource"]
-    return "\n".join([*lines, "   :exclude-members: model_config", ""])
+    values = constants(site.root / (module.replace(".", "/") + ".py"))
+    lines += [f"   :exclude-members: {', '.join(['model_config', 'model_post_init', *values])}", ""]
+    for name, value in values.items():
+        if not value.startswith(("TypeVar(", "ParamSpec(")):
+            shown = [f"   :value: {value}"] if len(value) <= SHOWN_VALUE_MAX and "\n" not in value else []
+            lines += [f".. py:data:: {module}.{name}", *shown, ""]
+    return "\n".join(lines)
+
+
+def constants(path: Path) -> dict[str, str]:
+    """The public values of a module by name, as written; autodoc would show the docstrings of their types."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    values = {}
+    for line in body:
+        if isinstance(line, (ast.Assign, ast.AnnAssign)) and line.value is not None:
+            target = line.targets[0] if isinstance(line, ast.Assign) else line.target
+            values[ast.unparse(target)] = line.value
+    public = ast.literal_eval(values["__all__"]) if "__all__" in values else []
+    return {name: ast.unparse(values[name]) for name in public if name in values}
 
 
 # Writing
