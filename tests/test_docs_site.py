@@ -6,8 +6,11 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -185,6 +188,22 @@ def built(sources: Path) -> Path:
     return html
 
 
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves files and writes no line for each."""
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def address(built: Path) -> Iterator[str]:
+    """The site on a free port of this machine, as `make docs-serve` shows it."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(built))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     """Debian's Chromium, driven by Playwright."""
@@ -198,18 +217,31 @@ def chromium() -> Iterator[Any]:
 
 
 @pytest.mark.slow
-def test_search_finds_an_identifier_and_no_request_leaves_the_machine(built: Path, chromium: Any) -> None:
+def test_search_finds_an_identifier_and_no_request_leaves_the_machine(address: str, chromium: Any) -> None:
     tab, asked, failed = chromium.new_page(), [], []
     tab.on("request", lambda request: asked.append(request.url))
     tab.on("pageerror", lambda error: failed.append(str(error)))
     for page in ("index.html", "chapters/trading/orders.html", "api/trading/orders.html", "docs/operations.html"):
-        tab.goto((built / page).as_uri(), wait_until="load")
-    tab.goto((built / "search.html").as_uri() + "?q=client_order_id")
-    tab.wait_for_selector("#search-results li a", timeout=30_000)
-    found = [link.get_attribute("href") for link in tab.query_selector_all("#search-results li a")]
-    assert any("trading/orders" in href for href in found)
-    assert not [url for url in asked if not url.startswith(("file:", "data:"))] and not failed
+        tab.goto(f"{address}/{page}", wait_until="networkidle")
+    tab.goto(f"{address}/search.html?q=client_order_id")
+    tab.wait_for_selector('#search-results li a[href*="api/trading/orders.html"]', timeout=30_000)
+    assert not [url for url in asked if not url.startswith((address, "data:"))] and not failed
     tab.close()
+
+
+@pytest.mark.slow
+def test_a_figure_is_drawn_by_the_sites_own_plotly(built: Path, chromium: Any) -> None:
+    """The script of the site on a page that holds what a chapter's figure becomes."""
+    figure = {"data": {pages.PLOTLY: {"data": [{"y": [1, 3, 2]}], "layout": {"title": {"text": "Equity"}}}}}
+    shown = pages.shown_output({"output_type": "display_data", "metadata": {}, **figure})["data"]["text/html"]
+    page = built / "figure.html"
+    page.write_text(f'<meta charset="utf-8"><script defer src="_static/figures.js"></script>{shown}')
+    tab = chromium.new_page()
+    tab.goto(page.as_uri())
+    tab.wait_for_selector(".plotly-figure .main-svg", timeout=30_000)
+    assert "Equity" in tab.inner_text(".plotly-figure")
+    tab.close()
+    page.unlink()
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ source_suffix = {".rst": "restructuredtext", ".md": "myst-nb", ".ipynb": "myst-n
 
 nb_execution_mode = "off"  # pages.py runs the notebooks, once for each content
 nb_merge_streams = True
+nb_code_prompt_show, nb_code_prompt_hide = "Show the imports", "Hide the imports"
 nb_render_text_lexer = "none"
 myst_heading_anchors = 6
 myst_enable_extensions: list[str] = []
