@@ -52,7 +52,12 @@ ROOMS = {
 
 # Each page of docs/ is of one kind. A folder of docs/ is a section of a kind, opened by its README.
 KINDS = {
-    "tutorials": ("Tutorials", "Begin here: from a fresh clone to a session, step by step.", ["README"]),
+    "tutorials": (
+        "Tutorials",
+        "Begin with the README. Then read [a backtest](../chapters/runs/backtest.ipynb), "
+        "[a paper session](../chapters/runs/paper_session.ipynb) and [a replay](../chapters/runs/replay.ipynb) as notebooks.",
+        ["README"],
+    ),
     "how-to": (
         "How-to guides",
         "One job each, for those who operate a session or work on the package.",
