@@ -55,7 +55,8 @@ KINDS = {
     "tutorials": (
         "Tutorials",
         "Begin with the README. Then read [a backtest](../chapters/runs/backtest.ipynb), "
-        "[a paper session](../chapters/runs/paper_session.ipynb) and [a replay](../chapters/runs/replay.ipynb) as notebooks.",
+        "[a paper session](../chapters/runs/paper_session.ipynb) and "
+        "[a replay](../chapters/runs/replay.ipynb) as notebooks.",
         ["README"],
     ),
     "how-to": (
