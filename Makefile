@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DOCS_INSTALLED := $(VENV)/.installed-docs
 export PYTHONWARNINGS ?= ignore::DeprecationWarning:alpaca,ignore::DeprecationWarning:websockets
 
-.PHONY: help install demo test verify lint types coverage fmt notebook export bench simulate constraints clean
+.PHONY: help install demo test verify lint types coverage fmt notebook export docs docs-serve bench simulate constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -68,6 +69,19 @@ notebook: install ## open the notebooks in JupyterLab
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt jupyterlab
 	$(BIN)/jupyter lab nbs
 
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev,docs]'
+	@touch $@
+
+docs: $(DOCS_INSTALLED) ## build the site into _docs; EXECUTE=1 runs the notebooks, so that pages show outputs
+	$(BIN)/python docs/site/pages.py build/site/pages $(if $(filter 1,$(EXECUTE)),--execute)
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs/site -d build/site/doctrees build/site/pages build/site/html
+	@rm -rf _docs && cp -r build/site/html _docs
+	@echo "The site is in _docs; make docs-serve shows it."
+
+docs-serve: docs ## build the site and show it on http://127.0.0.1:8000
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _docs $(or $(PORT),8000)
+
 bench: install ## measured figures: import time, engines, order path
 	$(BIN)/python -m tests.bench
 
@@ -78,10 +92,10 @@ constraints: ## resolve everything anew and pin it
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,dev,docs]'
 	{ echo "# The full resolved set, so that two machines install the same. Renew with: make constraints"; \
 		$(BIN)/python -m pip freeze --exclude-editable; } > constraints.txt
-	touch $(INSTALLED)
+	touch $(INSTALLED) $(DOCS_INSTALLED)
 
 clean: ## remove what the targets made, runs excepted
-	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist _docs .jupyter_cache *.egg-info .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -12,7 +12,8 @@ settings = parser["DEFAULT"]
 
 suffix = "_requirements"
 extras = {key.removesuffix(suffix): settings[key].split() for key in settings if key.endswith(suffix)}
-extras["all"] = sorted({need for name, needs in extras.items() if name != "dev" for need in needs})
+not_for_users = {"dev", "docs"}
+extras["all"] = sorted({need for name, needs in extras.items() if name not in not_for_users for need in needs})
 
 setup(
     name=settings["lib_name"],

@@ -50,7 +50,9 @@ def copy_of_the_tree(to: Path) -> Path:
     shutil.copytree(
         ROOT,
         to,
-        ignore=shutil.ignore_patterns(".venv", "runs", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis", "_docs"),
+        ignore=shutil.ignore_patterns(
+            ".venv", "runs", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis", "_docs", "build"
+        ),
     )
     # `runs` above also drops nbs/runs and trader_lib/runs, which belong to the project
     for room in ("nbs/runs", "trader_lib/runs"):
