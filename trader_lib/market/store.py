@@ -45,6 +45,7 @@ class StoreEntry:
     last: pd.Timestamp
     rows: int
     path: Path
+    source: str = "unknown"
 
 # %% ../../nbs/market/06_store.ipynb #cc43737f
 class BarStore:
@@ -178,11 +179,20 @@ class BarStore:
         found = []
         for path in sorted(self.path.glob("*/*/*/*.parquet")):
             timeframe, adjustment, feed = (folder.name for folder in list(path.parents)[:3])
-            stamps = self._load(path)[0]["timestamp"]
+            table, notes = self._load(path)
+            stamps, source = table["timestamp"], str(notes.get("source", "unknown"))
             first, last = stamps.iloc[0], stamps.iloc[-1]
             found.append(
                 StoreEntry(
-                    unquote(path.stem), Timeframe.parse(timeframe), feed, adjustment, first, last, len(stamps), path
+                    unquote(path.stem),
+                    Timeframe.parse(timeframe),
+                    feed,
+                    adjustment,
+                    first,
+                    last,
+                    len(stamps),
+                    path,
+                    source,
                 )
             )
         return found
