@@ -46,9 +46,11 @@ def read_file(file: Path, symbol: str | None, **options: Any) -> "Bars":
     try:
         rows = long_frame(table, asked)
         rows = rows[rows["symbol"].isin(asked)] if asked else rows
+        if rows.empty:
+            raise BadData("The file holds no bar. Give a row of headings and a row for each bar.")
         upper = {name: name.upper() for name in dict.fromkeys(rows["symbol"])}
         if len(set(upper.values())) < len(upper):
-            raise BadData(f"{file} has symbols that differ only in case: {', '.join(upper)}. Rename one of them.")
+            raise BadData(f"There are symbols that differ only in case: {', '.join(upper)}. Rename one of them.")
         return Bars.from_frame(rows.assign(symbol=rows["symbol"].map(upper)), **options)
     except (BadData, Misused) as error:
         words = str(error).replace("symbols='IBM'", "--symbol IBM")
@@ -103,7 +105,13 @@ def import_(
         gaps=gaps,
     )
     store = _store()
-    store.write(bars, replace=replace)
+    try:
+        store.write(bars, replace=replace)
+    except BadData as error:
+        words = str(error).replace("write with replace=True", "import with --replace")
+        raise BadData(
+            words.replace("write it with replace=True", "import it with --replace"), **error.context
+        ) from error
     return show_imported(file, bars, as_json=json)
 
 

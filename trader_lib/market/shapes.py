@@ -186,7 +186,8 @@ def _as_pandas(data: Any) -> pd.DataFrame | None:
     if hasattr(data, "__arrow_c_stream__"):
         import pyarrow as pa
 
-        return pa.table(data).to_pandas()
+        taken: pd.DataFrame = pa.table(data).to_pandas()
+        return taken
     if callable(getattr(data, "to_pandas", None)):
         made = data.to_pandas()
         return made if isinstance(made, pd.DataFrame) else None
@@ -300,6 +301,8 @@ def _read_csv(path: Path) -> pd.DataFrame:
         refuse(
             f"{path} cannot be read as CSV ({str(error).splitlines()[0]})", "Give each row as many cells as headings"
         )
+    if first[0].strip() == "":  # a frame's unnamed index
+        table = table.set_index(table.columns[0]).rename_axis(None)
     if yahoo:
         table.index.name = "timestamp"
         table = table.loc[table.index.astype(str).str.strip() != ""]
@@ -320,6 +323,7 @@ def read_table(path: Path | str) -> pd.DataFrame:
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(place).to_pandas()
+        table: pd.DataFrame = pq.read_table(place).to_pandas()
     except (pa.ArrowException, OSError, ValueError) as error:
         refuse(f"{place} cannot be read as Parquet ({str(error).splitlines()[0]})", "Write the file again")
+    return table
