@@ -81,7 +81,7 @@ def test_a_date_that_can_be_read_in_two_ways_is_asked_about(trader: Trader, tmp_
         ("", 4, "is empty"),
         ("Date,Open,High,Low,Close,Volume\n", 4, "no bar"),
         ("Date,Open,High,Low,Close,Volume\n2010-01-04,9,9,9,9,1\n", 4, "--symbol IBM"),
-        ("Date,Ticker,Open,High,Low,Close,Volume\n2010-01-04,\x1b[31m,9,9,9,9,1\n", 2, "cannot be part"),
+        ("Date,Ticker,Open,High,Low,Close,Volume\n2010-01-04,\x1b[31m,9,9,9,9,1\n", 4, "is no symbol"),
         ("Date,Ticker,Open,High,Low,Close,Volume\n2010-01-04,../x,9,9,9,9,1\n", 2, "cannot be part"),
     ],
 )

@@ -184,6 +184,13 @@ def test_one_symbol_as_text_is_one_symbol() -> None:
         (one(["2024-01-02"])[["symbol", "timestamp", "close"]], {}, BadData, "no column open, high, low, volume"),
         (one(["2024-11-03 01:30"]), {"timeframe": "1Min", "timezone": "America/New_York"}, BadData, "summer time"),
         (one(["2024-01-02 10:00"]), {"timeframe": "1Min", "timezone": "New York"}, Misused, "no time zone 'New York'"),
+        ({"A": one([]), "B": one(["2024-01-02"])}, {}, BadData, "no bar of this symbol"),
+        (one(["9999-01-02"]), {}, BadData, "1678 to 2262"),
+        (one([np.inf, 1.7e9]), {}, BadData, "infinite"),
+        (one(["2024-01-02"]).assign(symbol=[["A"]]), {}, BadData, "no texts"),
+        (one(["2024-01-02"]).assign(symbol="A,B"), {}, BadData, "is no symbol"),
+        (one(["2024-01-02"]).assign(symbol="A\nB"), {}, BadData, "is no symbol"),
+        (pd.Series([1.0]), {}, Misused, "mapping from symbol to frame"),
         ([1, 2], {}, Misused, "mapping from symbol to frame"),
     ],
 )

@@ -15,7 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ..clock.sessions import NEW_YORK
-from ..errors.taxonomy import Misused
+from ..errors.taxonomy import BadData, Misused
 from .stamps import Timeframe
 from .validity import refuse
 
@@ -42,8 +42,8 @@ def epoch_unit(numbers: NDArray[np.float64]) -> EpochUnit:
 
 def _from_numbers(column: pd.Series, date_format: str | None) -> pd.DatetimeIndex:
     numbers = column.to_numpy(dtype=np.float64)
-    if np.isnan(numbers).any():
-        refuse("a timestamp is missing", "Correct or leave out the row")
+    if not np.isfinite(numbers).all():
+        refuse("a timestamp is missing or infinite", "Correct or leave out the row")
     if date_format is None and ((numbers >= 19_000_101) & (numbers <= 21_001_231) & (numbers % 1 == 0)).all():
         return _parsed(pd.Series([f"{number:.0f}" for number in numbers]), "%Y%m%d")
     unit = date_format if date_format in _PER_SECOND else epoch_unit(numbers)
@@ -192,4 +192,8 @@ def stamps_of(
         stamps = stamps.tz_localize(NEW_YORK) if stamps.tz is None else _days(stamps)
     elif stamps.tz is None:
         stamps = _located(stamps, timezone)
-    return np.asarray(stamps.as_unit("ns").asi8, dtype=np.int64)
+    try:
+        return np.asarray(stamps.as_unit("ns").asi8, dtype=np.int64)
+    except pd.errors.OutOfBoundsDatetime as error:
+        reason = str(error).removeprefix("Out of bounds nanosecond timestamp: ")
+        raise BadData(f"The time {reason} lies outside the years 1678 to 2262. Correct the row.") from None

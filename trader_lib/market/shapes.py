@@ -80,6 +80,8 @@ def _symbol_text(value: object) -> str:
     text = str(int(value)) if whole else str(value).strip()  # type: ignore[call-overload]
     if not text:
         refuse("a row has an empty symbol", "Name the symbol of each row")
+    if isinstance(value, (tuple, list, dict, set)) or not text.isprintable() or "," in text:
+        refuse(f"{text[:40]!r} is no symbol", "Name symbols like IBM, BF/B or ^GSPC, one a row")
     return text
 
 
@@ -100,7 +102,10 @@ def _with_symbols(table: pd.DataFrame, names: tuple[str, ...] | None) -> pd.Data
         if names is None or len(names) != 1:
             refuse("the frame has no column symbol", "Name its one symbol, symbols='IBM', or add the column")
         return table.assign(symbol=names[0])
-    texts = {value: _symbol_text(value) for value in pd.unique(table["symbol"])}
+    try:
+        texts = {value: _symbol_text(value) for value in pd.unique(table["symbol"])}
+    except TypeError:
+        refuse("the symbols are no texts", "Name one symbol a row")
     table = table.assign(symbol=table["symbol"].map(texts).astype(object))
     have = list(dict.fromkeys(texts.values()))
     for name in names or ():
@@ -116,7 +121,10 @@ def _stacked(blocks: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     for symbol, block in blocks.items():
         part = _with_index(renamed(block))
         held = [name for name in FIELDS if name in part.columns]
-        parts.append(part.loc[~part[held].isna().all(axis=1)].assign(symbol=symbol))
+        part = part.loc[~part[held].isna().all(axis=1)].assign(symbol=symbol)
+        if part.empty:
+            refuse("there is no bar of this symbol", "Leave it out of the frame", symbol=symbol)
+        parts.append(part)
     return pd.concat(parts, ignore_index=True)
 
 
@@ -183,6 +191,8 @@ def _as_pandas(data: Any) -> pd.DataFrame | None:
     if isinstance(getattr(data, "df", None), pd.DataFrame):
         frame: pd.DataFrame = data.df
         return frame
+    if isinstance(data, pd.Series):
+        return None
     if hasattr(data, "__arrow_c_stream__"):
         import pyarrow as pa
 
