@@ -61,7 +61,7 @@ def test_synthetic_stays_marked_and_apart(tmp_path: Path) -> None:
     assert store.read("IBM", feed="x", adjustment="raw").provenance.synthetic
 
 
-@pytest.mark.parametrize("name", ["../IBM", "", ".hidden", "a/b", "a\x00b", "x" * 40])
+@pytest.mark.parametrize("name", ["../IBM", "", ".hidden", "a/../b", "/etc", "a\\b", "a\x00b", "x" * 40])
 def test_no_key_climbs_out_of_the_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(Misused, match="cannot be part"):
         BarStore(tmp_path).file(name, "1Day", "sip", "all")

@@ -21,11 +21,15 @@ from trader_lib.session.spec import SessionSpec
 
 WHAT = ("--symbols", "AAPL", "--start", "2012-01-03", "--end", "2012-02-15", "-p", "fast=2", "-p", "slow=5")
 JOBS = '[[job]]\nname = "daily"\nnotebook = "backtest"\ncron = "30 17 * * mon-fri"\n'
+PRICES = "Date,Open,High,Low,Close,Volume\n2024-01-02,10,11,9,10,100\n2024-01-03,10,11,9,10,100\n"
 STEPS: dict[str, tuple[str, ...]] = {
     "agent": ("agent", "risk"),
     "backtest": ("backtest", *WHAT),
     "config": ("config",),
     "dashboard": ("dashboard", "no-such-run"),
+    "data import": ("data", "import", "prices.csv", "--symbol", "IBM"),
+    "data list": ("data", "list"),
+    "data show": ("data", "show", "IBM"),
     "demo": ("demo", "--help"),
     "doctor": ("doctor", "--offline"),
     "exchange": ("exchange", "--symbols", "NOTHERE"),
@@ -76,6 +80,7 @@ def session_without_extras() -> int:
 def everything(with_reports: bool) -> dict[str, object]:
     """Return what the package did in Python, and what each command answered."""
     Path("jobs.toml").write_text(JOBS)
+    Path("prices.csv").write_text(PRICES)
     bars = sample_bars(["AAPL"], start="2012-01-03", end="2012-02-15")
     result = backtest(SmaCross(fast=2, slow=5), bars)
     found: dict[str, object] = {

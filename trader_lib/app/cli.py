@@ -27,6 +27,7 @@ from rich.console import Console
 
 from .. import __version__
 from .agents import agent
+from .data import data
 from .journal import journal, replay
 from .notify import announce_death, notify, summary
 from trader_lib.app.options import (
@@ -75,6 +76,7 @@ app.command(runs)
 app.command(journal)
 app.command(schedule)
 app.command(agent)
+app.command(data)
 app.command(replay)
 app.command(notify)
 app.command(summary)

@@ -22,7 +22,6 @@ NEW_YORK = ZoneInfo("America/New_York")
 TIMEFRAME_SECONDS = {"1Min": 60, "5Min": 300, "15Min": 900, "30Min": 1800, "1Hour": 3600, "1Day": 86400}
 
 _NS = 1_000_000_000
-_DAY_NS = 86_400 * _NS
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 # %% ../../nbs/clock/02_sessions.ipynb #3a82e8e5
@@ -40,21 +39,37 @@ class TradingSession:
         return datetime.combine(self.date, time(), NEW_YORK).astimezone(UTC)
 
 # %% ../../nbs/clock/02_sessions.ipynb #b034a637
+def _longest(name: str) -> Any:
+    """The calendar from 1920, or from the first day that it knows."""
+    import exchange_calendars
+
+    try:
+        return exchange_calendars.get_calendar(name, start="1920-01-02")
+    except exchange_calendars.errors.InvalidCalendarName:
+        raise
+    except ValueError:
+        first = exchange_calendars.get_calendar(name).bound_min()
+        return exchange_calendars.get_calendar(name, start=first)
+
+
 @cache
-def _schedule(name: str) -> tuple[list[date], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+def _schedule(
+    name: str,
+) -> tuple[list[date], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     import exchange_calendars  # half a second, and pandas
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # pandas about exchange_calendars' own code
-            calendar: Any = exchange_calendars.get_calendar(name, start="1990-01-01")
+            calendar: Any = _longest(name)
             opens, closes = calendar.opens_nanos.copy(), calendar.closes_nanos.copy()
     except exchange_calendars.errors.InvalidCalendarName:
         hint = did_you_mean(name, exchange_calendars.get_calendar_names())
         raise Misused(f"There is no exchange calendar '{name}'.{hint}", name=name) from None
     dates: list[date] = list(calendar.sessions.date)
     stamps = np.array([_ns(datetime.combine(day, time(), NEW_YORK)) for day in dates], dtype=np.int64)
-    return dates, stamps, opens, closes
+    ends = np.array([_ns(datetime.combine(day + timedelta(days=1), time(), NEW_YORK)) for day in dates], dtype=np.int64)
+    return dates, stamps, ends, opens, closes
 
 
 class TradingCalendar:
@@ -65,7 +80,7 @@ class TradingCalendar:
         name: str = "XNYS",  # an ISO 10383 code that exchange_calendars knows
     ) -> None:
         self.name = name
-        self._dates, self._stamps, self._opens, self._closes = _schedule(name)
+        self._dates, self._stamps, self._ends, self._opens, self._closes = _schedule(name)
         self._days = np.array(self._dates, dtype="datetime64[D]")
 
     @property
@@ -120,7 +135,7 @@ class TradingCalendar:
         Raise BadData for a stamp on a day without a session, such as a holiday.
         """
         numbers = np.searchsorted(self._stamps, index_ns, side="right") - 1
-        outside = (numbers < 0) | (index_ns - self._stamps[numbers] >= _DAY_NS)
+        outside = (numbers < 0) | (index_ns >= self._ends[numbers])
         if outside.any():
             when = _datetime(index_ns[int(np.argmax(outside))])
             raise BadData(

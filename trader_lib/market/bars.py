@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import numpy as np
@@ -20,8 +21,18 @@ from numpy.typing import NDArray
 from ..clock.sessions import NEW_YORK
 from ..errors.taxonomy import BadData, Misused, did_you_mean
 from .frames import Gaps, block_of
+from .shapes import long_frame, names_of, read_table
 from .stamps import Timeframe, from_ns, midnight_ns, to_date, to_ns
-from .validity import FIELDS, BarLike, BarValues, check_lives, check_times, check_values, refuse
+from trader_lib.market.validity import (
+    FIELDS,
+    BarLike,
+    BarValues,
+    check_lives,
+    check_times,
+    check_values,
+    refuse,
+    settle_noise,
+)
 
 _all_ = ["BarLike", "BarValues", "Timeframe"]
 
@@ -31,7 +42,8 @@ class Provenance:
     """Where bars came from.
 
     source: sample, synthetic, alpaca, or the user's own word; feed: sip, iex, …; adjustment: raw, split, dividend
-    or all (Alpaca's words); content_hash: filled in by `Bars.provenance`; synthetic: generated, not observed.
+    or all (Alpaca's words); content_hash: filled in by `Bars.provenance`; synthetic: generated, not observed;
+    repaired: bars whose high or low was moved by rounding noise when they were made.
     """
 
     source: str
@@ -40,6 +52,7 @@ class Provenance:
     adjustment: str
     content_hash: str = ""
     synthetic: bool = False
+    repaired: int = 0
 
 # %% ../../nbs/market/03_bars.ipynb #99779204
 @lru_cache(maxsize=64)
@@ -333,26 +346,41 @@ class Bars:
     @classmethod
     def from_frame(
         cls,
-        frame: pd.DataFrame,
+        frame: Any,
         *,
         timeframe: Timeframe | str = Timeframe.DAY_1,
-        symbols: Sequence[str] | None = None,
+        symbols: Sequence[str] | str | None = None,
         source: str = "frame",
-        feed: str = "",
+        feed: str = "own",
         adjustment: str = "raw",
         synthetic: bool = False,
         gaps: Gaps = "refuse",
+        date_format: str | None = None,
+        timezone: str | None = None,
     ) -> Self:
-        """Bars from a row a bar: columns symbol, timestamp, open, high, low, close, volume (alpaca-py's `BarSet.df` too).
+        """Bars from a row a bar, from a wide frame as yfinance has it, or from a mapping of symbols to frames.
 
-        symbols: order of the columns, else by first appearance; timestamps: aware, or plain dates if daily; each
-        symbol's rows in order; gaps: what to do where a symbol has no bar inside its life. Raises BadData.
+        frame: of pandas, polars or Arrow, or alpaca-py's `BarSet`; columns symbol, timestamp (or date), open, high, low,
+        close, volume in any case, symbol and time also as index. symbols: order of the columns, else by first
+        appearance; the name of the only symbol where the frame names none. gaps: what to do where a symbol has no bar
+        inside its life, refuse or carry. date_format: of dates that can be read in two ways, such as "%d/%m/%Y", or the
+        unit of epoch numbers; timezone: of intraday times that have none. Raises BadData or Misused with a way out.
         """
         length = Timeframe.parse(timeframe)
-        block, times, names = block_of(frame, length, symbols, gaps)
-        origin = Provenance(source, feed, length, adjustment, synthetic=synthetic)
+        table = long_frame(frame, symbols)
+        block, times, names = block_of(table, length, names_of(symbols), gaps, date_format, timezone)
+        repaired = settle_noise(block)
+        origin = Provenance(source, feed, length, adjustment, synthetic=synthetic, repaired=repaired)
         index = pd.DatetimeIndex(times, tz="UTC")
         return cls(block[0], block[1], block[2], block[3], block[4], index, names, origin)
+
+    @classmethod
+    def read(cls, path: Path | str, **options: Any) -> Self:
+        """Bars from a CSV or Parquet file; options as of `from_frame`, with source "file" unless given.
+
+        Raises Misused where there is no such file, BadData where it cannot be read, and what `from_frame` raises.
+        """
+        return cls.from_frame(read_table(path), **{"source": "file", **options})
 
 # %% ../../nbs/market/03_bars.ipynb #53173c18
 SLACK = timedelta(days=7)  # the longest closure in modern times: 10 to 17 September 2001

@@ -121,7 +121,7 @@ def load_bars(
     end: date | str | None = None,
     warmup: int = 0,
     adjustment: str = "all",
-    feed: str = "sip",
+    feed: str | None = None,
     seed: int = 0,
     store: BarStore | None = None,
     client: "StockHistoricalDataClient | None" = None,
@@ -130,7 +130,8 @@ def load_bars(
     """The bars of a run: from start to end, after up to `warmup` earlier ones.
 
     source: sample, store, synthetic or alpaca; symbols: also as "AAPL,IBM"; start, end: New York dates, both
-    included, optional for sample and store; seed: of synthetic bars; store: to read from, or to keep Alpaca's
+    included, optional for sample and store; feed: None for the one that the store holds, sip of Alpaca; seed: of
+    synthetic bars; store: to read from, or to keep Alpaca's
     history in; client: for Alpaca; as_of: moment by which Alpaca's bars must be complete.
     Raises Misused for words that make no sense together, BadData for symbols and dates that are not there.
     """
@@ -160,7 +161,9 @@ def load_bars(
     else:
         if client is None:
             raise Misused("The source 'alpaca' needs a client; pass a StockHistoricalDataClient.")
-        bars = _through(store, client, names, length, _before(first, warmup, length), last, feed, adjustment, as_of)
+        bars = _through(
+            store, client, names, length, _before(first, warmup, length), last, feed or "sip", adjustment, as_of
+        )
     cut, begin = window(bars, first, last, warmup)
     for column, name in enumerate(names):
         if np.isnan(cut.close[begin:, column]).all():

@@ -68,7 +68,7 @@ class RunParameters(SessionSpec):
             end=self.end,
             warmup=self.warmup,
             adjustment=self.adjustment,
-            feed=self.feed or settings.data.feed,
+            feed=self.feed or (None if self.source == "store" else settings.data.feed),
             seed=self.seed,
             store=BarStore(settings.data.store_path) if self.source in ("store", "alpaca") else None,
             client=history_client(settings) if alpaca else None,

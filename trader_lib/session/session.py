@@ -429,7 +429,7 @@ def _cut(spec: SessionSpec, settings: Settings, warmup: int, bars: Bars | None) 
             end=spec.end,
             warmup=warmup,
             adjustment=spec.adjustment,
-            feed=spec.feed or settings.data.feed,
+            feed=spec.feed or (None if spec.source == "store" else settings.data.feed),
             seed=spec.seed,
             store=BarStore(settings.data.store_path) if spec.source == "store" else None,
         )
