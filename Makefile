@@ -31,7 +31,7 @@ PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 test: install lint types coverage ## what must hold before a change lands: lint, types, notebooks and tests, coverage
 
-verify: install ## what takes longer: kill loops, simulated seeds, planted bugs, attacks on servers, the package installed
+verify: $(DOCS_INSTALLED) ## what takes longer: kill loops, simulated seeds, planted bugs, attacks on servers, the package installed, the site
 	$(PYTEST) -m 'slow or packaging' tests
 
 lint: install ## ruff over notebooks, tests and tools
@@ -50,9 +50,10 @@ coverage: install ## notebooks and tests under one coverage figure, compiled fun
 	$(BIN)/coverage report --include='trader_lib/risk/*,trader_lib/agents/execution.py' --skip-empty --fail-under=100
 
 QUICK := not slow and not packaging
+
 # Where compiled functions live, and what tests them; the second run counts their lines.
 PLAIN := nbs/trading nbs/exchange nbs/risk nbs/strategy nbs/research \
-	tests/test_trading_folding.py tests/test_strategy_sizing.py tests/test_strategy_planner.py \
+	tests/test_rules_boundaries.py tests/test_trading_folding.py tests/test_strategy_sizing.py tests/test_strategy_planner.py \
 	tests/test_research_engine.py
 
 fmt: install ## format notebooks and tests, clean notebooks, export the library

@@ -118,3 +118,15 @@ def test_a_second_file_that_does_not_continue_the_first_names_the_option(trader:
     assert code == 4 and "import with --replace" in err
     assert trader("data", "import", str(file), "--symbol", "IBM", "--replace")[0] == 0
     assert json.loads(trader("data", "list", "--json")[1])[0]["bars"] == 2
+
+
+def test_the_file_of_the_readme_is_imported_and_traded(trader: Trader) -> None:
+    prices = Path(__file__).parents[1] / "examples" / "ibm.csv"
+    code, out, err = trader("data", "import", str(prices), "--symbol", "IBM", "--json")
+    assert code == 0, err
+    (row,) = json.loads(out)["symbols"]
+    assert (row["symbol"], row["bars"], row["first"]) == ("IBM", 250, "2012-01-03")
+    code, _, err = trader(
+        "backtest", "--source", "store", "--symbols", "IBM", "--start", "2012-02-01", "--end", "2012-12-31"
+    )
+    assert code == 0, err

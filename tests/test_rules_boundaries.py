@@ -134,7 +134,7 @@ def failed(order: OrderFacts = ORDER, facts: RiskFacts = FACTS, limits: LimitVal
     passed, observed, bound = np.zeros(CHECK_COUNT, bool), np.zeros(CHECK_COUNT), np.zeros(CHECK_COUNT)
     approved = check_order(order, facts, limits, passed, observed, bound)
     refused = {Check(at) for at in range(CHECK_COUNT) if not passed[at]}
-    assert approved is (not refused)
+    assert bool(approved) == (not refused)
     return refused
 
 
