@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from loguru import logger
 
 NBS = Path(__file__).parent
 LIBRARY = NBS.parent / "trader_lib"
@@ -95,6 +96,7 @@ class NotebookItem(pytest.Item):
         module.__file__ = str(self.path)
         sys.modules[module.__name__] = module
         environment, here = dict(os.environ), Path.cwd()
+        logger.enable("trader_lib")  # as in a kernel of its own, whatever the notebook before has silenced
         os.chdir(self.path.parent)
         try:
             with asyncio.Runner() as runner:

@@ -163,6 +163,7 @@ class Mine(Strategy):
 '''
 
 
+@pytest.mark.slow
 def test_a_users_own_strategy_trades_from_file_and_notebook_and_leaves_no_secret(
     trader: Trader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,6 +190,7 @@ def test_a_users_own_strategy_trades_from_file_and_notebook_and_leaves_no_secret
         assert not [name for name, secret in secrets.items() if secret.encode() in written], path
 
 
+@pytest.mark.slow
 def test_backtest_and_session_place_the_same_orders(trader: Trader, tmp_path: Path) -> None:
     code, out, err = trader("backtest", *MONTH, "--commission-bps", "5", "--json")
     assert (code, err) == (0, "")

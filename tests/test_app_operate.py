@@ -282,6 +282,7 @@ def test_paper_does_not_trade_real_money(trader: Trader, monkeypatch: pytest.Mon
     assert code == 2 and "`trader live` alone" in err and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_what_was_rehearsed_on_paper_may_go_live(
     trader: Trader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,6 +37,7 @@ def events_in(journal: Path) -> int:
         return 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["kernel", "command"])
 def test_killed_run_is_resumed_in_its_folder(
     victim: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

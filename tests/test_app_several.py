@@ -29,6 +29,7 @@ limits = { max_order_notional = 20000 }
 DAYS = ("--start", "2005-01-03", "--end", "2005-02-28", "--broker", "simulated", "--transport", "in_process")
 
 
+@pytest.mark.slow
 def test_two_strategies_from_a_file_are_traded_shown_and_replayed(trader: Trader, tmp_path: Path) -> None:
     (tmp_path / "two.toml").write_text(STRATEGIES)
     code, out, err = trader("paper", "--strategies", "two.toml", *DAYS, "--json")

@@ -306,6 +306,7 @@ def mute_between(port: int) -> Iterator[tuple[str, threading.Event]]:
     listener.close()
 
 
+@pytest.mark.slow
 async def test_a_mute_socket_is_noticed_by_its_pings(
     exchange_server: ExchangeServer, alpaca_access: AlpacaAccess, monkeypatch: pytest.MonkeyPatch
 ) -> None:

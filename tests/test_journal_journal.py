@@ -262,7 +262,7 @@ def under_a_file(path: Path) -> object:
     [
         (closed, Misused, "was closed"),
         (newer, BadData, "journal version 99"),
-        (foreign, BadData, "holds nothing yet"),
+        (foreign, BadData, "journal version 0"),
         (empty, BadData, "holds nothing yet"),
         (under_a_file, Misconfigured, "folder that exists"),
     ],

@@ -263,6 +263,7 @@ def test_session_that_is_killed_is_shown_dead_within_seconds(chromium: Any, tmp_
             assert shown.title().startswith("Dead")
 
 
+@pytest.mark.slow
 def test_page_says_that_its_server_is_gone_and_comes_back_with_it(finished: RunFolder, chromium: Any) -> None:
     with served(finished.path) as server:
         port = server.port

@@ -241,6 +241,7 @@ async def test_a_collector_that_refuses_or_is_gone_costs_the_session_nothing_but
             assert result.wall_s < 60
 
 
+@pytest.mark.slow
 async def test_over_redis_one_trace_leads_through_four_processes(redis_server: RedisServer, tmp_path: Path) -> None:
     with Collector() as collector:
         settings = to_collector(collector.url)

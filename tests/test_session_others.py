@@ -68,6 +68,7 @@ def by_hand(name: str, qty: int, **fields: Any) -> OrderRequest:
     return OrderRequest.model_validate(told | fields)
 
 
+@pytest.mark.slow
 async def test_what_the_account_holds_and_orders_in_other_symbols_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -299,6 +299,7 @@ async def test_another_version_of_a_strategy_does_not_go_on(tmp_path: Path) -> N
 # ---- at Alpaca, whose record outlives us
 
 
+@pytest.mark.slow
 async def test_session_at_alpaca_goes_on_where_it_died(tmp_path: Path) -> None:
     bars = recent_minutes()
     path = fresh(tmp_path / "live") / "journal.sqlite"

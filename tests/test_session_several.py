@@ -463,6 +463,7 @@ asyncio.run(run_session(APART, settings("http"), journal_path=Path({path!r}), re
 """
 
 
+@pytest.mark.slow
 async def test_killed_in_the_middle_of_two_strategies_it_sends_no_order_twice(tmp_path: Path) -> None:
     one = await run(tmp_path / "whole", transport="http")
     path = fresh(tmp_path / "killed") / "journal.sqlite"

@@ -63,6 +63,7 @@ KINDS = {
         "How-to guides",
         "One job each, for those who operate a session or work on the package.",
         [
+            "docs/data",
             "docs/operations",
             "docs/schedule",
             "docs/monitoring",

@@ -551,6 +551,7 @@ def test_permission_is_used_once_by_the_child_for_the_run_it_was_made_for(tmp_pa
     assert not list(run.iterdir()), "nothing of it lies in the run folder"
 
 
+@pytest.mark.slow
 def test_permission_is_not_for_a_grandchild_nor_for_an_orphan(tmp_path: Path) -> None:
     run = RunStore(tmp_path).create("live").path
     grandchild = """
