@@ -10,10 +10,12 @@ from trader_lib.exchange.matching import (
     MARKET,
     STOP,
     STOP_LIMIT,
+    commission,
     fill_price,
     fill_qty,
     limit_fill_price,
     match_price,
+    slip,
 )
 from trader_lib.risk.limits import LimitValues
 from trader_lib.risk.rules import (
@@ -29,6 +31,8 @@ from trader_lib.risk.rules import (
     in_window,
     is_reducing,
     lost_since,
+    pending_exposure,
+    pending_margin,
     recent_count,
     sells_short,
     state_after_close,
@@ -81,6 +85,12 @@ def test_slippage_is_for_market_and_stop_orders_alone() -> None:
     assert prices == [100.1, 100.0, 100.1, 100.0]
 
 
+def test_a_basis_point_is_a_ten_thousandth() -> None:
+    assert slip(10_000.0, BUY, 100.0) == 10_100.0
+    assert slip(10_000.0, SELL, 100.0) == 9_900.0
+    assert commission(1_000.0, 1_000.0, 0.0, 10.0, 0.0) == 1_000.0
+
+
 def test_share_of_the_volume_that_is_used_up_exactly_fills_nothing_more() -> None:
     assert fill_qty(10.0, 1000.0, 0.1, 100.0, False) == 0.0
     assert fill_qty(10.0, 1000.0, 0.1, 99.0, False) == 1.0
@@ -131,7 +141,7 @@ FACTS = RiskFacts(
 
 def failed(order: OrderFacts = ORDER, facts: RiskFacts = FACTS, limits: LimitValues = FREE) -> set[Check]:
     """The checks that refuse an order."""
-    passed, observed, bound = np.zeros(CHECK_COUNT, bool), np.zeros(CHECK_COUNT), np.zeros(CHECK_COUNT)
+    passed, observed, bound = np.zeros(CHECK_COUNT, bool), np.full(CHECK_COUNT, NONE), np.full(CHECK_COUNT, NONE)
     approved = check_order(order, facts, limits, passed, observed, bound)
     refused = {Check(at) for at in range(CHECK_COUNT) if not passed[at]}
     assert bool(approved) == (not refused)
@@ -179,6 +189,23 @@ def test_a_limit_exactly_at_the_collar_passes() -> None:
     assert failed(sell, limits=limits) == set()
     assert failed(sell._replace(limit_price=just_under(87.5)), limits=limits) == {Check.PRICE_COLLAR}
     assert beyond_reference(order._replace(limit_price=90.0), 100.0) == 0.0  # passive
+
+
+def test_a_reference_of_less_than_a_dollar_is_one() -> None:
+    assert failed(facts=FACTS._replace(reference_price=0.5)) == set()
+
+
+def test_a_short_position_counts_by_its_size() -> None:
+    sell = ORDER._replace(side_sign=SELL)
+    assert failed(sell, limits=FREE._replace(max_position_qty=10.0)) == set()
+    assert failed(sell, limits=FREE._replace(max_position_qty=9.0)) == {Check.POSITION_QTY}
+    assert failed(sell, limits=FREE._replace(max_position_notional=999.0)) == {Check.POSITION_NOTIONAL}
+
+
+def test_half_a_share_on_its_way_counts() -> None:
+    assert pending_exposure(100.0, BUY, 0.5, 0.0, 100.0) == 150.0
+    assert pending_margin(100.0, BUY, 0.5, 0.0, 100.0) == 115.0
+    assert not is_reducing(BUY, 0.25, 0.5, 0.0)
 
 
 def test_an_order_that_costs_exactly_the_buying_power_passes() -> None:

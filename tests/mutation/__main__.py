@@ -70,6 +70,8 @@ class MutantLoop:
             self.seconds[item.nodeid] = time.perf_counter() - began
         items = [item for item in session.items if self.seconds[item.nodeid] <= TEST_S_MAX]
         items.sort(key=lambda item: self.seconds[item.nodeid])
+        if os.waitstatus_to_exitcode(os.waitpid(_in_a_child(None, items), 0)[1]) != 0:
+            raise pytest.UsageError("the tests fail in this order without a mutation, so nothing can be said")
         waiting, running = list(reversed(self.mutants)), dict[int, Mutant]()
         while waiting or running:
             while waiting and len(running) < self.jobs:
@@ -101,8 +103,8 @@ def _passes(items: Sequence[pytest.Item]) -> bool:
     return True
 
 
-def _in_a_child(mutant: Mutant, items: Sequence[pytest.Item]) -> int:
-    """Fork; the child ends with 0 where no test noticed the change. Returns its process id."""
+def _in_a_child(mutant: Mutant | None, items: Sequence[pytest.Item]) -> int:
+    """Fork; the child ends with 0 where no test noticed the change, or where there is none. Returns its process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -110,8 +112,9 @@ def _in_a_child(mutant: Mutant, items: Sequence[pytest.Item]) -> int:
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
-    function = getattr(importlib.import_module(mutant.module), mutant.function)
-    function.__code__ = mutant.code
+    if mutant is not None:
+        function = getattr(importlib.import_module(mutant.module), mutant.function)
+        function.__code__ = mutant.code
     code = 1
     try:
         code = 0 if _passes(items) else 1
