@@ -202,6 +202,12 @@ def test_a_short_position_counts_by_its_size() -> None:
     assert failed(sell, limits=FREE._replace(max_position_notional=999.0)) == {Check.POSITION_NOTIONAL}
 
 
+def test_an_account_of_half_a_dollar_has_figures_and_one_of_nothing_has_none() -> None:
+    limits = FREE._replace(max_gross_exposure=2_000.0, max_margin_used=600.0)
+    assert failed(facts=FACTS._replace(equity=0.5), limits=limits) == set()
+    assert failed(facts=FACTS._replace(equity=0.0), limits=limits) == {Check.GROSS_EXPOSURE, Check.MARGIN}
+
+
 def test_half_a_share_on_its_way_counts() -> None:
     assert pending_exposure(100.0, BUY, 0.5, 0.0, 100.0) == 150.0
     assert pending_margin(100.0, BUY, 0.5, 0.0, 100.0) == 115.0
