@@ -3,10 +3,12 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
+from tests.browser import launched
 from tests.servers import PostgresServer, RedisServer
 from trader_lib.app.cli import main
 from trader_lib.broker.connection import AlpacaAccess
@@ -89,3 +91,9 @@ def postgres_server() -> Iterator[PostgresServer]:
     server = PostgresServer()
     yield server
     server.stop()
+
+
+@pytest.fixture
+def chromium() -> Iterator[Any]:
+    """A browser in which a page may try what it likes."""
+    yield from launched()

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -44,17 +43,6 @@ from trader_lib.trading.events import (
 from trader_lib.trading.orders import OrderRequest, OrderSide
 from trader_lib.trading.portfolio import Position
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
-ARGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 TOKEN = "open-sesame"
 PHONE, LAPTOP = {"width": 390, "height": 844}, {"width": 1366, "height": 860}
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -77,18 +65,6 @@ def closed(bars, at):
     time.sleep(float(sys.argv[3]) if bars > int(sys.argv[2]) else 0)
 asyncio.run(run_session(spec, settings, journal_path=folder / "journal.sqlite", progress=closed))
 """
-
-
-@pytest.fixture
-def chromium() -> Iterator[Any]:
-    """Debian's Chromium, driven by Playwright, which keeps a loop running in this thread as long as it is there."""
-    if not CHROMIUM:
-        pytest.skip("Chromium is not installed: apt-get install chromium")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=ARGS)
-        yield browser
-        browser.close()
 
 
 @contextmanager

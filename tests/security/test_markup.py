@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -63,18 +62,6 @@ from trader_lib.trading.events import (
 )
 from trader_lib.trading.orders import Order, OrderRequest, OrderSide, OrderStatus
 from trader_lib.trading.portfolio import Fill, Position
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
-ARGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--enable-unsafe-swiftshader",  # WebGL without a graphics card
-]
 
 IMG = "<img src=x onerror=\"pwned=document.title='pwned'\">"
 SCRIPT = "</script><script>pwned=document.title='pwned'</script>"
@@ -145,18 +132,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(name)
     monkeypatch.chdir(made)
     return made
-
-
-@pytest.fixture
-def chromium() -> Iterator[Any]:
-    """Debian's Chromium, in which a page may try what it likes."""
-    if not CHROMIUM:
-        pytest.skip("Chromium is not installed: apt-get install chromium")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=ARGS)
-        yield browser
-        browser.close()
 
 
 @contextmanager
