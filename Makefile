@@ -47,12 +47,12 @@ coverage: install ## notebooks and tests under one coverage figure, compiled fun
 	COVERAGE_FILE=.coverage.plain NUMBA_DISABLE_JIT=1 $(PYTEST) --cov --cov-report= -m '$(QUICK)' $(PLAIN)
 	$(BIN)/coverage combine -q .coverage.compiled .coverage.plain
 	$(BIN)/coverage report --fail-under=90
-	$(BIN)/coverage report --include='trader_lib/risk/*,trader_lib/agents/execution.py' --skip-empty --fail-under=100
+	$(BIN)/coverage report --include='trader_lib/risk/*,trader_lib/rules/*,trader_lib/agents/execution.py' --skip-empty --fail-under=100
 
 QUICK := not slow and not packaging
 
 # Where compiled functions live, and what tests them; the second run counts their lines.
-PLAIN := nbs/trading nbs/exchange nbs/risk nbs/strategy nbs/research \
+PLAIN := nbs/rules nbs/trading nbs/exchange nbs/risk nbs/strategy nbs/research \
 	tests/test_rules_boundaries.py tests/test_trading_folding.py tests/test_strategy_sizing.py tests/test_strategy_planner.py \
 	tests/test_research_engine.py
 

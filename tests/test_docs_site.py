@@ -78,7 +78,7 @@ def test_a_modules_constants_are_shown_as_written(sources: Path) -> None:
 
 def test_chapters_follow_the_order_of_rooms_and_numbers(sources: Path) -> None:
     text = (sources / "chapters/trading/index.md").read_text()
-    assert re.findall(r"/chapters/trading/(\w+)", text)[:3] == ["numbers", "folding", "capability"]
+    assert re.findall(r"/chapters/trading/(\w+)", text)[:3] == ["capability", "orders", "portfolio"]
     rooms = re.findall(r"^/chapters/(\w+)/index$", (sources / "chapters/index.md").read_text(), re.M)
     assert rooms == list(pages.ROOMS)
 
@@ -118,7 +118,7 @@ def test_a_chapter_hides_what_only_nbdev_reads_and_folds_imports() -> None:
     noise = {"output_type": "stream", "name": "stderr", "text": "a warning"}
     code = [cell("#| default_exp x"), cell(IMPORTS), cell("#| export\nx = 1", figure, own, noise)]
     notebook = {"cells": [code[0], title, *code[1:]], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
-    shown = pages.chapter(pages.survey(), "nbs/trading/02_orders.ipynb", notebook, "trader_lib.trading.orders")["cells"]
+    shown = pages.chapter(pages.survey(), "nbs/trading/01_orders.ipynb", notebook, "trader_lib.trading.orders")["cells"]
     assert [part["source"] for part in shown[1:]] == [IMPORTS, "x = 1"]
     assert re.match(r"# Orders\n\n.*api/trading/orders\.rst.*\n\nWhy\.", shown[0]["source"], re.S)
     assert [part["metadata"]["tags"] for part in shown[1:]] == [["hide-cell"], []]
@@ -135,7 +135,7 @@ def test_what_has_no_place_is_refused_with_what_to_do(tmp_path: Path) -> None:
         pages.notebooks(tmp_path)
     bare = {"cells": [cell("x = 1")], "metadata": {}}
     with pytest.raises(pages.SiteError, match="does not begin with a title"):
-        pages.chapter(pages.survey(), "nbs/trading/02_orders.ipynb", bare, None)
+        pages.chapter(pages.survey(), "nbs/trading/01_orders.ipynb", bare, None)
 
 
 def test_preparing_again_changes_no_page_and_drops_the_pages_of_what_is_gone(sources: Path) -> None:

@@ -23,6 +23,7 @@ HAND_MADE = {"__init__.py", "_modidx.py"}
 ROOMS: list[set[str]] = [
     {"errors", "clock", "config"},
     {"telemetry", "resilience"},
+    {"rules"},
     {"trading"},
     {"market"},
     {"strategy"},
@@ -41,8 +42,9 @@ ALLOWED = {
     "config": {"errors"},
     "telemetry": {"errors", "clock", "config"},
     "resilience": {"errors", "clock", "config", "telemetry"},
-    "strategy": {"errors", "clock", "trading", "market"},
-    "risk": {"errors", "trading"},
+    "rules": set(),
+    "strategy": {"errors", "clock", "rules", "trading", "market"},
+    "risk": {"errors", "rules", "trading"},
 }
 
 

@@ -12,9 +12,9 @@ from trader_lib.exchange.costs import Costs
 from trader_lib.market.bars import Bars, Provenance, Timeframe
 from trader_lib.research.backtest import backtest
 from trader_lib.risk.limits import Limits
+from trader_lib.rules.sizing import SizingRules
 from trader_lib.strategy.contract import Strategy
 from trader_lib.strategy.exits import ProtectiveExits
-from trader_lib.strategy.sizing import SizingRules
 
 
 class Flip(Strategy):

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from trader_lib.clock.sessions import TradingCalendar
 from trader_lib.config.settings import Settings
 from trader_lib.exchange.costs import Costs
-from trader_lib.exchange.matching import commission, fill_price, fill_qty, match_oco, match_price
 from trader_lib.journal.journal import SqliteJournal
 from trader_lib.market.bars import Bars, Provenance, Timeframe
 from trader_lib.research.backtest import BacktestResult, backtest
@@ -30,7 +29,8 @@ from trader_lib.research.ledger import (
 )
 from trader_lib.risk.checks import RecentOrders, decide
 from trader_lib.risk.limits import Limits, SymbolLimits
-from trader_lib.risk.rules import (
+from trader_lib.rules.account import buying_power, may_short, order_cost, reserved_cost
+from trader_lib.rules.checks import (
     HALTED,
     REDUCING,
     RiskFacts,
@@ -39,16 +39,17 @@ from trader_lib.risk.rules import (
     pending_margin,
     state_after_close,
 )
+from trader_lib.rules.exits import NO_EXITS, exit_due, exit_prices
+from trader_lib.rules.folding import cash_flow, equity, exposure, fold_fill
+from trader_lib.rules.matching import commission, fill_price, fill_qty, match_oco, match_price
+from trader_lib.rules.numbers import round_to, to_decimal, to_float
+from trader_lib.rules.sizing import SizingRules
 from trader_lib.session.session import SessionResult, run_session
 from trader_lib.session.spec import SessionSpec
 from trader_lib.strategy.contract import Strategy
-from trader_lib.strategy.exits import NO_EXITS, ProtectiveExits, exit_due, exit_prices
+from trader_lib.strategy.exits import ProtectiveExits
 from trader_lib.strategy.planner import PlannedAction, Planner
-from trader_lib.strategy.sizing import SizingRules
-from trader_lib.trading.account import buying_power, may_short, order_cost, reserved_cost
 from trader_lib.trading.events import OrderIntended, TradingState, TradingStateChanged
-from trader_lib.trading.folding import cash_flow, equity, exposure, fold_fill
-from trader_lib.trading.numbers import round_to, to_decimal, to_float
 from trader_lib.trading.order_list import compare_order_lists
 from trader_lib.trading.orders import OrderClass, OrderRequest, OrderSide, OrderType, TimeInForce
 

@@ -5,25 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from trader_lib.exchange.matching import (
-    LIMIT,
-    MARKET,
-    STOP,
-    STOP_LIMIT,
-    commission,
-    fill_price,
-    fill_qty,
-    limit_fill_price,
-    match_price,
-    slip,
-)
-from trader_lib.risk.limits import LimitValues
-from trader_lib.risk.rules import (
+from trader_lib.rules.checks import (
     ACTIVE,
     CHECK_COUNT,
     HALTED,
     REDUCING,
     Check,
+    LimitValues,
     OrderFacts,
     RiskFacts,
     beyond_reference,
@@ -37,8 +25,20 @@ from trader_lib.risk.rules import (
     sells_short,
     state_after_close,
 )
-from trader_lib.trading.folding import cash_flow, fold_fill
-from trader_lib.trading.numbers import round_down, round_to, tick_decimals
+from trader_lib.rules.folding import cash_flow, fold_fill
+from trader_lib.rules.matching import (
+    LIMIT,
+    MARKET,
+    STOP,
+    STOP_LIMIT,
+    commission,
+    fill_price,
+    fill_qty,
+    limit_fill_price,
+    match_price,
+    slip,
+)
+from trader_lib.rules.numbers import round_down, round_to, tick_decimals
 
 BUY, SELL = 1, -1
 NONE = math.nan

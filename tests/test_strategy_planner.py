@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trader_lib.strategy.exits import ProtectiveExits, update_extreme
+from trader_lib.rules.exits import update_extreme
+from trader_lib.rules.sizing import SizingRules, plan_orders
+from trader_lib.strategy.exits import ProtectiveExits
 from trader_lib.strategy.planner import Planner, book_fill
-from trader_lib.strategy.sizing import SizingRules, plan_orders
 
 SYMBOLS = ("AAA", "BBB", "CCC")
 N = len(SYMBOLS)

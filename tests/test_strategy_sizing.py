@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trader_lib.strategy.exits import ExitRates
-from trader_lib.strategy.sizing import SizingRules, plan_orders, size_orders
+from trader_lib.rules.exits import ExitRates
+from trader_lib.rules.sizing import SizingRules, plan_orders, size_orders
 
 N = 4
 RULES = st.builds(

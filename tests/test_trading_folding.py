@@ -7,8 +7,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trader_lib.trading.folding import cash_flow, equity, exposure, fold_fill
-from trader_lib.trading.numbers import to_decimal, to_float
+from trader_lib.rules.folding import cash_flow, equity, exposure, fold_fill
+from trader_lib.rules.numbers import to_decimal, to_float
 
 whole = st.integers(-100_000, 100_000).filter(bool).map(float)
 fractional = st.integers(-(10**12), 10**12).filter(bool).map(lambda units: units / 10**9)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from trader_lib.rules.numbers import to_decimal, to_float
 from trader_lib.trading.capability import capability_table
-from trader_lib.trading.numbers import to_decimal, to_float
 from trader_lib.trading.orders import (
     ORDER_TYPE_CODE,
     SIDE_SIGN,

@@ -27,16 +27,17 @@ from tests.mutation.operators import Mutant, mutants_of
 ROOT = Path(__file__).parents[2]
 SURVIVORS = Path(__file__).with_name("survivors.toml")
 RULES = (
-    "trading.numbers",
-    "trading.folding",
-    "trading.account",
-    "trading.wash",
-    "exchange.matching",
-    "strategy.sizing",
-    "strategy.exits",
-    "risk.rules",
+    "rules.numbers",
+    "rules.folding",
+    "rules.account",
+    "rules.wash",
+    "rules.matching",
+    "rules.sizing",
+    "rules.exits",
+    "rules.checks",
 )
 TESTS = (
+    "nbs/rules",
     "nbs/trading",
     "nbs/exchange",
     "nbs/risk",

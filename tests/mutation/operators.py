@@ -32,7 +32,7 @@ CALLS = {"min": "max", "max": "min", "floor": "ceil", "ceil": "floor"}
 class Mutant:
     """One change to one function."""
 
-    module: str  # trader_lib.risk.rules
+    module: str  # trader_lib.rules.checks
     function: str
     line: int
     before: str  # the expression or statement as it stands

@@ -27,7 +27,7 @@ from trader_lib.trading.events import (
     PositionsReported,
     StrategyHoldings,
 )
-from ..trading.numbers import to_float
+from ..rules.numbers import to_float
 from ..trading.portfolio import Commission, Portfolio, no_commission
 
 # %% ../../nbs/agents/06_portfolio.ipynb #19aa9bca

@@ -25,12 +25,12 @@ from ..bus.bus import Bus, Handler
 from ..clock.clock import Clock
 from ..clock.sessions import NEW_YORK
 from ..errors.taxonomy import InvariantBroken
-from ..trading import account
+from ..rules import account
 from ..market.bars import Bars
 from ..risk.checks import About, Identity, RecentOrders, decide, describe
 from ..risk.netting import netting
 from ..risk.limits import Limits
-from trader_lib.risk.rules import (
+from trader_lib.rules.checks import (
     HALTED,
     Check,
     RiskFacts,
@@ -41,7 +41,7 @@ from trader_lib.risk.rules import (
     sells_short,
     state_after_close,
 )
-from ..trading import folding
+from ..rules import folding
 from trader_lib.trading.events import (
     AccountReported,
     AgentFailed,
@@ -63,7 +63,7 @@ from trader_lib.trading.events import (
     TradingState,
     TradingStateChanged,
 )
-from ..trading.numbers import CASH_DECIMALS, QTY_DECIMALS, round_to, to_decimal, to_float
+from ..rules.numbers import CASH_DECIMALS, QTY_DECIMALS, round_to, to_decimal, to_float
 from ..trading.capability import Asset, capability
 from trader_lib.trading.orders import (
     ENDED_SHORT,
@@ -76,7 +76,7 @@ from trader_lib.trading.orders import (
     OrderType,
 )
 from ..trading.portfolio import Commission, Fill, no_commission
-from ..trading.wash import would_wash
+from ..rules.wash import would_wash
 
 # %% ../../nbs/agents/03_risk.ipynb #fbc2d824
 SEVERITY = (TradingState.ACTIVE, TradingState.REDUCING, TradingState.HALTED)

@@ -23,9 +23,9 @@ from ..bus.bus import Bus, Handler
 from ..clock.clock import Clock
 from ..market.bars import Bars
 from ..strategy.contract import Strategy, target_weights
-from ..strategy.exits import NO_EXITS, exit_due, exit_prices
+from ..rules.exits import NO_EXITS, exit_due, exit_prices
 from ..strategy.planner import PlannedAction, PlannedType, Planner
-from ..trading import folding
+from ..rules import folding
 from trader_lib.trading.events import (
     AccountReported,
     BarsClosed,
@@ -41,7 +41,7 @@ from trader_lib.trading.events import (
     TradeUpdated,
 )
 from ..trading.portfolio import Commission, Fill, no_commission
-from ..trading.numbers import CASH_DECIMALS, PRICE_DECIMALS, QTY_DECIMALS, round_to, to_decimal, to_float
+from ..rules.numbers import CASH_DECIMALS, PRICE_DECIMALS, QTY_DECIMALS, round_to, to_decimal, to_float
 from trader_lib.trading.orders import (
     ENDED_SHORT,
     SIDE_SIGN,

@@ -16,7 +16,7 @@ from typing import Annotated
 
 from pydantic import Field, PlainSerializer, TypeAdapter
 
-from ..trading.numbers import AVERAGE_PRICE_DECIMALS
+from ..rules.numbers import AVERAGE_PRICE_DECIMALS
 from ..trading.orders import TERMINAL, Order, OrderRequest, OrderSide, OrderStatus, Purpose
 
 # %% ../../nbs/agents/04_tracking.ipynb #afc95503

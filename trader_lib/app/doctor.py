@@ -151,7 +151,7 @@ def check_kernel() -> str:
 
 def check_compiler() -> str:
     """Compiled rules run, and where their machine code is kept can be written to."""
-    from trader_lib.trading.numbers import round_to
+    from trader_lib.rules.numbers import round_to
 
     if round_to(2.5, 0) != 3.0:
         raise Misconfigured("The compiled rules give wrong results. Install numba again.")

@@ -25,7 +25,7 @@ from alpaca.trading.requests import OrderRequest as AlpacaOrderRequest
 
 from .inbox import BarArrived
 from ..trading.events import AccountReported, BarRow, TradeUpdated
-from ..trading.numbers import PRICE_DECIMALS, QTY_DECIMALS, to_decimal
+from ..rules.numbers import PRICE_DECIMALS, QTY_DECIMALS, to_decimal
 from ..trading.orders import Order, OrderClass, OrderRequest, OrderType
 from ..trading.portfolio import Position
 

@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..errors.taxonomy import BadData, Misused, did_you_mean
 from .bars import Bars
-from ..trading.numbers import PRICE_DECIMALS
+from ..rules.numbers import PRICE_DECIMALS
 
 # %% ../../nbs/market/04_sample.ipynb #a3db4dff
 SAMPLE_SYMBOLS = ("AAPL", "FB", "GOOG", "IBM", "MSFT")

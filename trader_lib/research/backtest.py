@@ -26,12 +26,12 @@ from .ledger import CANCELED, EXPIRED, FILLED, OCO_LIMIT, Market, Rules
 from .statistics import portfolio_of, statistics
 from ..risk.checks import About, RiskDecision, outcomes
 from ..risk.limits import Limits
-from ..risk.rules import CHECK_COUNT, Check, OrderFacts, RiskFacts, check_order
+from ..rules.checks import CHECK_COUNT, Check, OrderFacts, RiskFacts, check_order
 from ..strategy.contract import Strategy, target_weights
-from ..strategy.exits import NO_EXITS
+from ..rules.exits import NO_EXITS
 from ..strategy.planner import ensure_placeable
-from ..strategy.sizing import SizingRules
-from trader_lib.trading.numbers import (
+from ..rules.sizing import SizingRules
+from trader_lib.rules.numbers import (
     AVERAGE_PRICE_DECIMALS,
     CASH_DECIMALS,
     PRICE_DECIMALS,

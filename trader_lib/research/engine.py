@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..exchange.matching import commission, fill_price, fill_qty, match_oco, match_price
+from ..rules.matching import commission, fill_price, fill_qty, match_oco, match_price
 from trader_lib.research.ledger import (
     CANCELED,
     EXPIRED,
@@ -37,14 +37,14 @@ from trader_lib.research.ledger import (
     submit,
     sweep_ended,
 )
-from ..risk.limits import limits_at
-from ..risk.rules import CHECK_COUNT, HALTED, margin_of, state_after_close
-from ..strategy.exits import exit_due, exit_prices, update_extreme
+from ..rules.checks import limits_at
+from ..rules.checks import CHECK_COUNT, HALTED, margin_of, state_after_close
+from ..rules.exits import exit_due, exit_prices, update_extreme
 from ..strategy.planner import book_fill
-from ..strategy.sizing import desired_order, plan_orders
-from ..trading.folding import cash_flow, exposure, fold_fill
-from ..trading.folding import equity as equity_of
-from ..trading.numbers import CASH_DECIMALS, QTY_DECIMALS, compiled, compiled_part, round_to
+from ..rules.sizing import desired_order, plan_orders
+from ..rules.folding import cash_flow, exposure, fold_fill
+from ..rules.folding import equity as equity_of
+from ..rules.numbers import CASH_DECIMALS, QTY_DECIMALS, compiled, compiled_part, round_to
 
 # %% ../../nbs/research/01_engine.ipynb #23a1aad9
 @compiled_part

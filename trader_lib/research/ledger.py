@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..trading.account import buying_power, may_short, order_cost, reserved_cost
-from ..exchange.matching import LIMIT, MARKET, STOP, CostRates
-from ..risk.limits import limits_at
-from trader_lib.risk.rules import (
+from ..rules.account import buying_power, may_short, order_cost, reserved_cost
+from ..rules.matching import LIMIT, MARKET, STOP, CostRates
+from ..rules.checks import limits_at
+from trader_lib.rules.checks import (
     CHECK_COUNT,
     OrderFacts,
     RiskFacts,
@@ -26,10 +26,10 @@ from trader_lib.risk.rules import (
     pending_exposure,
     pending_margin,
 )
-from ..strategy.exits import ExitRates
-from ..strategy.sizing import SizingRules
-from ..trading.numbers import CASH_DECIMALS, compiled_part, round_to
-from ..trading.wash import would_wash
+from ..rules.exits import ExitRates
+from ..rules.sizing import SizingRules
+from ..rules.numbers import CASH_DECIMALS, compiled_part, round_to
+from ..rules.wash import would_wash
 
 # %% ../../nbs/research/00_ledger.ipynb #6de9d53e
 OPEN, FILLED, CANCELED, EXPIRED = 0, 1, 2, 3

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from ..clock.sessions import NEW_YORK
 from ..errors.extras import require_extra
 from ..exchange.costs import Costs
-from ..exchange.matching import commission
-from ..trading.folding import cash_flow
-from ..trading.numbers import QTY_DECIMALS, round_to
+from ..rules.matching import commission
+from ..rules.folding import cash_flow
+from ..rules.numbers import QTY_DECIMALS, round_to
 from ..trading.order_list import OrderRecord
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from ..journal.opening import open_journal
 from ..market.bars import Bars, window
 from ..research.plots import equity_figure, price_figure
 from ..research.report import Piece, note, table, words
-from ..risk.rules import Check
+from ..rules.checks import Check
 from ..research.statistics import fills_of, statistics
 from .cells import tell
 from .parameters import RunParameters

@@ -26,8 +26,8 @@ from trader_lib.trading.events import (
     SessionStarted,
     TradeUpdated,
 )
-from ..trading.folding import fold_fill
-from ..trading.numbers import AVERAGE_PRICE_DECIMALS, QTY_DECIMALS, to_decimal, to_float
+from ..rules.folding import fold_fill
+from ..rules.numbers import AVERAGE_PRICE_DECIMALS, QTY_DECIMALS, to_decimal, to_float
 from ..trading.order_list import OrderFill, OrderRecord
 from ..trading.orders import Order, OrderClass, OrderRequest, OrderStatus
 from ..trading.portfolio import Fill

@@ -18,12 +18,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from ..errors.taxonomy import Misused, did_you_mean
 from ..exchange.costs import Costs
-from ..exchange.matching import commission
+from ..rules.matching import commission
 from ..market.bars import Bars
 from ..risk.limits import Limits
 from ..strategy.contract import Strategy, build_strategy
-from ..strategy.sizing import SizingRules
-from ..trading.numbers import CASH_DECIMALS, to_decimal, to_float
+from ..rules.sizing import SizingRules
+from ..rules.numbers import CASH_DECIMALS, to_decimal, to_float
 from ..trading.orders import decimal_text
 from ..trading.portfolio import Fill
 
