@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRICE_DECIMALS', 'QTY_DECIMALS', 'CASH_DECIMALS', 'AVERAGE_PRICE_DECIMALS', 'F', 'RULE_MARKS', 'rules_digest',
-           'machine_code_folder', 'compiled', 'compiled_part', 'round_to', 'round_down', 'tick_decimals', 'to_decimal',
-           'to_float']
+           'machine_code_folder', 'compiled', 'compiled_part', 'compiled_owner', 'round_to', 'round_down',
+           'tick_decimals', 'to_decimal', 'to_float']
 
 # %% ../../nbs/rules/00_numbers.ipynb #35c4bb5a
 import math
@@ -58,9 +58,10 @@ def machine_code_folder() -> Path:
 def compiled(function: F) -> F:
     """Compile a rule with numba, cached on disk where it belongs to the library.
 
-    function: takes scalars, arrays and NamedTuples of them; no I/O, no clock, no random numbers.
+    function: takes scalars, arrays and NamedTuples of them; no I/O, no clock, no random numbers. It makes no array and
+    returns none, so that nothing is counted while it runs.
     """
-    return _compiled(function, no_cfunc_wrapper=True)
+    return _compiled(function, no_cfunc_wrapper=True, nogil=True, _nrt=False)
 
 
 def compiled_part(function: F) -> F:
@@ -68,7 +69,15 @@ def compiled_part(function: F) -> F:
 
     function: as for `compiled`.
     """
-    return _compiled(function, no_cfunc_wrapper=True, no_cpython_wrapper=True)
+    return _compiled(function, no_cfunc_wrapper=True, no_cpython_wrapper=True, _nrt=False)
+
+
+def compiled_owner(function: F) -> F:
+    """Compile what makes and returns arrays and leaves the work to functions of `compiled_part`.
+
+    function: as for `compiled`, but that it may make arrays. Other threads run meanwhile.
+    """
+    return _compiled(function, no_cfunc_wrapper=True, nogil=True)
 
 
 def _compiled(function: F, **options: bool) -> F:
