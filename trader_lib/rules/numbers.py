@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRICE_DECIMALS', 'QTY_DECIMALS', 'CASH_DECIMALS', 'AVERAGE_PRICE_DECIMALS', 'F', 'RULE_MARKS', 'rules_digest',
-           'machine_code_folder', 'compiled', 'compiled_part', 'compiled_owner', 'round_to', 'round_down',
-           'tick_decimals', 'to_decimal', 'to_float']
+           'machine_code_folder', 'compiled', 'compiled_part', 'compiled_owner', 'compiled_pointer', 'round_to',
+           'round_down', 'tick_decimals', 'to_decimal', 'to_float']
 
 # %% ../../nbs/rules/00_numbers.ipynb #35c4bb5a
 import math
@@ -80,18 +80,26 @@ def compiled_owner(function: F) -> F:
     return _compiled(function, no_cfunc_wrapper=True, nogil=True)
 
 
-def _compiled(function: F, **options: bool) -> F:
+def compiled_pointer(function: F, signature: Any) -> F:
+    """Compile a function of a known signature, as other compiled functions take it for an argument.
+
+    function: as for `compiled`. signature: of numba.
+    """
+    return _compiled(function, signature, nogil=True, _nrt=False)
+
+
+def _compiled(function: F, signature: Any = None, **options: bool) -> F:
     jit: Any = njit  # its types leave these options out
     if function.__module__.startswith("trader_lib."):
         elsewhere = config.CACHE_DIR  # type: ignore[attr-defined]
         config.CACHE_DIR = str(machine_code_folder())  # type: ignore[attr-defined]
         try:
-            return cast(F, jit(cache=True, **options)(function))
+            return cast(F, jit(signature, cache=True, **options)(function))
         except RuntimeError:  # no place that can be written to
             pass
         finally:
             config.CACHE_DIR = elsewhere  # type: ignore[attr-defined]
-    return cast(F, jit(**options)(function))
+    return cast(F, jit(signature, **options)(function))
 
 # %% ../../nbs/rules/00_numbers.ipynb #1be505f6
 @compiled
