@@ -42,6 +42,7 @@ from trader_lib.app.options import (
     setting_overrides,
     strategy_params,
 )
+from .research import sweep, walkforward
 from .scheduling import schedule
 from .watch import dashboard, watch
 from ..errors.extras import require_extra
@@ -82,6 +83,8 @@ app.command(notify)
 app.command(summary)
 app.command(watch)
 app.command(dashboard)
+app.command(sweep)
+app.command(walkforward)
 
 Strategies = Annotated[
     Path | None,
@@ -484,7 +487,8 @@ def _store(folder: str | None, profile: str | None = None) -> "RunStore":
 def list_(
     *,
     kind: Annotated[
-        Literal["backtest", "paper", "live", "notebook"] | None, Parameter(help="Only runs of this kind.")
+        Literal["backtest", "sweep", "walkforward", "paper", "live", "notebook"] | None,
+        Parameter(help="Only runs of this kind."),
     ] = None,
     limit: Annotated[int, Parameter(help="At most so many. [20]")] = 20,
     folder: Folder = None,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INTERPRETER_BYTES', 'ROW_BYTES', 'Chunk', 'Answer', 'WORK', 'SLOW_WORK', 'ABOUT', 'TABLE', 'PARTS', 'PARTS_MAX',
            'Estimate', 'estimate', 'targets_bytes', 'check_compiled', 'chunks_of', 'chunk_size', 'answers',
-           'fingerprint', 'Kept', 'SweepResult', 'SweepProgress', 'missing_rows', 'shown_progress', 'sweep']
+           'fingerprint', 'Kept', 'SweepResult', 'SweepProgress', 'missing_rows', 'Rate', 'shown_progress', 'sweep']
 
 # %% ../../nbs/research/23_sweep.ipynb #f6fafdc2
 import hashlib
@@ -27,6 +27,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from ..clock.sessions import TradingCalendar
 from ..errors.taxonomy import BadData, Misconfigured, Misused, TraderError, did_you_mean
@@ -475,32 +478,24 @@ def missing_rows(count: int, found: Sequence[Answer]) -> list[range]:
     return [*gaps, range(at, count)] if at < count else gaps
 
 
+class Rate(ProgressColumn):
+    """Combinations a second, lately."""
+
+    def render(self, task: Task) -> Text:
+        """The rate as a text."""
+        return Text(f"{task.speed:,.0f}/s" if task.speed else "")
+
+
 @contextmanager
 def shown_progress(total: int, done: int, shown: bool | None) -> Iterator[Callable[[SweepProgress], None]]:
     """Draw progress with rate and time left on standard error. shown: None: only where it is a terminal."""
     if not (sys.stderr.isatty() if shown is None else shown):
         yield lambda step: None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    rate = TextColumn("{task.fields[rate]}")
-    columns = (
-        TextColumn("sweep"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        rate,
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
+    columns = (TextColumn("sweep"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
     with Progress(*columns, console=Console(file=sys.stderr, force_jupyter=False)) as bar:
-        task = bar.add_task("sweep", total=total, completed=done, rate="")
-
-        def draw(step: SweepProgress) -> None:
-            bar.update(task, completed=step.done)
-            speed = bar.tasks[0].speed
-            bar.update(task, rate=f"{speed:,.0f}/s" if speed else "")
-
-        yield draw
+        task = bar.add_task("sweep", total=total, completed=done)
+        yield lambda step: bar.update(task, completed=step.done)
 
 
 def sweep(

@@ -36,10 +36,15 @@ from ..trading.order_list import OrderRecord
 from ..trading.orders import decimal_text
 
 # %% ../../nbs/runs/08_cells.ipynb #54fe0894
-def asked_piece(asked: RunParameters, *, real_time: bool = False) -> Piece:
-    """The parameters of a run, costs and limits only where they bind; in real time, the bars are the broker's."""
+def asked_piece(
+    asked: RunParameters, *, real_time: bool = False, strategy: Mapping[str, object] | None = None
+) -> Piece:
+    """The parameters of a run, costs and limits only where they bind; in real time, the bars are the broker's.
+
+    strategy: what is shown of it; its name and parameters unless given.
+    """
     shown: dict[str, object] = {
-        **_strategies_asked(asked),
+        **(_strategies_asked(asked) if strategy is None else strategy),
         "symbols": list(asked.symbols),
         "from": asked.start or ("its start" if real_time else "where the data begins"),
         "to": asked.end or ("its stop" if real_time else "where the data ends"),
@@ -269,7 +274,7 @@ def publish(
     asked: RunParameters,
     data: DataRow | None,  # None where no bar closed
     orders: Sequence[OrderRecord],
-    order_list_hash: str,
+    order_list_hash: str | None,  # None where no list was kept
     statistics: Mapping[str, Any],
     equity_end: Decimal | float,  # USD at the last close
     refusals: Iterable[RefusalRow] = (),
