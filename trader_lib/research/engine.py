@@ -224,6 +224,14 @@ def _wanted(
     return False
 
 
+@compiled_part
+def _wants_none(weights: NDArray[np.float64], t: int) -> bool:
+    asked = 0.0
+    for s in range(weights.shape[1]):
+        asked += abs(weights[t, s])  # NaN stays, and is no zero
+    return asked == 0.0
+
+
 def new_book(n: int) -> Book:
     """An empty book of n symbols."""
     zeros, nans, none = np.zeros((3, n)), np.full((3, n), math.nan), np.full((2, n), -1, np.int64)
@@ -296,7 +304,14 @@ def _advance(
     ends_session, sizing, exits = market.ends_session, rules.sizing, rules.exits
     no_stop = math.isnan(exits.stop_loss) and math.isnan(exits.trailing_stop)
     has_exits = not (no_stop and math.isnan(exits.take_profit))
+    watched = not (math.isinf(limits.max_drawdown) and math.isinf(limits.max_daily_loss))
+    flat = False  # known to be
     for t in range(start, rows):
+        if flat and counts[WORKING] == 0 and _wants_none(weights, t):
+            equity[t], cash_after[t], positions[t] = cash, cash, 0.0
+            if ends_session[t]:
+                day_start = cash
+            continue
         if counts[ORDERS] + 4 * n > len(orders) or counts[FILLS] + 2 * n > len(fills):
             return t, Between(cash, day_start, peak)
         if counts[WORKING] > 0:
@@ -313,9 +328,12 @@ def _advance(
         equity[t], cash_after[t] = worth, cash
         peak = max(peak, worth)
         before = counts[STATE]
-        counts[STATE] = state_after_close(before, worth, day_start, peak, limits)
+        if watched:
+            counts[STATE] = state_after_close(before, worth, day_start, peak, limits)
+        flat = True
         for s in range(n):
             positions[t, s] = qty[s]
+            flat = flat and qty[s] == 0.0 and blocked[s] == 0
         busy = counts[WORKING] > 0
         for s in range(n):
             protected = has_exits and (qty[s] != 0.0 or blocked[s] != 0)

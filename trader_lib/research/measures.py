@@ -59,7 +59,7 @@ def day_ends(bars: Bars) -> NDArray[np.bool_]:
 class Moments(NamedTuple):
     """Of the daily returns so far."""
 
-    count: int
+    n: int
     mean: float
     second: float  # sums of powers of deviations
     third: float
@@ -70,10 +70,10 @@ class Moments(NamedTuple):
 
 @compiled_part
 def moments_with(m: Moments, value: float) -> Moments:
-    n = m.count + 1
+    n = m.n + 1
     delta = value - m.mean
     part = delta / n
-    term = delta * part * m.count
+    term = delta * part * m.n
     fourth = m.fourth + term * part * part * (n * n - 3 * n + 3) + 6.0 * part * part * m.second - 4.0 * part * m.third
     third = m.third + term * part * (n - 2) - 3.0 * part * m.second
     loss = min(value, 0.0)
@@ -83,7 +83,7 @@ def moments_with(m: Moments, value: float) -> Moments:
 @compiled_part
 def put_moments(m: Moments, max_drawdown: float, out: NDArray[np.float64]) -> None:
     """Write what follows from the moments into a row of measures."""
-    scale, n = math.sqrt(SESSIONS_A_YEAR), m.count
+    scale, n = math.sqrt(SESSIONS_A_YEAR), m.n
     annual = math.nan
     if n > 0 and m.grown > 0.0:
         annual = m.grown ** (SESSIONS_A_YEAR / n) - 1.0
@@ -188,6 +188,6 @@ def measure(
     traded = put_trades(fills, fill_count, scratch[1], scratch[2], out)
     out[0], out[18] = equity[rows - 1] / starting_cash - 1.0, equity[rows - 1]
     out[6], out[7] = deepest, longest_s / 86_400.0
-    years = moments.count / SESSIONS_A_YEAR
+    years = moments.n / SESSIONS_A_YEAR
     out[8] = traded / (total / bars) / years
     out[12], out[13] = exposure / bars, held_bars / bars

@@ -31,10 +31,10 @@ def axes_of(frame: pd.DataFrame) -> dict[str, list[Any]]:
     """The values of each parameter: numbers in increasing order, others as they come."""
     index = frame.index
     found = {}
-    for name in index.names:
+    for name in map(str, index.names):
         values = list(dict.fromkeys(index.get_level_values(name)))
         numeric = all(isinstance(value, int | float | np.number) and not isinstance(value, bool) for value in values)
-        found[str(name)] = sorted(values) if numeric else values
+        found[name] = sorted(values) if numeric else values
     return found
 
 
@@ -69,7 +69,7 @@ def plateaus(frame: pd.DataFrame, by: str) -> pd.DataFrame:
     places = {name: {value: k for k, value in enumerate(values)} for name, values in axes.items()}
     where = {
         tuple(places[name][value] for name, value in zip(axes, key, strict=True)): number
-        for key, number in zip(_tuples(better.index), better, strict=True)
+        for key, number in zip(_tuples(better.index), better.tolist(), strict=True)
     }
     rows = [_beside(at, own, where, [len(values) for values in axes.values()], spread) for at, own in where.items()]
     found = pd.DataFrame(rows, columns=["neighbours", "around", "worst", "alone", "edge"], index=figures.index)
@@ -84,11 +84,12 @@ def _beside(
     at: tuple[int, ...], own: float, where: Mapping[tuple[int, ...], float], sizes: Sequence[int], spread: float
 ) -> tuple[int, float, float, bool, bool]:
     steps = (step for step in product((-1, 0, 1), repeat=len(at)) if any(step))
-    near = [where[key] for step in steps if (key := tuple(a + b for a, b in zip(at, step, strict=True))) in where]
+    keys = (tuple(a + b for a, b in zip(at, step, strict=True)) for step in steps)
+    near = [where[key] for key in keys if key in where]
     edge = any(size > 2 and place in (0, size - 1) for place, size in zip(at, sizes, strict=True))
     if not near:
         return 0, np.nan, np.nan, False, edge
-    around = float(np.median(near))
+    around: float = float(np.median(near))
     return len(near), around, min(near), own - around > spread > 0.0, edge
 
 # %% ../../nbs/research/24_surfaces.ipynb #825b85ce
@@ -206,8 +207,7 @@ def ranked_table(frame: pd.DataFrame, by: str, rows: int = 20) -> Any:
 
 def plateau_note(found: pd.DataFrame, by: str) -> Any:
     """What lies around the best combination, as a sentence."""
-    best = _better(found[by], by).idxmax()
-    row = found.loc[best]
+    row = found.iloc[int(_better(found[by], by).to_numpy().argmax())]
     own, around = figure_text(by, float(row[by])), figure_text(by, float(row["around"]))
     if not row["neighbours"]:
         return note("The best combination has no neighbour with a figure: nothing says whether it is luck.", "bad")

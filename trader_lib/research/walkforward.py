@@ -39,7 +39,8 @@ def period(text: str) -> pd.DateOffset:
     match = re.fullmatch(r"\s*([1-9]\d{0,3})\s*([dwmy])\s*", str(text).lower())
     if match is None:
         raise Misused(f"A window is a number and a unit, such as 3y, 6m, 2w or 20d, not {text!r}.")
-    return pd.DateOffset(**{UNITS[match[2]]: int(match[1])})
+    length: dict[str, Any] = {UNITS[match[2]]: int(match[1])}
+    return pd.DateOffset(**length)
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,14 @@ class WalkForward:
     @cached_property
     def equity(self) -> pd.Series:
         """Equity at each close of the test windows, one after the other, USD."""
-        return pd.concat([result.equity for result in self._runs])
+        joined: pd.Series = pd.concat([result.equity for result in self._runs])
+        return joined
 
     @cached_property
     def exposure(self) -> pd.Series:
         """Long plus short, as a multiple of equity, at each close of the test windows."""
-        return pd.concat([result.exposure for result in self._runs])
+        joined: pd.Series = pd.concat([result.exposure for result in self._runs])
+        return joined
 
     @cached_property
     def statistics(self) -> dict[str, float | int | None]:

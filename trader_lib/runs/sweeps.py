@@ -144,7 +144,7 @@ def _tell(step: SweepProgress) -> None:
 
 def run_walk_forward(asked: WalkForwardParameters, bars: Bars) -> WalkForward:
     """The walk-forward of a run."""
-    how = {"train": asked.train, "test": asked.test, "anchored": asked.anchored, "by": asked.by}
+    how: dict[str, Any] = {"train": asked.train, "test": asked.test, "anchored": asked.anchored, "by": asked.by}
     return walk_forward(**asked.swept(), bars=bars, **asked.terms(), **how, report=cells.tell)
 
 

@@ -65,7 +65,7 @@ def signal_weights(signal: Signal, bars: Any, first: int = 0) -> NDArray[np.floa
 class RunningMean(NamedTuple):
     """What a rolling mean carries from one value to the next."""
 
-    count: int
+    inside: int  # values in the window
     total: float
     entered: float  # Kahan's compensation of what came in
     left: float  # and of what went out
@@ -87,7 +87,7 @@ def mean_without(mean: RunningMean, value: float) -> RunningMean:
     y = -value - mean.left
     total = mean.total + y
     negative = mean.negative - 1 if value < 0.0 else mean.negative
-    return RunningMean(mean.count - 1, total, mean.entered, total - mean.total - y, negative, mean.same, mean.previous)
+    return RunningMean(mean.inside - 1, total, mean.entered, total - mean.total - y, negative, mean.same, mean.previous)
 
 
 @compiled_part
@@ -99,17 +99,17 @@ def mean_with(mean: RunningMean, value: float) -> RunningMean:
     total = mean.total + y
     negative = mean.negative + 1 if value < 0.0 else mean.negative
     same = mean.same + 1 if value == mean.previous else 1
-    return RunningMean(mean.count + 1, total, total - mean.total - y, mean.left, negative, same, value)
+    return RunningMean(mean.inside + 1, total, total - mean.total - y, mean.left, negative, same, value)
 
 
 @compiled_part
 def mean_of(mean: RunningMean, window: int) -> float:
     """The mean of a full window; NaN where it is not full."""
-    if mean.count < window:
+    if mean.inside < window:
         return math.nan
-    if mean.same >= mean.count:
+    if mean.same >= mean.inside:
         return mean.previous
-    value = mean.total / mean.count
-    if (mean.negative == 0 and value < 0.0) or (mean.negative == mean.count and value > 0.0):
+    value = mean.total / mean.inside
+    if (mean.negative == 0 and value < 0.0) or (mean.negative == mean.inside and value > 0.0):
         return 0.0
     return value
