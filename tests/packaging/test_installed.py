@@ -20,13 +20,13 @@ ROOT = Path(__file__).parents[2]
 PYTHONS = ("3.11", "3.12", "3.13")
 EXTRAS = ("", "research", "runs", "schedule", "scale", "observe", "all")
 NEEDS = {  # all of them, the one that is asked for first at the beginning
-    **dict.fromkeys(("backtest", "live", "paper", "run"), ("runs",)),
+    **dict.fromkeys(("backtest", "live", "paper", "run", "sweep", "walkforward"), ("runs",)),
     **dict.fromkeys(("schedule check", "schedule run"), ("schedule", "runs")),
     "dashboard": ("observe",),
 }
 # What the commands answer where nothing is missing; 0 unless named. The session of `first_steps` has no result.json.
 CODES = {"agent": 3, "dashboard": 2, "exchange": 4, "live": 3, "notify test": 2, "run": 2, "runs compare": 4}
-CODES |= {"runs show": 4, "status": 7, "watch": 7}
+CODES |= {"runs show": 4, "status": 7, "walkforward": 4, "watch": 7}
 AFTER_REPORTS = {"runs compare", "runs show"}  # find a whole run where the reports were made before
 
 pytestmark = pytest.mark.packaging
