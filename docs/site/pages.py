@@ -43,7 +43,10 @@ ROOMS = {
     "strategy": ("Strategies", "What a strategy is, four of them, and the check for look-ahead."),
     "risk": ("Risk", "Limits as people set them, and what an order is refused for, in a sentence."),
     "exchange": ("Exchange", "An account, a book and a server that speaks Alpaca's protocol."),
-    "research": ("Research", "The compiled engine, backtests, sweeps and walk-forward, their statistics, figures and reports."),
+    "research": (
+        "Research",
+        "The compiled engine, backtests, sweeps and walk-forward, their statistics, figures and reports.",
+    ),
     "bus": ("Bus", "Events in order, within one process or between several."),
     "journal": ("Journal", "The hash-chained record of a session, and how it is read and verified."),
     "broker": ("Brokers", "One interface to Alpaca and to the embedded exchange."),

@@ -1,8 +1,8 @@
 """A thousand SMA pairs over a hundred thousand bars: `sweep`, a bare fused loop with the same fills, and vectorbt.
 
 The bare loop has running sums, whole shares, next-open fills, cents, drawdown and the moments of a Sharpe ratio, and
-nothing else: no orders, no risk checks, no calendar, no costs, no trades. It is the floor. vectorbt takes the same signals
-through `from_signals`, in chunks of fifty. By CPU time of one thread, in turns.
+nothing else: no orders, no risk checks, no calendar, no costs, no trades. It is the floor. vectorbt takes the same
+signals through `from_signals`, fifty of the pairs. By CPU time of one thread, in turns.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def sweeping(row: Callable[..., Any]) -> list[Any]:
             "a bare fused loop, the same fills, nothing else",
             floor,
             unit,
-            "sweep is so many times as slow",
+            "sweep is as slow as so many",
             ours / floor,
         ),
         row("pairs whose number of fills is the bare loop's, within 2 %", same * 100, "%", "", None),

@@ -24,7 +24,7 @@ from .report import facts, figure_text, lead, note, table, tiles, words, write_r
 if TYPE_CHECKING:
     from trader_lib.research.sweep import SweepResult
 
-SCALE = [[0.0, "#b91c1c"], [0.5, "#f8fafc"], [1.0, "#047857"]]
+SCALE: list[list[Any]] = [[0.0, "#b91c1c"], [0.5, "#f8fafc"], [1.0, "#047857"]]
 
 # %% ../../nbs/research/24_surfaces.ipynb #a46c8e1d
 def axes_of(frame: pd.DataFrame) -> dict[str, list[Any]]:
@@ -69,7 +69,7 @@ def plateaus(frame: pd.DataFrame, by: str) -> pd.DataFrame:
     places = {name: {value: k for k, value in enumerate(values)} for name, values in axes.items()}
     where = {
         tuple(places[name][value] for name, value in zip(axes, key, strict=True)): number
-        for key, number in zip(_tuples(better.index), better.tolist(), strict=True)
+        for key, number in zip(_tuples(better.index), np.asarray(better, dtype=np.float64).tolist(), strict=True)
     }
     rows = [_beside(at, own, where, [len(values) for values in axes.values()], spread) for at, own in where.items()]
     found = pd.DataFrame(rows, columns=["neighbours", "around", "worst", "alone", "edge"], index=figures.index)
