@@ -247,6 +247,18 @@ class Runner:
                 self._by_targets(one, out, place, reasons, room)
         return out, reasons
 
+    def daily(self, rows: "list[int] | range") -> NDArray[np.float64]:
+        """Daily returns of combinations [session × row], fractions; NaN for those without figures."""
+        ends = np.flatnonzero(self.ground.day_end)
+        ends = ends[ends >= self.ground.start]
+        found = np.full((len(ends), len(rows)), np.nan)
+        for place, row in enumerate(rows):
+            _, reasons = self.run([row])
+            if self._room is not None and not reasons:
+                closes = np.concatenate([[self.ground.starting_cash], self._room.equity[ends]])
+                found[:, place] = closes[1:] / closes[:-1] - 1.0
+        return found
+
     def last(self) -> tuple[Table, Table]:
         """The orders and fills of the run that was last."""
         assert self._room is not None, "nothing has run yet"

@@ -173,7 +173,7 @@ def measure(
                 gross += abs(positions[t, s]) * mark[s]
         total += worth
         if gross > 0.0:
-            exposure += gross / worth
+            exposure += gross / worth if worth != 0.0 else math.inf
             held_bars += 1 if worth > 0.0 else 0
         if worth >= peak:
             peak, peak_s = worth, closed_s[t]
@@ -181,7 +181,7 @@ def measure(
             deepest = min(deepest, worth / peak - 1.0)
             longest_s = max(longest_s, closed_s[t] - peak_s)
         if day_end[t]:
-            moments = moments_with(moments, worth / before - 1.0)
+            moments = moments_with(moments, worth / before - 1.0 if before != 0.0 else math.nan)
             before = worth
     bars = rows - start
     put_moments(moments, deepest, out)
@@ -189,5 +189,5 @@ def measure(
     out[0], out[18] = equity[rows - 1] / starting_cash - 1.0, equity[rows - 1]
     out[6], out[7] = deepest, longest_s / 86_400.0
     years = moments.n / SESSIONS_A_YEAR
-    out[8] = traded / (total / bars) / years
+    out[8] = traded / (total / bars) / years if total != 0.0 else math.nan
     out[12], out[13] = exposure / bars, held_bars / bars

@@ -402,6 +402,31 @@ class SweepResult:
         row = replace(self.grid, base=given, names=(), rows=((),))
         return run_on(row.build(0), self.bars, self.terms)
 
+    def daily_returns(self, rows_max: int = 2_000) -> pd.DataFrame:
+        """Daily returns of the combinations that have figures, a column each; they are run again for it.
+
+        Raises Misused for more than rows_max, since all returns are held at once. What
+        `overfitting.probability_of_overfitting` takes.
+        """
+        rows = np.flatnonzero((self.frame["reason"] == "").to_numpy()).tolist()
+        if len(rows) > rows_max:
+            raise Misused(f"{len(rows):,} combinations have figures: allow as many with rows_max, or sweep fewer.")
+        kept = replace(self.grid, rows=tuple(self.grid.rows[row] for row in self._places(rows)))
+        warmup = _longest_warmup(kept) if self.terms.start is not None else 0
+        cut, first = window(self.bars, self.terms.start, self.terms.end, warmup)
+        runner = Runner(kept, cut, first, self.terms, compiled=self.estimate.compiled)
+        ends = runner.ground.day_end
+        index = cut.index[ends][cut.index[ends] >= cut.index[first]]
+        return pd.DataFrame(runner.daily(range(len(kept))), index=index, columns=kept.index())
+
+    def _places(self, rows: Sequence[int]) -> list[int]:
+        """Where rows of the frame stand in the grid."""
+        if self.complete:
+            return list(rows)
+        where = {key: place for place, key in enumerate(self.grid.rows)}
+        keys = list(self.frame.index) if len(self.grid.names) > 1 else [(key,) for key in self.frame.index]
+        return [where[keys[row]] for row in rows]
+
     def plateaus(self, by: str = "sharpe_ratio") -> pd.DataFrame:
         """Each combination beside its neighbours in the grid; see `research.surfaces`."""
         from trader_lib.research.surfaces import plateaus
