@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'SweepParameters', 'WalkForwardParameters', 'run_sweep', 'run_walk_forward', 'asked_piece', 'sweep_statistics',
-           'publish_sweep', 'publish_walk_forward']
+           'luck_sentences', 'publish_sweep', 'publish_walk_forward']
 
 # %% ../../nbs/runs/14_sweeps.ipynb #2faa4685
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from ..errors.taxonomy import BadData, TraderError
+from ..errors.taxonomy import BadData, Misused, TraderError
 from ..market.bars import Bars
 from ..research.combinations import COMBINATIONS_MAX, Combinations, combinations
 from ..research.measures import COUNTS, MEASURES
-from ..research.overfitting import deflate
+from ..research.overfitting import deflate, probability_of_overfitting
 from ..research.report import Piece
 from ..research.sweep import ABOUT, SweepProgress, SweepResult, sweep
 from ..research.walkforward import WalkForward, folds_of, period, walk_forward
@@ -170,6 +170,17 @@ def sweep_statistics(result: SweepResult, by: str) -> dict[str, float | int | st
         "expected_best_sharpe": luck.expected_best,
         "deflated_sharpe": luck.deflated,
     }
+
+
+def luck_sentences(result: SweepResult) -> list[str]:
+    """What the statistics say of the best combination: deflated Sharpe, and overfitting where the runs are few enough."""
+    told, rows_max = [deflate(result.frame).sentence()], 2_000 if result.estimate.compiled else 200
+    try:
+        returns = result.daily_returns(rows_max).to_numpy()
+        told.append(probability_of_overfitting(returns, blocks=10).sentence())
+    except (BadData, Misused) as error:
+        told.append(f"The probability of overfitting was not computed: {error.message}")
+    return told
 
 
 def publish_sweep(asked: SweepParameters, result: SweepResult) -> None:
