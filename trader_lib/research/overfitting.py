@@ -100,7 +100,8 @@ class Deflated(NamedTuple):
         luck = f"the best of as many without skill would show {self.expected_best:.2f}"
         if not math.isfinite(self.deflated):
             return f"{found}, and its returns are too few to say more."
-        return f"{found}; {luck}. The probability that it is more than luck is {self.deflated:.0%}."
+        sure = "more than 99%" if self.deflated > 0.99 else f"{self.deflated:.0%}"
+        return f"{found}; {luck}. The probability that it is more than luck is {sure}."
 
 
 def deflate(frame: pd.DataFrame, trials: int | None = None) -> Deflated:

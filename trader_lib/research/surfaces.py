@@ -58,20 +58,23 @@ def _better(values: "pd.Series[float]", by: str) -> "pd.Series[float]":
 def plateaus(frame: pd.DataFrame, by: str) -> pd.DataFrame:
     """Each combination with a figure beside its neighbours, those on the highest ground first.
 
-    Columns: the figure; neighbours: how many have one; around: their median; worst: the worst of them; alone: it stands
-    out of them by more than the spread (standard deviation) of all; edge: it lies at the end of a parameter's values.
+    Columns: the figure; neighbours: how many have one; around: their median; worst: the worst of them; alone: it
+    stands out of ordinary ones by more than the spread (standard deviation) of all, or of any by two; edge: it lies at the end of a parameter's values.
     """
     figures = frame[by].astype(float)
     figures = figures[figures.notna()]
     better = _better(figures, by)
     spread = float(better.std()) if len(better) > 1 else 0.0
-    axes = axes_of(frame)
+    axes, middle = axes_of(frame), float(better.median())
     places = {name: {value: k for k, value in enumerate(values)} for name, values in axes.items()}
     where = {
         tuple(places[name][value] for name, value in zip(axes, key, strict=True)): number
         for key, number in zip(_tuples(better.index), np.asarray(better, dtype=np.float64).tolist(), strict=True)
     }
-    rows = [_beside(at, own, where, [len(values) for values in axes.values()], spread) for at, own in where.items()]
+    rows = [
+        _beside(at, own, where, [len(values) for values in axes.values()], (middle, spread))
+        for at, own in where.items()
+    ]
     found = pd.DataFrame(rows, columns=["neighbours", "around", "worst", "alone", "edge"], index=figures.index)
     if by in LOWER_IS_BETTER:
         found[["around", "worst"]] *= -1.0
@@ -81,7 +84,11 @@ def plateaus(frame: pd.DataFrame, by: str) -> pd.DataFrame:
 
 
 def _beside(
-    at: tuple[int, ...], own: float, where: Mapping[tuple[int, ...], float], sizes: Sequence[int], spread: float
+    at: tuple[int, ...],
+    own: float,
+    where: Mapping[tuple[int, ...], float],
+    sizes: Sequence[int],
+    usual: tuple[float, float],  # middle and spread of all
 ) -> tuple[int, float, float, bool, bool]:
     steps = (step for step in product((-1, 0, 1), repeat=len(at)) if any(step))
     keys = (tuple(a + b for a, b in zip(at, step, strict=True)) for step in steps)
@@ -89,8 +96,10 @@ def _beside(
     edge = any(size > 2 and place in (0, size - 1) for place, size in zip(at, sizes, strict=True))
     if not near:
         return 0, np.nan, np.nan, False, edge
-    around: float = float(np.median(near))
-    return len(near), around, min(near), own - around > spread > 0.0, edge
+    around, (middle, spread) = float(np.median(near)), usual
+    step = own - around
+    alone = spread > 0.0 and step > spread and (around <= middle or step > 2.0 * spread)
+    return len(near), around, min(near), alone, edge
 
 # %% ../../nbs/research/24_surfaces.ipynb #825b85ce
 def heatmap(frame: pd.DataFrame, by: str, x: str | None = None, y: str | None = None) -> Figure:
@@ -213,9 +222,7 @@ def plateau_note(found: pd.DataFrame, by: str) -> Any:
         return note("The best combination has no neighbour with a figure: nothing says whether it is luck.", "bad")
     told = f"The best combination has a {words(by).lower()} of {own}; the middle one of its {int(row['neighbours'])} neighbours has {around}."
     if row["alone"]:
-        return note(
-            f"{told} It stands alone: a step away the figure falls by more than the spread of the sweep.", "bad"
-        )
+        return note(f"{told} It stands alone: a step away little of it is left.", "bad")
     if row["edge"]:
         return note(f"{told} It lies at the edge of the grid: better ones may lie outside.", "")
     return note(f"{told} It stands on a plateau.", "good")
