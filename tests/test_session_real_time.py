@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from loguru import logger
 
-from tests.venue import as_alpaca, goes_on, recent_minutes
+from tests.venue import as_alpaca, beside, goes_on, recent_minutes
 from trader_lib.agents.market_data import MarketDataAgent
 from trader_lib.broker.inbox import BarArrived, Inbox
 from trader_lib.broker.port import StreamCounters
@@ -395,11 +395,7 @@ async def test_session_at_alpaca_runs_in_real_time(tmp_path: Path) -> None:
         settings = load_settings(environ={}, env_file=None, overrides={"broker": broker})
         spec = SessionSpec(params={"fast": 2, "slow": 4}, symbols=("AAPL", "IBM"), timeframe="1Min", bars_max=10)
 
-        feed = asyncio.create_task(goes_on(server))
-        try:
-            async with asyncio.timeout(60):
-                result = await run_session(spec, settings, journal_path=tmp_path / "journal.sqlite")
-        finally:
-            feed.cancel()
+        async with asyncio.timeout(60), beside(goes_on(server)):
+            result = await run_session(spec, settings, journal_path=tmp_path / "journal.sqlite")
     assert result.bars >= 10 and result.orders and result.reconciliation.ok, result.reconciliation.differences
     assert all(agent.state == "ok" for agent in result.health), result.health

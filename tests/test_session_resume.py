@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 from loguru import logger
 
-from tests.venue import as_alpaca, goes_on, recent_minutes
+from tests.venue import as_alpaca, beside, goes_on, recent_minutes
 from trader_lib.broker.in_process import InProcessBroker
 from trader_lib.config.settings import Settings, load_settings
 from trader_lib.errors.taxonomy import BadData, InvariantBroken, Misused
@@ -314,19 +314,15 @@ async def test_session_at_alpaca_goes_on_where_it_died(tmp_path: Path) -> None:
                 dead.set()
 
         async with asyncio.timeout(100):
-            feed = asyncio.create_task(goes_on(server))
-            first = asyncio.create_task(run_session(spec, wire, journal_path=path, progress=die))
-            await dead.wait()
-            first.cancel()  # no drain, no last word: as if it were killed
-            await asyncio.gather(first, return_exceptions=True)
-            feed.cancel()
+            async with beside(goes_on(server)):
+                first = asyncio.create_task(run_session(spec, wire, journal_path=path, progress=die))
+                await dead.wait()
+                first.cancel()  # no drain, no last word: as if it were killed
+                await asyncio.gather(first, return_exceptions=True)
             for _ in range(3):  # what was open fills, and nobody hears of it
                 await asyncio.to_thread(server.call, server.exchange.advance)
-            feed = asyncio.create_task(goes_on(server))
-            try:
+            async with beside(goes_on(server)):
                 result = await run_session(spec, wire, journal_path=path, resume=True)
-            finally:
-                feed.cancel()
         sent = server.call(lambda: server.exchange.orders(open_only=False))
     assert result.bars >= 14 and result.reconciliation.ok, result.reconciliation.differences
     with SqliteJournal(path) as journal:
