@@ -265,7 +265,7 @@ class BacktestResult:
             raise Misused(
                 f"The benchmark has no price from {self.bars.day(self.start)} to {self.bars.day(-1)}. Give one that has."
             )
-        return self._statistics(prices.to_numpy(dtype=np.float64))
+        return self._statistics(np.asarray(prices, dtype=np.float64))
 
     def _statistics(self, benchmark: NDArray[np.float64] | None) -> Statistics:
         return statistics(

@@ -33,6 +33,7 @@ from trader_lib.runs.result import (
     StrategyRow,
     versions,
 )
+from .store import json_value
 from ..trading.order_list import OrderRecord
 from ..trading.orders import decimal_text
 
@@ -288,7 +289,7 @@ def publish(
         status=status,
         started_at=moment,
         ended_at=moment,
-        parameters=asked.told(asked.build()),
+        parameters={name: json_value(value) for name, value in asked.told(asked.build()).items()},
         seed=asked.seed,
         versions=dict(versions()),
         data=data,
