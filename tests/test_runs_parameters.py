@@ -90,7 +90,7 @@ def test_first_line_of_a_cell(code: str, line: str) -> None:
     assert first_line(code) == line
 
 
-@pytest.mark.parametrize("cash", ["inf", "None", "nan", "0", "-5", "0.001", "plenty"])
+@pytest.mark.parametrize("cash", ["inf", "None", "nan", "0", "-5", "0.001", "1e40", "plenty"])
 def test_cash_that_cannot_be_is_refused_in_a_sentence(
     cash: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

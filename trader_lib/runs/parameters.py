@@ -39,12 +39,11 @@ class RunParameters(SessionSpec):
     def _amount(cls, value: object) -> object:
         try:
             amount = Decimal(str(value))
-        except InvalidOperation:
-            amount = Decimal("NaN")
-        if not (amount.is_finite() and amount > 0 and amount == round(amount, 2)):
-            raise ValueError(
-                f"an account starts with an amount above 0 in USD and whole cents, such as 100000, not {value}"
-            )
+            known = amount.is_finite() and amount > 0 and amount == round(amount, 2)
+        except InvalidOperation:  # no number, or one of more digits than a Decimal rounds
+            known = False
+        if not known:
+            raise ValueError("an account starts with an amount above 0 in USD and whole cents, such as 100000")
         return amount
 
     @field_validator("timeframe")
