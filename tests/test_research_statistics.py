@@ -71,7 +71,7 @@ def minutes() -> BacktestResult:
 def weekly() -> BacktestResult:
     """Fridays of six years, each a row of a daily table."""
     fridays = sessions("2006-01-03", "2011-12-30")
-    fridays = fridays[fridays.dayofweek == 4]
+    fridays = fridays[fridays.day_of_week == 4]
     close = 100.0 * np.exp(np.cumsum(np.random.default_rng(5).normal(0.003, 0.03, len(fridays))))
     return backtest(
         SmaCross(fast=2, slow=6), Bars.from_frame(frame(fridays, close.round(2))), costs=Costs(slippage_bps=5)
@@ -214,7 +214,7 @@ def test_the_portfolio_is_annualised_as_the_statistics_are(kind: str) -> None:
 
 def test_weekly_rows_that_double_in_two_years_grow_by_41_percent_a_year() -> None:
     fridays = sessions("2021-01-08", "2023-02-10")
-    fridays = fridays[fridays.dayofweek == 4]
+    fridays = fridays[fridays.day_of_week == 4]
     prices = 100.0 * 2.0 ** (np.asarray((fridays - fridays[0]).days) / 730.5)
     seen = run(Weights(), Bars.from_frame(frame(fridays, prices)), cash=1_000_000).statistics
     assert seen["annual_return"] == pytest.approx(2**0.5 - 1, abs=0.005)

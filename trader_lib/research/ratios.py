@@ -179,7 +179,9 @@ def benchmark_figures(returns: Floats, benchmark: Floats, returns_a_year: float)
     both = np.isfinite(returns) & np.isfinite(benchmark)
     ours, theirs = returns[both], benchmark[both]
     if len(ours) < 3:
-        return dict.fromkeys(names, too_few(3, len(ours)))
+        return dict.fromkeys(
+            names, f"It takes three sessions after the first that both have, and there are {len(ours)}."
+        )
     if theirs.std() <= VARIES_MIN:
         return dict.fromkeys(names, "The benchmark does not vary.")
     covariance = np.cov(ours, theirs)

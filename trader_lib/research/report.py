@@ -80,8 +80,8 @@ STYLE = """
   justify-content: space-between; border-bottom: 1px solid #eef0f3; padding: 5px 0; }
 .tl .facts span { color: #6b7280; white-space: nowrap; }
 .tl .facts b { font-weight: 500; text-align: right; overflow-wrap: anywhere; }
-.tl .groups { display: grid; grid-template-columns: repeat(auto-fit, minmax(290px, 1fr)); gap: 4px 40px; }
-.tl .groups h4 { margin: .9em 0 .2em; font-size: 13px; }
+.tl .groups { column-width: 290px; column-gap: 40px; } .tl .groups > div { break-inside: avoid; padding-bottom: .9em; }
+.tl .groups h4 { margin: 0 0 .2em; font-size: 13px; }
 .tl .groups div div { display: flex; gap: 16px; justify-content: space-between; border-bottom: 1px solid #eef0f3;
   padding: 4px 0; } .tl .groups span { color: #6b7280; cursor: help; }
 .tl .groups b { font-weight: 500; white-space: nowrap; }

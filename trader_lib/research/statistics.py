@@ -251,7 +251,9 @@ def statistics(
         return Statistics(figures | dict.fromkeys(RETURN_FIGURES, lost))
     a_year, deepest = sessions.returns_a_year, float(figures["max_drawdown"])
     yearly = annual_return(float(curve[-1]) / starting_cash, sessions.years)
-    calmar = yearly / -deepest if deepest and not isinstance(yearly, str) else "There is no drawdown to compare with."
+    calmar: Value = "Equity never fell below a peak." if not deepest else yearly
+    if not isinstance(calmar, str):
+        calmar /= -deepest
     compared = held if benchmark is None else benchmark
     theirs = np.full(len(curve), math.nan) if compared is None else compared
     return Statistics(
