@@ -15,6 +15,7 @@ from trader_lib.runs.kernel import first_line, strict_json
 from trader_lib.runs.result import RESULT_MIME
 from trader_lib.runs.runner import run_notebook
 from trader_lib.runs.store import RunFolder, RunStore
+from trader_lib.runs.templates import Parameter, assigned
 
 
 def write_notebook(path: Path, *cells: str, **metadata: Any) -> Path:
@@ -107,3 +108,22 @@ def test_a_notebook_in_another_language_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(Misused, match="is written in R; only notebooks in Python are run"):
         run_notebook("notebook", {}, store=RunStore(tmp_path / "runs"), template=notebook)
+
+
+def test_parameters_are_what_a_cell_assigns_at_its_top_level() -> None:
+    source = """%matplotlib inline
+!date
+days: "list[int] | None" = [
+    1,
+    2,
+]  # which # ones
+declared: int
+a.b = first, second = 1, 2
+if True:
+    inner = 1
+text = "# no comment"
+"""
+    assert assigned(source) == {
+        "days": Parameter("days", "[\n    1,\n    2,\n]", "which # ones"),
+        "text": Parameter("text", '"# no comment"', ""),
+    }

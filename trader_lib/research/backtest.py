@@ -24,7 +24,7 @@ from ..market.bars import Bars, window
 from .engine import Simulation, run
 from .ledger import CANCELED, EXPIRED, FILLED, OCO_LIMIT, Market, Rules
 from .portfolio import portfolio_of
-from .statistics import Statistics, statistics
+from .statistics import Statistics, statistics, trades_of
 from ..risk.checks import About, RiskDecision, outcomes
 from ..risk.limits import Limits
 from ..rules.checks import CHECK_COUNT, Check, OrderFacts, RiskFacts, check_order
@@ -160,6 +160,11 @@ class BacktestResult:
                 **{name: table[name] for name in ("side", "qty", "price", "fee")},
             }
         )
+
+    @cached_property
+    def trades_frame(self) -> pd.DataFrame:
+        """Every trade, from flat to flat: symbol, side, opened, closed, qty, profit (USD); open ones come last."""
+        return trades_of(self.fills_frame)
 
     def _series(self, values: NDArray[np.float64], name: str) -> pd.Series:
         return pd.Series(values[self.start :], index=self.bars.index[self.start :], name=name)

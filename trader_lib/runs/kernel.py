@@ -10,6 +10,7 @@ __all__ = ['DRAIN_S', 'Ending', 'ENGINE', 'SESSION_TAG', 'LINE_MAX', 'AUTOSAVE_S
 # %% ../../nbs/runs/03_kernel.ipynb #13e66a80
 import codecs
 import json
+import logging
 import math
 import os
 import re
@@ -282,6 +283,7 @@ def register_engine() -> str:
             client.watch, client.streams = watch, Streams()
             client.execute()
 
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of names that our own check knows
     papermill_engines.register(ENGINE, SupervisedEngine)
     return ENGINE
 
