@@ -50,6 +50,12 @@ def sessions(first: str, last: str) -> pd.DatetimeIndex:
     return pd.DatetimeIndex([one.date for one in found])
 
 
+def week_ends(first: str, last: str) -> pd.DatetimeIndex:
+    """The last session of each week, as weekly tables have them."""
+    days = sessions(first, last)
+    return days[np.append(days.isocalendar().week.to_numpy()[1:] != days.isocalendar().week.to_numpy()[:-1], True)]
+
+
 def flat_bars(prices: list[float], first: str = "2024-01-02") -> Bars:
     days = sessions(first, "2024-12-31")[: len(prices)]
     return Bars.from_frame(frame(days, np.array(prices)))
@@ -70,13 +76,10 @@ def minutes() -> BacktestResult:
 
 
 def weekly() -> BacktestResult:
-    """Fridays of six years, each a row of a daily table."""
-    fridays = sessions("2006-01-03", "2011-12-30")
-    fridays = fridays[fridays.day_of_week == 4]
-    close = 100.0 * np.exp(np.cumsum(np.random.default_rng(5).normal(0.003, 0.03, len(fridays))))
-    return backtest(
-        SmaCross(fast=2, slow=6), Bars.from_frame(frame(fridays, close.round(2))), costs=Costs(slippage_bps=5)
-    )
+    """The week-ends of six years, each a row of a daily table."""
+    ends = week_ends("2006-01-03", "2011-12-30")
+    close = 100.0 * np.exp(np.cumsum(np.random.default_rng(5).normal(0.003, 0.03, len(ends))))
+    return backtest(SmaCross(fast=2, slow=6), Bars.from_frame(frame(ends, close.round(2))), costs=Costs(slippage_bps=5))
 
 
 KINDS: dict[str, Callable[[], BacktestResult]] = {
@@ -95,8 +98,10 @@ def session_returns(result: BacktestResult) -> "pd.Series[float]":
 
 
 def years(result: BacktestResult) -> float:
-    ends = [when.tz_convert("America/New_York").date() for when in (result.equity.index[0], result.equity.index[-1])]
-    return len(TradingCalendar().sessions(*ends)) / 252
+    first_last = [
+        when.tz_convert("America/New_York").date() for when in (result.equity.index[0], result.equity.index[-1])
+    ]
+    return len(TradingCalendar().sessions(*first_last)) / 252
 
 
 @of_each_kind
@@ -214,10 +219,9 @@ def test_the_portfolio_is_annualised_as_the_statistics_are(kind: str) -> None:
 
 
 def test_weekly_rows_that_double_in_two_years_grow_by_41_percent_a_year() -> None:
-    fridays = sessions("2021-01-08", "2023-02-10")
-    fridays = fridays[fridays.day_of_week == 4]
-    prices = 100.0 * 2.0 ** (np.asarray((fridays - fridays[0]).days) / 730.5)
-    seen = run(Weights(), Bars.from_frame(frame(fridays, prices)), cash=1_000_000).statistics
+    ends = week_ends("2021-01-04", "2023-02-10")
+    prices = 100.0 * 2.0 ** (np.asarray((ends - ends[0]).days) / 730.5)
+    seen = run(Weights(), Bars.from_frame(frame(ends, prices)), cash=1_000_000).statistics
     assert seen["annual_return"] == pytest.approx(2**0.5 - 1, abs=0.005)
     assert seen["years"] == pytest.approx(2.09, abs=0.02)
 
