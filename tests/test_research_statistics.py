@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import vectorbt  # noqa: F401
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from trader_lib.clock.sessions import TradingCalendar
@@ -20,7 +22,7 @@ from trader_lib.market.synthetic import synthetic_bars
 from trader_lib.research.backtest import BacktestResult, backtest
 from trader_lib.research.figures import FIGURES
 from trader_lib.research.ratios import sessions_of
-from trader_lib.research.statistics import RETURN_FIGURES
+from trader_lib.research.statistics import FILL_COLUMNS, RETURN_FIGURES, statistics
 from trader_lib.strategy.contract import Strategy
 from trader_lib.strategy.sma_cross import SmaCross
 
@@ -302,3 +304,30 @@ def test_the_report_shows_figures_in_groups_and_says_why_some_are_missing(tmp_pa
     for figure in FIGURES.values():
         assert f"<h4>{figure.group}</h4>" in page
     assert "It takes 20 sessions or more, and there are 3." in page and FIGURES["fees"].meaning in page
+
+
+DAYS = sessions("2024-01-02", "2024-12-31").tz_localize("America/New_York").tz_convert("UTC")
+NOTHING = pd.DataFrame({name: pd.Series(dtype=object if name in ("bar", "symbol") else float) for name in FILL_COLUMNS})
+
+
+@given(
+    st.lists(st.floats(-1e9, 1e12, allow_nan=False), min_size=1, max_size=60),
+    st.lists(st.floats(1e-4, 1e6), min_size=60, max_size=60),
+)
+def test_whatever_equity_does_each_figure_is_finite_or_has_a_reason(equity: list[float], prices: list[float]) -> None:
+    curve = pd.Series(np.round(equity, 2), index=DAYS[: len(equity)])
+    close = np.array(prices[: len(equity)])[:, None]
+    seen = statistics(10_000.0, curve, curve * 0.0, NOTHING, close=close)
+    assert all(type(value) in (int, float) and np.isfinite(value) for value in seen.values() if value is not None)
+    assert {name for name, value in seen.items() if value is None} == seen.reasons.keys()
+    assert (seen["annual_return"] is None) >= bool((curve <= 0.0).any())
+
+
+@given(st.lists(st.floats(0.5, 2.0), min_size=25, max_size=60), st.sampled_from([1e-2, 10.0, 1e6]))
+def test_ratios_do_not_depend_on_the_size_of_the_account(growth: list[float], scale: float) -> None:
+    curve = pd.Series(10_000.0 * np.cumprod(growth), index=DAYS[: len(growth)])
+    close = curve.to_numpy()[:, None]
+    ours, theirs = (statistics(10_000.0 * k, curve * k, curve * 0.0, NOTHING, close=close) for k in (1.0, scale))
+    for name in RETURN_FIGURES:
+        if ours[name] is not None:
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-6, abs=1e-9), name

@@ -121,7 +121,7 @@ def session_statistics(result: SessionResult, bars: Bars | None) -> Statistics:
         equity,
         exposure_by_bar(result, bars),
         fills_of(result.orders, result.spec.costs),
-        close=bars.frame("close").ffill().reindex(equity.index).to_numpy(dtype=np.float64),
+        close=bars.frame("close").ffill().reindex(equity.index, method="ffill").to_numpy(dtype=np.float64),
         orders=orders,
         refused=refused,
     )
