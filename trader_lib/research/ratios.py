@@ -110,7 +110,7 @@ def tail_figures(returns: Floats) -> dict[str, Value]:
     if count < TAIL_SESSIONS_MIN:
         return dict.fromkeys(names, too_few(TAIL_SESSIONS_MIN, count))
     low, high = np.percentile(returns, [100.0 * TAIL, 100.0 * (1.0 - TAIL)])
-    shortfall = float(returns[returns <= low].mean())
+    shortfall = float(np.sort(returns)[: int((count - 1) * TAIL) + 1].mean())
     ratio = abs(float(high)) / abs(float(low)) if low != 0.0 else "The worst session in twenty lost nothing."
     return dict(zip(names, (float(low), shortfall, ratio), strict=True))
 
