@@ -10,6 +10,7 @@ __all__ = ['WHAT', 'ACCOUNT', 'RISK', 'HOW', 'TrustOption', 'WhatOptions', 'Cost
 import json
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
@@ -139,11 +140,19 @@ def strategy_params(pairs: Sequence[str]) -> dict[str, object]:
             raise Misused(f"-p {pair} should read -p NAME=VALUE, such as -p fast=10.")
         if name in params:
             raise Misused(f"The parameter {name!r} is given twice.")
-        try:
-            params[name] = json.loads(value)
-        except ValueError:
-            params[name] = value
+        params[name] = _value(value)
     return params
+
+
+def _value(text: str) -> object:
+    """What a word of the command line means: JSON, or a value as papermill reads it, or itself."""
+    if text in ("True", "False", "None"):
+        return {"True": True, "False": False, "None": None}[text]
+    for read in (json.loads, int, float):
+        with suppress(ValueError):
+            if read is json.loads or not text.isalpha() or text in ("nan", "inf"):  # INF is a symbol
+                return read(text)
+    return text
 
 
 def _given(options: object) -> dict[str, object]:

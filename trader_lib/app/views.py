@@ -31,8 +31,7 @@ def show_run(run: RunFolder, *, as_json: bool = False, orders: int = 0) -> None:
     if result.strategies:
         print_table(STRATEGY_COLUMNS, [strategy_row(row) for row in result.strategies], title="Strategies")
     if result.failure is not None:
-        where = f" in cell {result.failure.cell} ({result.failure.section})" if result.failure.cell else ""
-        print_line(f"Ended early{where}: {result.failure.message}")
+        print_line(f"Ended early{result.failure.where}: {result.failure.message}")
     if orders:
         columns = (*ORDER_COLUMNS, "Strategy") if result.strategies else ORDER_COLUMNS
         rows = [(*order_row(order), order.strategy)[: len(columns)] for order in result.orders[:orders]]

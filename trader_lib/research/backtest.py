@@ -23,7 +23,8 @@ from ..exchange.costs import Costs
 from ..market.bars import Bars, window
 from .engine import Simulation, run
 from .ledger import CANCELED, EXPIRED, FILLED, OCO_LIMIT, Market, Rules
-from .statistics import portfolio_of, statistics
+from .portfolio import portfolio_of
+from .statistics import Statistics, statistics, trades_of
 from ..risk.checks import About, RiskDecision, outcomes
 from ..risk.limits import Limits
 from ..rules.checks import CHECK_COUNT, Check, OrderFacts, RiskFacts, check_order
@@ -86,6 +87,7 @@ class BacktestResult:
     sizing: SizingRules
     seed: int
     simulation: Simulation
+    calendar: str = "XNYS"  # ISO 10383 code of the exchange, by whose sessions years are counted
 
     def __repr__(self) -> str:
         last = self.simulation.equity[-1]
@@ -159,6 +161,11 @@ class BacktestResult:
             }
         )
 
+    @cached_property
+    def trades_frame(self) -> pd.DataFrame:
+        """Every trade, from flat to flat: symbol, side, opened, closed, qty, profit (USD); open ones come last."""
+        return trades_of(self.fills_frame)
+
     def _series(self, values: NDArray[np.float64], name: str) -> pd.Series:
         return pd.Series(values[self.start :], index=self.bars.index[self.start :], name=name)
 
@@ -187,9 +194,13 @@ class BacktestResult:
     @cached_property
     def exposure(self) -> pd.Series:
         """Long plus short, as a multiple of equity, at each close."""
-        marks = self.bars.frame("close").ffill().iloc[self.start :]
-        gross = np.nansum(np.abs(self.positions.to_numpy()) * marks.to_numpy(), axis=1)
-        return pd.Series(gross / self.equity.to_numpy(), index=self.equity.index, name="exposure")
+        gross = np.nansum(np.abs(self.simulation.positions[self.start :]) * self._marks, axis=1)
+        return self._series(np.concatenate([np.zeros(self.start), gross / self.equity.to_numpy()]), "exposure")
+
+    @cached_property
+    def _marks(self) -> NDArray[np.float64]:
+        """The last close known at each bar [time × symbol], USD; NaN before a symbol's first."""
+        return self.bars.frame("close").ffill().to_numpy()[self.start :]
 
     @cached_property
     def equity_end(self) -> Decimal:
@@ -238,14 +249,41 @@ class BacktestResult:
 
     @cached_property
     def portfolio(self) -> "Portfolio":
-        """The run as a `vectorbt.Portfolio`; its index is UTC without a time zone."""
-        return portfolio_of(self.bars.frame("close").iloc[self.start :], self.fills_frame, self.starting_cash)
+        """The run as a `vectorbt.Portfolio`, annualised as `statistics` are; its index is UTC without a time zone."""
+        close, timeframe = self.bars.frame("close").iloc[self.start :], self.bars.timeframe
+        return portfolio_of(close, self.fills_frame, self.starting_cash, timeframe, self.calendar)
 
     @cached_property
-    def statistics(self) -> dict[str, float | int | None]:
-        """Returns, ratios, drawdown, trades and costs; None where a figure cannot be computed."""
-        figures = statistics(self.starting_cash, self.equity, self.exposure, self.fills_frame)
-        return {**figures, "orders": len(self.simulation.orders), "refused": self.refused}
+    def statistics(self) -> Statistics:
+        """Returns, ratios, drawdown, trades and costs, against buy and hold; None where a figure cannot be computed."""
+        return self._statistics(None)
+
+    def statistics_against(self, benchmark: "pd.Series[float]") -> Statistics:
+        """The statistics, with alpha, beta and correlation to a benchmark of your own.
+
+        benchmark: prices by time, with a time zone. Raises Misused where it has no price during the run.
+        """
+        if pd.DatetimeIndex(benchmark.index).tz is None:
+            raise Misused("The benchmark's index has no time zone. Give it one: prices.tz_localize('UTC').")
+        prices = benchmark.dropna().reindex(self.equity.index, method="ffill")
+        if prices.notna().sum() == 0:
+            raise Misused(
+                f"The benchmark has no price from {self.bars.day(self.start)} to {self.bars.day(-1)}. Give one that has."
+            )
+        return self._statistics(np.asarray(prices, dtype=np.float64))
+
+    def _statistics(self, benchmark: NDArray[np.float64] | None) -> Statistics:
+        return statistics(
+            self.starting_cash,
+            self.equity,
+            self.exposure,
+            self.fills_frame,
+            close=self._marks,
+            benchmark=benchmark,
+            orders=len(self.simulation.orders),
+            refused=self.refused,
+            calendar=self.calendar,
+        )
 
     def plot(self) -> Any:
         """A plotly figure of equity, drawdown and exposure."""
@@ -256,7 +294,7 @@ class BacktestResult:
     def report(self, path: Path | str) -> Path:
         """Write an HTML report that needs no network; returns its path."""
         from trader_lib.research.plots import price_figure
-        from trader_lib.research.report import facts, table, tiles, write_report
+        from trader_lib.research.report import facts, grouped, table, tiles, write_report
 
         headline = ("total_return", "annual_return", "sharpe_ratio", "max_drawdown", "trades", "fees")
         figures = self.statistics
@@ -264,7 +302,7 @@ class BacktestResult:
         sections: list[tuple[str, list[object]]] = [
             ("Result", [tiles({name: figures[name] for name in headline}), self.plot()]),
             ("Prices and orders", [price_figure(self.bars, self.orders)]),
-            ("Statistics", [facts(figures)]),
+            ("Statistics", [grouped(figures, figures.reasons)]),
             ("Parameters", [facts({"strategy": self.strategy.name, **self.strategy.model_dump()})]),
             ("Refused by risk", [table(["Decided", "Symbol", "Side", "Qty#", "Why"], refused)]),
             ("Order list", [f"{len(self.orders)} orders, {self.order_list_hash}"]),
@@ -332,4 +370,7 @@ def backtest(
     )
     weights = np.ascontiguousarray(target_weights(strategy, cut))
     simulation = run(market_of(cut, calendar), weights, rules, start=first, starting_cash=starting_cash)
-    return BacktestResult(strategy, cut, first, starting_cash, costs, limits, multiplier, sizing, seed, simulation)
+    name = (calendar or TradingCalendar()).name
+    return BacktestResult(
+        strategy, cut, first, starting_cash, costs, limits, multiplier, sizing, seed, simulation, calendar=name
+    )

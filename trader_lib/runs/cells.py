@@ -17,7 +17,8 @@ import pandas as pd
 
 from ..clock.clock import WallClock
 from ..market.bars import Bars
-from ..research.report import Piece, facts, figure_text, note, plain, table, tiles, words
+from ..research.report import Piece, facts, figure_text, grouped, note, plain, table, tiles, words
+from ..research.statistics import Statistics
 from .parameters import RunParameters
 from trader_lib.runs.result import (
     PROGRESS_MIME,
@@ -32,6 +33,7 @@ from trader_lib.runs.result import (
     StrategyRow,
     versions,
 )
+from .store import json_value
 from ..trading.order_list import OrderRecord
 from ..trading.orders import decimal_text
 
@@ -214,9 +216,9 @@ def strategies_piece(rows: Sequence[StrategyRow]) -> Piece | None:
     )
 
 
-def statistics_piece(statistics: Mapping[str, Any]) -> Piece:
-    """All statistics, side by side."""
-    return facts(statistics)
+def statistics_piece(statistics: Statistics) -> Piece:
+    """All statistics in groups, with a tip for each, and why some are missing."""
+    return grouped(statistics, statistics.reasons)
 
 
 def reconciliation_piece(reconciliation: ReconciliationRow) -> Piece:
@@ -270,7 +272,7 @@ def publish(
     data: DataRow | None,  # None where no bar closed
     orders: Sequence[OrderRecord],
     order_list_hash: str,
-    statistics: Mapping[str, Any],
+    statistics: Statistics,
     equity_end: Decimal | float,  # USD at the last close
     refusals: Iterable[RefusalRow] = (),
     reconciliation: ReconciliationRow | None = None,
@@ -287,13 +289,14 @@ def publish(
         status=status,
         started_at=moment,
         ended_at=moment,
-        parameters=asked.told(asked.build()),
+        parameters={name: json_value(value) for name, value in asked.told(asked.build()).items()},
         seed=asked.seed,
         versions=dict(versions()),
         data=data,
         order_list_hash=order_list_hash,
         orders=tuple(orders),
-        statistics={name: _statistic(value) for name, value in statistics.items()},
+        statistics=dict(statistics),
+        reasons=statistics.reasons,
         equity_end=Decimal(f"{equity_end:.2f}"),
         refusals=tuple(refusals),
         strategies=tuple(strategies),
@@ -308,17 +311,3 @@ def tell(done: int, total: int) -> None:
     from IPython.display import display as show
 
     show({PROGRESS_MIME: {"done": done, "total": total}}, raw=True)  # type: ignore[no-untyped-call]
-
-
-def _statistic(value: Any) -> float | int | str | None:
-    """A statistic as JSON has it: plain numbers, null for what is not defined, text for the rest."""
-    if value is None or value is pd.NaT:
-        return None
-    if hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, bool | int):
-        return int(value)
-    if isinstance(value, float | Decimal):
-        number = float(value)
-        return number if pd.notna(number) and abs(number) != float("inf") else None
-    return str(value)

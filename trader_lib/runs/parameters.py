@@ -7,6 +7,7 @@ __all__ = ['RunParameters', 'history_client', 'resolved']
 
 # %% ../../nbs/runs/06_parameters.ipynb #e46c5d1a
 from collections.abc import Mapping
+from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
@@ -32,6 +33,18 @@ class RunParameters(SessionSpec):
     @classmethod
     def _words(cls, value: object) -> object:
         return tuple(word.strip() for word in value.split(",") if word.strip()) if isinstance(value, str) else value
+
+    @field_validator("cash", mode="before")
+    @classmethod
+    def _amount(cls, value: object) -> object:
+        try:
+            amount = Decimal(str(value))
+            known = amount.is_finite() and amount > 0 and amount == round(amount, 2)
+        except InvalidOperation:  # no number, or one of more digits than a Decimal rounds
+            known = False
+        if not known:
+            raise ValueError("an account starts with an amount above 0 in USD and whole cents, such as 100000")
+        return amount
 
     @field_validator("timeframe")
     @classmethod

@@ -98,8 +98,17 @@ class Failure(Part):
 
     cell: int | None = Field(default=None, description="number of the code cell, from 1; null if none was reached")
     section: str | None = Field(default=None, description="the heading above that cell")
+    line: str | None = Field(default=None, description="the first line of code of that cell")
     error: str = Field(description="class of the error")
     message: str = Field(description="one sentence or two")
+
+    @property
+    def where(self) -> str:
+        """The place, as it continues a sentence: " in cell 3 (Prices), which begins `bars = load()`", or ""."""
+        if not self.cell:
+            return ""
+        section = f" ({self.section})" if self.section else ""
+        return f" in cell {self.cell}{section}" + (f", which begins `{self.line}`" if self.line else "")
 
 # %% ../../nbs/runs/00_result.ipynb #f6873180
 class RunResult(Part):
@@ -117,6 +126,7 @@ class RunResult(Part):
     order_list_hash: str | None = Field(default=None, description="sha256 over the order list; null if there is none")
     orders: tuple[OrderRecord, ...] = ()
     statistics: dict[str, float | int | str | None] = Field(default_factory=dict)
+    reasons: dict[str, str] = Field(default_factory=dict, description="why a statistic is null, by its name")
     equity_end: Number | None = Field(default=None, description="USD, a decimal, at the last close")
     refusals: tuple[RefusalRow, ...] = ()
     strategies: tuple[StrategyRow, ...] = Field(default=(), description="sessions of several strategies only")

@@ -9,12 +9,13 @@ __all__ = ['BOUNDED', 'session_settings', 'bars_to_come', 'progress_teller', 'jo
 
 # %% ../../nbs/runs/09_session_cells.ipynb #f909a526
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ..agents.contract import AgentHealth
@@ -25,7 +26,7 @@ from ..market.bars import Bars, window
 from ..research.plots import equity_figure, price_figure
 from ..research.report import Piece, note, table, words
 from ..rules.checks import Check
-from ..research.statistics import fills_of, statistics
+from ..research.statistics import Statistics, fills_of, statistics
 from .cells import tell
 from .parameters import RunParameters
 from .result import AGENT_DOWN, Failure, StrategyRow
@@ -109,14 +110,21 @@ def exposure_by_bar(result: SessionResult, bars: Bars) -> "pd.Series[float]":
     return exposure.rename("exposure")
 
 
-def session_statistics(result: SessionResult, bars: Bars | None) -> dict[str, Any]:
+def session_statistics(result: SessionResult, bars: Bars | None) -> Statistics:
     """The statistics that a backtest has, from a session's journal; counts alone where no bar closed."""
     equity = equity_by_bar(result)
+    orders, refused = len(result.orders), len(result.refusals)
     if bars is None or not len(equity):
-        return {"orders": len(result.orders), "refused": len(result.refusals)}
-    fills = fills_of(result.orders, result.spec.costs)
-    figures: Mapping[str, Any] = statistics(float(result.spec.cash), equity, exposure_by_bar(result, bars), fills)
-    return {**figures, "orders": len(result.orders), "refused": len(result.refusals)}
+        return Statistics({"orders": orders, "refused": refused})
+    return statistics(
+        float(result.spec.cash),
+        equity,
+        exposure_by_bar(result, bars),
+        fills_of(result.orders, result.spec.costs),
+        close=bars.frame("close").ffill().reindex(equity.index, method="ffill").to_numpy(dtype=np.float64),
+        orders=orders,
+        refused=refused,
+    )
 
 
 def strategy_rows(result: SessionResult) -> tuple[StrategyRow, ...]:
