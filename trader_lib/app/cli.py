@@ -41,11 +41,12 @@ from trader_lib.app.options import (
     read_strategies,
     setting_overrides,
     strategy_params,
+    usage_hint,
 )
 from .scheduling import schedule
 from .watch import dashboard, watch
 from ..errors.extras import require_extra
-from ..errors.taxonomy import Interrupted, Misconfigured, Misused, RunFailed, TraderError
+from ..errors.taxonomy import Interrupted, Misconfigured, Misused, RunFailed, TraderError, did_you_mean
 from ..telemetry.visible import visible
 
 if TYPE_CHECKING:
@@ -382,11 +383,29 @@ def run_(
     if notebook in {"backtest", "paper"}:
         extra = {name: given.pop(key) for key, name in (("broker", "kind"), ("transport", "transport")) if key in given}
         kind: Kind = "backtest" if notebook == "backtest" else "paper"
+        _ensure_taken(kind, given)
         if kind == "backtest" and extra:
             raise Misused("A backtest takes neither broker nor transport.")
         named = {"strategy", "strategies"} & (filed.keys() - typed.keys())
         return _run(kind, given, how, extra, trust=_trust_in(parameters if named else None, trust))
+    if notebook.endswith(".py"):
+        raise Misused(
+            f"`trader run` runs notebooks, and {notebook} is a Python file. "
+            f"A strategy in it is run by `trader backtest --strategy {notebook}:CLASS`."
+        )
     return _run_own(Path(notebook), given, how, trust)
+
+
+def _ensure_taken(kind: str, given: Mapping[str, object]) -> None:
+    """Raise Misused for a parameter that a shipped notebook does not have."""
+    from trader_lib.runs.parameters import RunParameters
+
+    for name in given:
+        if name not in RunParameters.model_fields:
+            raise Misused(
+                f"`trader run {kind}` takes no parameter {name!r}.{did_you_mean(name, RunParameters.model_fields)} "
+                f"A parameter of the strategy is one of params: `trader {kind} -p {name}=VALUE`."
+            )
 
 
 def _from_file(path: Path | None) -> dict[str, object]:
@@ -678,7 +697,8 @@ def doctor(
         print_json([finding.document() for finding in found])
     else:
         print_table(("Check", "", "Found"), [(finding.name, finding.verdict, finding.told) for finding in found])
-    return 1 if any(finding.verdict == "problem" for finding in found) else 0
+    problems = {finding.name for finding in found if finding.verdict == "problem"}
+    return Misconfigured.exit_code if "settings" in problems else 1 if problems else 0
 
 
 @app.command
@@ -755,7 +775,9 @@ def _main(arguments: Sequence[str] | None) -> int:
         )
         return answer if isinstance(answer, int) else 0
     except CycloptsError as error:
-        return _failed(f"{str(error).strip()} See `trader --help`.", 2)
+        problem = str(error).strip()
+        hint = usage_hint(sys.argv[1:] if arguments is None else list(arguments), problem)
+        return _failed(" ".join(filter(None, (problem, hint, "See `trader --help`."))), 2)
     except TraderError as error:
         return _failed(error.message, error.exit_code)
     except KeyboardInterrupt:
