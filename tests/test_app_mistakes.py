@@ -63,7 +63,7 @@ def test_nothing_is_guessed_about_a_command_that_takes_no_strategy() -> None:
 def test_doctor_calls_a_bad_setting_one(trader: Trader, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRADER_RISK__MAX_ORDERS", "abc")
     code, out, _ = trader("doctor", "--offline")
-    assert code == 3 and "risk.max_orders" in out
+    assert code == 3 and "TRADER_RISK__MAX_ORDERS" in out
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,6 @@ def test_a_strategy_without_its_warmup_is_told_what_to_define() -> None:
 def test_help_and_refused_options_wait_for_no_compiler() -> None:
     """numba, numpy and pandas are most of a second; nobody needs them to read a help page."""
     code = "import sys, trader_lib.app.cli as c; c.main(['--help']); c.main(['backtest', '--symbols', 'A B'])"
-    heavy = "sys.exit(' '.join({'numba', 'numpy', 'pandas', 'plotly', 'papermill'} & set(sys.modules)))"
+    heavy = "sys.exit(' '.join({'numba', 'numpy', 'pandas', 'plotly', 'papermill'} & set(sys.modules)) or 0)"
     ran = subprocess.run([sys.executable, "-c", f"{code}; {heavy}"], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr

@@ -137,7 +137,7 @@ def list_runs(runs: Iterable[RunFolder], *, as_json: bool = False) -> None:
             "Strategy",
             "Symbols",
             "Orders#",
-            "Equity at the end#",
+            "Equity#",
             "Return#",
             "Sharpe#",
             "Drawdown#",

@@ -313,9 +313,14 @@ def _stated(model: type[Stated], name: str, given: Stated | Mapping[str, object]
     try:
         return model.model_validate(dict(given or {}))
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in (name, *first["loc"]))
-        raise Misused(f"{where}: {first['msg'].removeprefix('Value error, ')}.") from None
+        raise Misused(f"{name}{_first_fault(error)}") from None
+
+
+def _first_fault(error: ValidationError) -> str:
+    """The first field of a model that is wrong, and why."""
+    fault = error.errors(include_url=False, include_input=False)[0]
+    where = "".join(f".{part}" for part in fault["loc"])
+    return f"{where}: {fault['msg'].removeprefix('Value error, ')}."
 
 
 def backtest(
