@@ -1,5 +1,6 @@
 """Mistakes of the first hour: each gets the sentence that says what was meant, and the exit code of its kind."""
 
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 
 from trader_lib import Bars, SmaCross, Strategy, backtest, sample_bars
+from trader_lib.app.cli import page_sentence
 from trader_lib.app.options import usage_hint
 from trader_lib.errors.taxonomy import Misused
 
@@ -123,3 +125,24 @@ def test_help_and_refused_options_wait_for_no_compiler() -> None:
     heavy = "sys.exit(' '.join({'numba', 'numpy', 'pandas', 'plotly', 'papermill'} & set(sys.modules)) or 0)"
     ran = subprocess.run([sys.executable, "-c", f"{code}; {heavy}"], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
+
+
+def test_the_address_of_the_page_is_said_and_a_port_in_use_as_well() -> None:
+    assert "trader dashboard" in page_sentence("127.0.0.1", 0)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"127.0.0.1:{port} cannot be listened on" in page_sentence("127.0.0.1", port)
+    assert page_sentence("127.0.0.1", port) == f"The session's page: http://127.0.0.1:{port}/"
+
+
+def test_a_session_says_where_its_page_is(trader: Trader, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_asked: Any, **_how: Any) -> None:
+        raise Misused("far enough")
+
+    monkeypatch.setattr("trader_lib.runs.runner.run_notebook", stopped)
+    monkeypatch.setenv("TRADER_MONITORING__PORT", "0")
+    words = ("paper", "--transport", "in_process", "--symbols", "AAPL", "--start", "2012-01-03", "--end", "2012-03-01")
+    code, _, err = trader(*words)
+    assert code == 2 and "The session's page is on a free port" in err and "far enough" in err
