@@ -20,6 +20,7 @@ $(INSTALLED): settings.ini setup.py constraints.txt
 		{ echo "Python's venv module is missing; on Debian: apt-get install python3-venv"; exit 3; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	$(BIN)/python -m tests.tools.warm
 	@touch $@
 
 demo: install ## the main job: backtest, simulated paper session, comparison

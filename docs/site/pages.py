@@ -67,6 +67,7 @@ KINDS = {
         "How-to guides",
         "One job each, for those who operate a session or work on the package.",
         [
+            "docs/commands",
             "docs/data",
             "docs/operations",
             "docs/schedule",

@@ -6,11 +6,12 @@
 __all__ = ['Costs']
 
 # %% ../../nbs/exchange/00_costs.ipynb #064c226f
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..rules.matching import CostRates
+if TYPE_CHECKING:
+    from trader_lib.rules.matching import CostRates
 
 
 class Costs(BaseModel):
@@ -29,8 +30,10 @@ class Costs(BaseModel):
         """No commission, no slippage, no cap on volume."""
         return cls(volume_share=0.0)
 
-    def rates(self) -> CostRates:
+    def rates(self) -> "CostRates":
         """The five floats that the compiled rules take."""
+        from trader_lib.rules.matching import CostRates  # numba, which no refusal of an option should wait for
+
         return CostRates(
             per_share=self.commission_per_share,
             bps=self.commission_bps,

@@ -177,7 +177,7 @@ def note(text: str, tone: str = "") -> Piece:
 IN_SCRIPT = str.maketrans({char: f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"})
 
 DRAW = """"use strict";
-const config = { displayModeBar: false, responsive: true };  // dragging zooms, a double click returns
+const config = { displayModeBar: true, displaylogo: false, responsive: true };  // dragging zooms, a double click returns
 for (const place of document.querySelectorAll("main .figure")) {
   const graph = document.createElement("div");
   graph.className = "plotly-graph-div";
@@ -247,7 +247,8 @@ code { font: 13px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; back
   border-radius: 4px; }
 pre { font: 13px/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-x: auto; }
 .anchor-link { display: none; }
-@media (max-width: 760px) { main { margin: 0; border-radius: 0; padding: 20px; } }
+@media (max-width: 760px) { main { margin: 0; border-radius: 0; padding: 20px; }
+  .tl table { display: block; overflow-x: auto; } .tl .facts { column-width: auto; column-count: 1; } }
 @media print { body { background: #fff; } main { box-shadow: none; margin: 0; max-width: none; } }
 """
 

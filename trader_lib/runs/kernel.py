@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['DRAIN_S', 'Ending', 'ENGINE', 'SESSION_TAG', 'LINE_MAX', 'AUTOSAVE_S', 'LOOK_S', 'COLOUR', 'NOTICE_S', 'STOPPING',
            'REPORTING', 'HURRYING', 'Streams', 'KernelLog', 'Progress', 'Outcome', 'strict_json', 'Watch',
-           'register_engine', 'first_line', 'heading', 'stop_requests', 'Patience', 'execute', 'with_notes']
+           'register_engine', 'first_line', 'fold_plumbing', 'heading', 'stop_requests', 'Patience', 'execute',
+           'with_notes']
 
 # %% ../../nbs/runs/03_kernel.ipynb #13e66a80
 import codecs
@@ -267,6 +268,7 @@ def register_engine() -> str:
         def execute_notebook(
             cls, nb: "NotebookNode", kernel_name: str, *, watch: Watch, **options: Any
         ) -> "NotebookNode":
+            fold_plumbing(nb)
             keeper = Keeper(nb, progress_bar=False, autosave_cell_every=AUTOSAVE_S)
             keeper.watch, watch.notebook = watch, keeper.nb
             keeper.nb.metadata.papermill["output_path"] = str(watch.output)
@@ -296,6 +298,15 @@ def first_line(code: str) -> str:
     lines = [line.strip() for line in code.splitlines() if line.strip()]
     line = next((line for line in lines if not line.startswith("#")), lines[0])
     return line if len(line) <= LINE_MAX else f"{line[: LINE_MAX - 1]}…"
+
+
+def fold_plumbing(notebook: "NotebookNode") -> None:
+    """Hide the source of the cells that only prepare, so that Jupyter opens the notebook at its result."""
+    tags = [set(cell.metadata.get("tags", ())) for cell in notebook.cells]
+    injected = "injected-parameters" if any({"parameters", "fold"} <= own for own in tags) else "hide"
+    for cell, own in zip(notebook.cells, tags, strict=True):
+        if cell.cell_type == "code" and own & {"fold", "hide", injected}:
+            cell.metadata["jupyter"] = {"source_hidden": True}
 
 
 def heading(markdown: str) -> str:

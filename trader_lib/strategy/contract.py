@@ -9,12 +9,12 @@ __all__ = ['Strategy', 'target_weights', 'build_strategy']
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from ..errors.taxonomy import BadData, Misused, did_you_mean
 from ..market.bars import Bars
@@ -35,6 +35,26 @@ class Strategy(BaseModel, ABC):
         super().__init_subclass__(**kwargs)
         if "name" not in cls.__dict__:
             cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+
+    def __new__(cls, *_args: Any, **_parameters: Any) -> Self:
+        """Raise Misused for a strategy that leaves out a method it must have."""
+        if missing := sorted(cls.__abstractmethods__):
+            raise Misused(
+                f"Strategy {cls.__name__} cannot be built: define {' and '.join(missing)}. `warmup` is a property, the "
+                "number of bars that the first weight needs; `targets` returns the weights."
+            )
+        return super().__new__(cls)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_parameters(cls, values: Any) -> Any:
+        for name in values if isinstance(values, Mapping) else ():
+            if name not in cls.model_fields:
+                offered = f"It takes {', '.join(cls.model_fields)}." if cls.model_fields else "It takes none."
+                raise ValueError(
+                    f"{cls.__name__} has no parameter {name!r}. {offered}{did_you_mean(str(name), cls.model_fields)}"
+                )
+        return values
 
     @property
     @abstractmethod
