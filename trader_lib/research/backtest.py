@@ -27,7 +27,7 @@ from .statistics import portfolio_of, statistics
 from ..risk.checks import About, RiskDecision, outcomes
 from ..risk.limits import Limits
 from ..rules.checks import CHECK_COUNT, Check, OrderFacts, RiskFacts, check_order
-from ..strategy.contract import Strategy, target_weights
+from ..strategy.contract import Strategy, history_bars, target_weights
 from ..rules.exits import NO_EXITS
 from ..strategy.planner import ensure_placeable
 from ..rules.sizing import SizingRules
@@ -317,7 +317,7 @@ def backtest(
     costs, limits = costs or Costs(), limits or Limits()
     sizing = (sizing or SizingRules())._replace(margin=multiplier > 1)
     ensure_placeable(sizing, strategy.exits)
-    cut, first = window(bars, start, end, strategy.warmup)
+    cut, first = window(bars, start, end, history_bars(strategy))
     starting_cash = float(to_decimal(float(cash), CASH_DECIMALS))
     rules = Rules(
         costs=costs.rates(),
