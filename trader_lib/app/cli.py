@@ -150,7 +150,9 @@ def _run(
                 kind,
                 asked.values() | extra_parameters(kind, settings.broker.kind, settings.broker.transport),
                 store=RunStore(settings.runs.path),
-                check=lambda _: asked.check(settings, real_time=real_time),
+                check=lambda _: asked.check(
+                    settings, real_time=real_time, session=kind != "backtest" and resume is None
+                ),
                 timeout_s=settings.runs.timeout_s,
                 report=report,
                 said=say,

@@ -74,6 +74,7 @@ from .recovery import Recollection
 from .snapshots import Snapshot, find_snapshot, identity, snapshot_folder
 from .spec import SessionSpec, session_name, title
 from .wiring import Agents, History, SessionInputs, session_container
+from ..strategy.checks import ensure_checked
 from ..strategy.contract import Strategy, history_bars
 from ..strategy.source import sources
 from ..telemetry.log import bind_session
@@ -533,6 +534,7 @@ async def run_session(
     progress: Progress | None = None,  # called after every bar
     resume: bool = False,  # go on with the session that journal_path holds; one that ended gives its result again
     companions: Iterable[Companion] = (),  # what looks at the session from beside it
+    check: bool = True,  # refuse a strategy that looks ahead, or depends on more bars than it says
 ) -> SessionResult:
     """Run a session to its end, or until SIGINT or SIGTERM; raises TraderError where it cannot begin or go on.
 
@@ -557,6 +559,10 @@ async def run_session(
             f"{path} holds the session {past.session_id}, and what was asked for is {session_id}: other parameters, or "
             "other bars. Resume with those that began it."
         )
+    if check and past.is_empty:
+        for one in spec.assignments(strategy):
+            own = None if played is None else played.sel(one.symbols)
+            ensure_checked(one.strategy, one.symbols, spec.timeframe, own)
     inputs = SessionInputs(
         spec=spec,
         settings=settings,

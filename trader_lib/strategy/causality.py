@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NOISE', 'STRETCH', 'SAME', 'ELSEWHERE', 'FRESH_S', 'LookAhead', 'Causality', 'differences', 'first_change',
            'changing_rows', 'listings', 'cuts', 'stretches', 'rows_to_try', 'try_futures', 'ignores_prices',
-           'fresh_lengths', 'check_causal', 'rounding_note']
+           'fresh_lengths', 'check_fresh', 'check_causal', 'rounding_note']
 
 # %% ../../nbs/strategy/04_causality.ipynb #ea3c5106
 import copy
@@ -19,7 +19,7 @@ from ..errors.taxonomy import Misused, TraderError
 from ..market.bars import Bars
 from .contract import Strategy, target_weights
 from .counterfactual import Direction, other_future
-from .fresh import Evaluation, NotFresh, pack
+from .fresh import Evaluation, NotFresh, Parcel, pack
 
 # %% ../../nbs/strategy/04_causality.ipynb #d2f1ffcf
 class LookAhead(TraderError):
@@ -125,10 +125,10 @@ def rows_to_try(weights: NDArray[np.float64], warmup: int, most: int) -> list[tu
 
 # %% ../../nbs/strategy/04_causality.ipynb #fcf2695b
 class _Comparison:
-    """The weights of one stretch of bars, and what became of them under other futures."""
+    """The weights of one stretch of bars, and what became of them under other futures. begin: row of its first bar."""
 
-    def __init__(self, strategy: Strategy, bars: Bars, weights: NDArray[np.float64]) -> None:
-        self.strategy, self.bars, self.weights = strategy, bars, weights
+    def __init__(self, strategy: Strategy, bars: Bars, weights: NDArray[np.float64], begin: int = 0) -> None:
+        self.strategy, self.bars, self.weights, self.begin = strategy, bars, weights, begin
         self.rows, self.noise = 0, 0.0
 
     def compare(self, part: NDArray[np.float64], last: int, without: str, cause: str) -> None:
@@ -141,12 +141,12 @@ class _Comparison:
             symbol, at = self.bars.symbols[column], self.bars.at(row)
             raise LookAhead(
                 f"Strategy {self.strategy.name!r} gives {symbol} the weight {self.weights[row, column]:.9g} at {at} (row "
-                f"{row}) with all bars and {part[row, column]:.9g} {without}: {cause}.",
+                f"{self.begin + row}) with all bars and {part[row, column]:.9g} {without}: {cause}.",
                 strategy=self.strategy.name,
                 symbol=symbol,
-                row=row,
+                row=self.begin + row,
                 at=at,
-                truncated_to=last + 1,
+                truncated_to=self.begin + last + 1,
             )
 
     def cut(self, length: int) -> None:
@@ -158,12 +158,12 @@ class _Comparison:
                 f"Strategy {self.strategy.name!r} fails once the bars after {self.bars.at(length - 1)} are gone ({error}): "
                 "it must work with the bars that have closed.",
                 strategy=self.strategy.name,
-                row=length - 1,
+                row=self.begin + length - 1,
             ) from error
         if length == self.bars.n:
             self.compare(part, length - 1, "when asked again", SAME)
         else:
-            self.compare(part, length - 1, f"with the first {length}", self._saw(length - 1))
+            self.compare(part, length - 1, f"with the first {self.begin + length}", self._saw(length - 1))
 
     def change(self, row: int, direction: Direction) -> None:
         """Ask about the same bars with another future after a row."""
@@ -182,10 +182,11 @@ class _Comparison:
 SAME = "twice the same bars gave different weights: remove what is random or remembered"
 
 
-def _evaluated(strategy: Strategy, stretch: Bars) -> _Comparison | None:
-    """The weights of a stretch; None where the strategy does not get by with bars that begin there."""
+def _evaluated(strategy: Strategy, bars: Bars, stretch: Bars) -> _Comparison | None:
+    """The weights of a stretch of the bars; None where the strategy does not get by with bars that begin there."""
+    begin = int(np.searchsorted(bars.times_ns, stretch.times_ns[0]))
     try:
-        return _Comparison(strategy, stretch, target_weights(strategy, copy.copy(stretch)))
+        return _Comparison(strategy, stretch, target_weights(strategy, copy.copy(stretch)), begin)
     except Exception:
         return None
 
@@ -198,7 +199,7 @@ def try_futures(strategy: Strategy, bars: Bars, most: int, rows_most: int, *, cu
     futures = truncations = rows = left_out = 0
     noise = 0.0
     for stretch in stretches(bars, strategy.warmup, most):
-        found = _evaluated(strategy, stretch)
+        found = _evaluated(strategy, bars, stretch)
         if found is None:
             left_out += 1
             continue
@@ -216,7 +217,7 @@ def try_futures(strategy: Strategy, bars: Bars, most: int, rows_most: int, *, cu
 def ignores_prices(strategy: Strategy, bars: Bars) -> bool:
     """Whether a strategy's weights change from row to row, and are the same for entirely other prices."""
     stretch = stretches(bars, strategy.warmup, 1)[0]
-    found = _evaluated(strategy, stretch)
+    found = _evaluated(strategy, bars, stretch)
     if found is None or not len(changing_rows(found.weights[max(strategy.warmup - 1, 0) :])):
         return False
     try:
@@ -241,6 +242,18 @@ def fresh_lengths(weights: NDArray[np.float64], warmup: int) -> list[int]:
     if not held:
         return [first]
     return sorted({held[0], held[len(held) // 2], held[min(len(held) - 1, 8)]})
+
+
+def check_fresh(strategy: Strategy, bars: Bars, parcel: Parcel) -> int:
+    """Ask a strategy about few bars in a process of its own, and return how many they were at most.
+
+    parcel: the strategy, packed before it was asked anything in this process. Raises LookAhead, and NotFresh where it could
+    not be asked.
+    """
+    found = _Comparison(strategy, bars, target_weights(strategy, bars))
+    lengths = fresh_lengths(found.weights, strategy.warmup)
+    _compare_fresh(found, lengths, Evaluation(parcel, [bars.head(length) for length in lengths]).weights(FRESH_S))
+    return lengths[-1]
 
 
 def _compare_fresh(found: _Comparison, lengths: Sequence[int], parts: Sequence[NDArray[np.float64]]) -> None:
