@@ -68,6 +68,7 @@ KINDS = {
         "One job each, for those who operate a session or work on the package.",
         [
             "docs/data",
+            "docs/checks",
             "docs/operations",
             "docs/schedule",
             "docs/monitoring",

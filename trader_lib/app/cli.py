@@ -27,6 +27,7 @@ from rich.console import Console
 
 from .. import __version__
 from .agents import agent
+from .check import check
 from .data import data
 from .journal import journal, replay
 from .notify import announce_death, notify, summary
@@ -77,6 +78,7 @@ app.command(journal)
 app.command(schedule)
 app.command(agent)
 app.command(data)
+app.command(check)
 app.command(replay)
 app.command(notify)
 app.command(summary)

@@ -112,15 +112,15 @@ def stretches(bars: Bars, warmup: int, most: int) -> list[Bars]:
 def rows_to_try(weights: NDArray[np.float64], warmup: int, most: int) -> list[tuple[int, Direction]]:
     """Up to `most` rows after which to change the future, and how; none is the last row."""
     first, n = max(warmup - 1, 0), len(weights)
-    changes = [row for row in changing_rows(weights) if first <= row < n - 1]
+    changes = [int(row) for row in changing_rows(weights) if first <= row < n - 1]
     kept = [changes[i] for i in np.linspace(0, len(changes) - 1, min(len(changes), max(most - 2, 1))).astype(int)]
-    holding = [row for row in np.flatnonzero((weights[:-1] != 0.0).any(axis=1)) if row >= first] or [first]
+    holding = [int(row) for row in np.flatnonzero((weights[:-1] != 0.0).any(axis=1)) if row >= first] or [first]
     spread = [holding[len(holding) // 3], holding[2 * len(holding) // 3]]
-    found: list[tuple[int, Direction]] = [(int(row), "against") for row in kept]
-    found += [(int(spread[0]), "down"), (int(spread[1]), "up")]
+    found: list[tuple[int, Direction]] = [(row, "against") for row in kept]
+    found += [(spread[0], "down"), (spread[1], "up")]
     if len(found) < most:  # few changes: more of the others
-        more = np.linspace(first, n - 2, most - len(found)).astype(int)
-        found += [(int(row), ("down", "up")[i % 2]) for i, row in enumerate(more)]  # type: ignore[misc]
+        more = np.linspace(first, n - 2, most - len(found)).astype(int).tolist()
+        found += [(row, "up" if i % 2 else "down") for i, row in enumerate(more)]
     return [(row, direction) for row, direction in found if row < n - 1]
 
 # %% ../../nbs/strategy/04_causality.ipynb #fcf2695b

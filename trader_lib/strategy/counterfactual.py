@@ -72,8 +72,10 @@ def other_future(bars: Bars, row: int, direction: Direction = "against", seed: i
     missing = np.isnan(bars.close[row + 1 :])
     happening = _happening(bars, row, direction, seed)
     past = _Figures(bars.open, bars.high, bars.low, bars.close, bars.volume)
-    figures = [
-        np.concatenate([before[: row + 1], np.where(missing, np.nan, after)])
-        for before, after in zip(past, happening, strict=True)
-    ]
-    return Bars(*figures, bars.index, bars.symbols, bars.provenance)
+    joined = _Figures(
+        *(
+            np.concatenate([before[: row + 1], np.where(missing, np.nan, after)])
+            for before, after in zip(past, happening, strict=True)
+        )
+    )
+    return Bars(**joined._asdict(), index=bars.index, symbols=bars.symbols, provenance=bars.provenance)
