@@ -328,7 +328,7 @@ def test_a_failure_in_the_other_process_is_a_sentence(three):
 
 
 @given(seed=st.integers(0, 10_000), length=st.integers(40, 300), window=st.integers(1, 30), kind=st.integers(0, 4))
-@settings(max_examples=20)
+@settings(max_examples=15)
 def test_honest_strategies_never_fail(seed, length, window, kind):
     class Drawn(Strategy):
         @property
@@ -378,7 +378,7 @@ def test_a_backtest_and_a_session_that_start_on_the_same_day_decide_the_same(nam
     strategy = build_strategy(name, {} if name != "momentum" else {"every": 10})
     full = target_weights(strategy, sample)
     for begin in np.linspace(400, sample.n - 9, 140).astype(int):
-        cut, first = window(sample, sample.day(begin), sample.day(begin + 4), history_bars(strategy))
+        cut, first = window(sample, sample.day(begin), sample.day(begin + 2), history_bars(strategy))
         at_once = target_weights(strategy, cut)[first:]
         known, by_bar = cut.head(first), []
         for row in range(first, cut.n):
@@ -484,6 +484,13 @@ def test_trader_check_reports_and_exits_with_one_where_it_finds_something(trader
     code, out, err = trader("check", *DAYS)
     assert code == 0 and "it names 50" in out
     assert trader("check", "nosuch")[0] == 2
+
+
+def test_trader_paper_says_what_a_check_of_an_honest_strategy_noted(trader, tmp_path):
+    (tmp_path / "peek.py").write_text(PEEK)
+    words = ("--transport", "in_process", "--strategy", "peek.py:Peek", "-p", "ahead=0", "--symbols", "IBM")
+    code, out, err = trader("paper", *words, "--start", "2005-01-03", "--end", "2005-04-29")
+    assert code == 0 and "It names no lookback_max" in err
 
 
 def test_trader_backtest_ends_with_five_and_paper_does_not_begin(trader, tmp_path):

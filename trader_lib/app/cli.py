@@ -153,7 +153,7 @@ def _run(
                 asked.values() | extra_parameters(kind, settings.broker.kind, settings.broker.transport),
                 store=RunStore(settings.runs.path),
                 check=lambda _: asked.check(
-                    settings, real_time=real_time, session=kind != "backtest" and resume is None
+                    settings, real_time=real_time, session=kind != "backtest" and resume is None, say=say
                 ),
                 timeout_s=settings.runs.timeout_s,
                 report=report,

@@ -6,7 +6,7 @@
 __all__ = ['RunParameters', 'history_client', 'resolved']
 
 # %% ../../nbs/runs/06_parameters.ipynb #e46c5d1a
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
@@ -79,11 +79,18 @@ class RunParameters(SessionSpec):
             as_of=WallClock().now() if alpaca else None,
         )
 
-    def check(self, settings: "Settings", *, real_time: bool = False, session: bool = False) -> None:
+    def check(
+        self,
+        settings: "Settings",
+        *,
+        real_time: bool = False,
+        session: bool = False,
+        say: Callable[[str], None] = lambda words: None,
+    ) -> None:
         """Refuse what cannot work, as far as it can be seen without running: strategy, symbols, dates, data.
 
         real_time: the bars are still to come, so there are none to look at. session: a strategy that looks ahead, or that
-        depends on more bars than it says, is refused as well.
+        depends on more bars than it says, is refused as well. say: told what the user should know of it.
         """
         self.build()
         bars = None
@@ -97,7 +104,9 @@ class RunParameters(SessionSpec):
             from trader_lib.strategy.checks import ensure_sound
 
             for one in self.assignments():
-                ensure_sound(one.strategy, one.symbols, self.timeframe, bars.sel(one.symbols) if bars else None)
+                own = bars.sel(one.symbols) if bars is not None else None
+                for words in ensure_sound(one.strategy, one.symbols, self.timeframe, own):
+                    say(words)
 
 
 def history_client(settings: "Settings") -> "StockHistoricalDataClient":

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors.taxonomy import TraderError
+from ..errors.taxonomy import Misused, TraderError
 from ..market.bars import Bars, Timeframe
 from ..market.synthetic import SESSION_SECONDS, synthetic_bars
 from trader_lib.strategy.causality import (
@@ -77,7 +77,7 @@ def _quick_look(strategy: Strategy, bars: Bars, parcel: Parcel | None) -> str:
             check_fresh(strategy, bars, parcel)
     except LookAhead as error:
         return error.message
-    except NotFresh:
+    except Exception:  # it cannot be packed, or fails by itself, which it will say where it is used
         return ""
     return ""
 
@@ -188,16 +188,24 @@ def check_strategy(strategy: Strategy, bars: Bars, *, fresh: bool = True) -> Rep
     return Report(look_ahead, causality, lookback, start)
 
 
-def ensure_sound(strategy: Strategy, symbols: Sequence[str], timeframe: Timeframe | str, bars: Bars | None) -> None:
-    """Let a strategy pass only if both checks, on all bars, find nothing; for the command line, before a session.
+def ensure_sound(
+    strategy: Strategy, symbols: Sequence[str], timeframe: Timeframe | str, bars: Bars | None
+) -> tuple[str, ...]:
+    """Let a strategy pass only if both checks, on all bars, find nothing, and return what is worth knowing, in sentences.
 
-    bars: that the session plays; None in real time. Raises LookAhead and LookbackExceeded.
+    bars: that the session plays; None in real time. Raises LookAhead and LookbackExceeded, and Misused for a strategy that
+    contradicts itself. One that fails by itself is let through with a sentence: the session says more about it.
     """
     if is_shipped(strategy):
-        return
+        return ()
     if bars is None or bars.n <= history_bars(strategy) + STRETCH // 2:
         bars = practice_bars(strategy, symbols, timeframe)
-    report = check_strategy(strategy, bars)
+    try:
+        report = check_strategy(strategy, bars)
+    except Misused:
+        raise
+    except Exception as error:
+        return (f"Strategy {strategy.name!r} could not be checked: it fails on {bars!r} ({error}).",)
     kinds: tuple[tuple[str, type[TraderError]], ...] = (
         (report.look_ahead, LookAhead),
         (report.lookback, LookbackExceeded),
@@ -205,3 +213,4 @@ def ensure_sound(strategy: Strategy, symbols: Sequence[str], timeframe: Timefram
     for found, kind in kinds:
         if found:
             raise kind(f"{found} {UNCHECKED}", strategy=strategy.name)
+    return report.notes
