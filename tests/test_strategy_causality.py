@@ -489,7 +489,7 @@ def test_trader_check_reports_and_exits_with_one_where_it_finds_something(trader
 def test_trader_paper_says_what_a_check_of_an_honest_strategy_noted(trader, tmp_path):
     (tmp_path / "peek.py").write_text(PEEK)
     words = ("--transport", "in_process", "--strategy", "peek.py:Peek", "-p", "ahead=0", "--symbols", "IBM")
-    code, out, err = trader("paper", *words, "--start", "2005-01-03", "--end", "2005-04-29")
+    code, _, err = trader("paper", *words, "--start", "2005-01-03", "--end", "2005-04-29")
     assert code == 0 and "It names no lookback_max" in err
 
 
