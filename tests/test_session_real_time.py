@@ -24,6 +24,7 @@ from trader_lib.config.settings import load_settings
 from trader_lib.errors.taxonomy import Retryable, Unauthorized
 from trader_lib.exchange.engine import Exchange
 from trader_lib.exchange.server import ExchangeServer
+from trader_lib.journal.opening import open_journal
 from trader_lib.market.bars import Bars
 from trader_lib.market.sample import sample_bars
 from trader_lib.market.synthetic import synthetic_bars
@@ -38,6 +39,7 @@ from trader_lib.trading.events import (
     ClockTicked,
     Event,
     FillRecorded,
+    HistoryLoaded,
     OrderAcknowledged,
     OrderIntended,
     Reconciled,
@@ -399,3 +401,8 @@ async def test_session_at_alpaca_runs_in_real_time(tmp_path: Path) -> None:
             result = await run_session(spec, settings, journal_path=tmp_path / "journal.sqlite")
     assert result.bars >= 10 and result.orders and result.reconciliation.ok, result.reconciliation.differences
     assert all(agent.state == "ok" for agent in result.health), result.health
+    with open_journal(tmp_path / "journal.sqlite") as journal:
+        loaded = next(event.payload for event in journal.read(types=[HistoryLoaded]))
+    assert (
+        isinstance(loaded, HistoryLoaded) and loaded.rows == 4
+    )  # as many as a backtest is given, not what was fetched

@@ -69,6 +69,7 @@ KINDS = {
         [
             "docs/commands",
             "docs/data",
+            "docs/checks",
             "docs/operations",
             "docs/schedule",
             "docs/monitoring",

@@ -25,6 +25,7 @@ PRICES = "Date,Open,High,Low,Close,Volume\n2024-01-02,10,11,9,10,100\n2024-01-03
 STEPS: dict[str, tuple[str, ...]] = {
     "agent": ("agent", "risk"),
     "backtest": ("backtest", *WHAT),
+    "check": ("check", *WHAT),
     "config": ("config",),
     "dashboard": ("dashboard", "no-such-run"),
     "data import": ("data", "import", "prices.csv", "--symbol", "IBM"),

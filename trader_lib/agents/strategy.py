@@ -22,7 +22,7 @@ from .contract import Agent
 from ..bus.bus import Bus, Handler
 from ..clock.clock import Clock
 from ..market.bars import Bars
-from ..strategy.contract import Strategy, target_weights
+from ..strategy.contract import Strategy, needed_bars, target_weights
 from ..rules.exits import NO_EXITS, exit_due, exit_prices
 from ..strategy.planner import PlannedAction, PlannedType, Planner
 from ..rules import folding
@@ -225,7 +225,7 @@ class StrategyAgent(Agent):
             return None
         self._refused = None
         try:
-            weights: NDArray[np.float64] = target_weights(self._strategy, self._bars)[-1]
+            weights: NDArray[np.float64] = target_weights(self._strategy, needed_bars(self._strategy, self._bars))[-1]
         except Exception as error:
             self._refused = error
             return None

@@ -27,6 +27,7 @@ from rich.console import Console
 
 from .. import __version__
 from .agents import agent
+from .check import check
 from .data import data
 from .journal import journal, replay
 from .notify import announce_death, notify, summary
@@ -78,6 +79,7 @@ app.command(journal)
 app.command(schedule)
 app.command(agent)
 app.command(data)
+app.command(check)
 app.command(replay)
 app.command(notify)
 app.command(summary)
@@ -153,7 +155,9 @@ def _run(
                 kind,
                 asked.values() | extra_parameters(kind, settings.broker.kind, settings.broker.transport),
                 store=RunStore(settings.runs.path),
-                check=lambda _: asked.check(settings, real_time=real_time),
+                check=lambda _: asked.check(
+                    settings, real_time=real_time, session=kind != "backtest" and resume is None, say=say
+                ),
                 timeout_s=settings.runs.timeout_s,
                 report=report,
                 said=say,

@@ -126,6 +126,9 @@ class HowOptions:
     runs: Annotated[str | None, Parameter(group=HOW, help="Folder of the run folders. [./runs]")] = None
     timeout: Annotated[float | None, Parameter(group=HOW, help="Longest time for the run, in seconds. [3600]")] = None
     json: Annotated[bool, Parameter(group=HOW, negative=(), help="Print the result as JSON.")] = False
+    check: Annotated[
+        bool, Parameter(group=HOW, negative="--no-check", help="Look for look-ahead first, once. [--check]")
+    ] = True
 
 
 TrustOption = Annotated[
@@ -175,7 +178,8 @@ def _given(options: object) -> dict[str, object]:
 def how_parameters(how: HowOptions | None) -> dict[str, object]:
     """The options about the run that are parameters of a notebook as well."""
     chosen = how or HowOptions()
-    return {name: value for name in ("seed", "profile") if (value := getattr(chosen, name)) is not None}
+    given = {name: value for name in ("seed", "profile") if (value := getattr(chosen, name)) is not None}
+    return given if chosen.check else {**given, "check_strategy": False}
 
 
 def given_parameters(

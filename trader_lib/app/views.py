@@ -13,7 +13,7 @@ from .console import print_facts, print_json, print_line, print_table
 from ..errors.taxonomy import BadData
 from ..research.report import figure_text
 from ..runs.compare import RunComparison, compare_runs, of_strategy
-from ..runs.result import RunResult, StrategyRow
+from ..runs.result import LOOK_AHEAD, RunResult, StrategyRow
 from ..runs.store import RunFolder
 from ..trading.order_list import OrderRecord
 from ..trading.orders import decimal_text
@@ -30,7 +30,9 @@ def show_run(run: RunFolder, *, as_json: bool = False, orders: int = 0) -> None:
     print_facts(headline(run, result), title=run.name)
     if result.strategies:
         print_table(STRATEGY_COLUMNS, [strategy_row(row) for row in result.strategies], title="Strategies")
-    if result.failure is not None:
+    if result.failure is not None and result.failure.error == LOOK_AHEAD:
+        print_line(f"Not to be believed: {result.failure.message}")
+    elif result.failure is not None:
         print_line(f"Ended early{result.failure.where}: {result.failure.message}")
     if orders:
         columns = (*ORDER_COLUMNS, "Strategy") if result.strategies else ORDER_COLUMNS

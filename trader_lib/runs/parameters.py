@@ -6,7 +6,7 @@
 __all__ = ['RunParameters', 'history_client', 'resolved']
 
 # %% ../../nbs/runs/06_parameters.ipynb #e46c5d1a
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +28,7 @@ class RunParameters(SessionSpec):
     """What a backtest and a session are asked for; raises ValidationError for values that make no sense."""
 
     profile: Literal["research", "paper", "live"] | None = Field(None, description="settings profile")
+    check_strategy: bool = Field(True, description="look for look-ahead, before a session for its lookback as well")
 
     @field_validator("symbols", mode="before")
     @classmethod
@@ -56,12 +57,15 @@ class RunParameters(SessionSpec):
 
     def values(self) -> dict[str, Any]:
         """The parameters as JSON-able values, the way a template takes them."""
-        return super().values() | {"cash": float(self.cash)}
+        values = super().values() | {"cash": float(self.cash)}
+        if self.check_strategy:  # as it is where nobody says otherwise
+            del values["check_strategy"]
+        return values
 
     @property
     def spec(self) -> SessionSpec:
         """The part that a session takes."""
-        return SessionSpec.model_validate(self.model_dump(exclude={"profile"}))
+        return SessionSpec.model_validate(self.model_dump(exclude={"profile", "check_strategy"}))
 
     def load_bars(self, settings: "Settings") -> "Bars":
         """The bars of the run, with as many before its start as the strategy wants to have seen.
@@ -88,18 +92,34 @@ class RunParameters(SessionSpec):
             as_of=WallClock().now() if alpaca else None,
         )
 
-    def check(self, settings: "Settings", *, real_time: bool = False) -> None:
+    def check(
+        self,
+        settings: "Settings",
+        *,
+        real_time: bool = False,
+        session: bool = False,
+        say: Callable[[str], None] = lambda words: None,
+    ) -> None:
         """Refuse what cannot work, as far as it can be seen without running: strategy, symbols, dates, data.
 
-        real_time: the bars are still to come, so there are none to look at.
+        real_time: the bars are still to come, so there are none to look at. session: a strategy that looks ahead, or that
+        depends on more bars than it says, is refused as well. say: told what the user should know of it.
         """
         self.build()
+        bars = None
         if self.source == "alpaca":
             history_client(settings)
             if not real_time and (self.start is None or self.end is None):
                 raise Misused("The source 'alpaca' has no dates of its own; give start and end.")
         elif not real_time:
-            self.load_bars(settings)
+            bars = self.load_bars(settings)
+        if session and self.check_strategy:
+            from trader_lib.strategy.checks import ensure_sound
+
+            for one in self.assignments():
+                own = bars.sel(one.symbols) if bars is not None else None
+                for words in ensure_sound(one.strategy, one.symbols, self.timeframe, own):
+                    say(words)
 
 
 def history_client(settings: "Settings") -> "StockHistoricalDataClient":

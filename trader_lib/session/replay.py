@@ -471,6 +471,11 @@ class _OtherDirector(_Director):
                 f"{strategy.name} wants {strategy.warmup} bars, and {history.n} from before the start are on record: "
                 "until it has them, its targets are zero."
             )
+        elif strategy.lookback_max is not None and strategy.lookback_max > history.n + 1:
+            self.notes.append(
+                f"The weights of {strategy.name} depend on {strategy.lookback_max} bars, and {history.n} from before the "
+                "start are on record: until it has them, they may be others than in a session of its own."
+            )
         fee = spec.commission if stage == "simulated" else no_commission
         return [*self.strategists([one for one in casting if one.label == self._of], history, stage, fee)]
 

@@ -21,7 +21,7 @@ from ..exchange.costs import Costs
 from ..rules.matching import commission
 from ..market.bars import Bars
 from ..risk.limits import Limits
-from ..strategy.contract import Strategy, build_strategy
+from ..strategy.contract import Strategy, build_strategy, history_bars
 from ..rules.sizing import SizingRules
 from ..rules.numbers import CASH_DECIMALS, to_decimal, to_float
 from ..trading.orders import decimal_text
@@ -233,8 +233,8 @@ class SessionSpec(BaseModel):
 
     @property
     def warmup(self) -> int:
-        """Bars that the strategies want to have seen before the first; raises Misused."""
-        return max(one.strategy.warmup for one in self.assignments())
+        """Bars that the strategies are given from before the first; raises Misused."""
+        return max(history_bars(one.strategy) for one in self.assignments())
 
     @property
     def sizing(self) -> SizingRules:

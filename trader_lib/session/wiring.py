@@ -53,7 +53,7 @@ from .reconcile import Reconciler
 from .recovery import Recollection, RecordedBroker, Summary
 from .snapshots import Knowing, Snapshot, SnapshotKeeper, identity, snapshot_folder
 from .spec import Assignment, SessionSpec
-from ..strategy.contract import Strategy
+from ..strategy.contract import Strategy, history_bars
 from ..strategy.planner import Planner
 from ..trading.events import AccountReported, TradeUpdated
 from ..trading.portfolio import Commission, Fill, Position, no_commission
@@ -100,8 +100,8 @@ class SessionInputs:
 
     @property
     def warmup(self) -> int:
-        """Bars that the strategies want to have seen before the first."""
-        return max(one.strategy.warmup for one in self.assignments)
+        """Bars that the strategies are given from before the first."""
+        return max(history_bars(one.strategy) for one in self.assignments)
 
     @property
     def capital(self) -> dict[str, Decimal]:
@@ -441,7 +441,7 @@ def strategist(
     """The agent that carries a strategy."""
     if one.label:
         history = history.sel(one.symbols)
-        history = history.rows_between(max(history.n - one.strategy.warmup, 0), history.n)
+        history = history.rows_between(max(history.n - history_bars(one.strategy), 0), history.n)
     planner = Planner(history.symbols, one.sizing, one.strategy.exits)
     return kind(
         bus,
