@@ -53,6 +53,7 @@ from ..journal.opening import journal_exists, open_journal
 from ..journal.scratch import open_scratch
 from ..market.bars import Bars, Provenance, window
 from ..market.history import load_bars
+from ..market.splits import check_splits
 from ..market.store import BarStore
 from .companions import Companion, SessionParts, accompanied
 from .control import ControlFile
@@ -433,7 +434,9 @@ def _cut(spec: SessionSpec, settings: Settings, warmup: int, bars: Bars | None) 
             seed=spec.seed,
             store=BarStore(settings.data.store_path) if spec.source == "store" else None,
         )
-    return window(bars.sel(spec.symbols), spec.start, spec.end, warmup)
+    cut, first = window(bars.sel(spec.symbols), spec.start, spec.end, warmup)
+    check_splits(cut)
+    return cut, first
 
 
 async def _history(inputs: SessionInputs, data: MarketData, clock: Clock) -> Bars:
