@@ -8,6 +8,7 @@ __all__ = ['Gaps', 'GAPS', 'check_words', 'check_doubled', 'Rows', 'symbol_rows'
 # %% ../../nbs/market/02_frames.ipynb #364f624c
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Literal, NoReturn
 
 import numpy as np
@@ -106,10 +107,11 @@ def _check_company(block: NDArray[np.float64], times: NDArray[np.int64], names: 
         check_lives(block[3], times, names)
     except BadData as error:
         when = error.context["time"]
+        assert isinstance(when, datetime)
         refuse(
             "no bar of this symbol, at a time outside regular hours or of another step, where another symbol has one",
-            "What a symbol's bars are must not depend on another one: pass hours='regular' to leave out what lies outside, "
-            "or hours='extended' to carry all of them from 4:00 to 20:00",
+            "What a symbol's bars are must not depend on another one: make the bars with hours='regular' to leave out what lies "
+            "outside, or with hours='extended' to carry all of them from 4:00 to 20:00",
             symbol=str(error.context["symbol"]),
             time_ns=to_ns(when),
         )

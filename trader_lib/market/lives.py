@@ -174,4 +174,4 @@ def expected_stamps(
         starts, ends = starts - (starts - earliest) // length * length, midnights + EXTENDED_UNTIL_S * _NS
     steps = [np.arange(start, end, length, dtype=np.int64) for start, end in zip(starts, ends, strict=True)]
     stamps = np.unique(np.concatenate(steps))
-    return stamps[(stamps >= times_ns[0]) & (stamps <= times_ns[-1])]
+    return np.asarray(stamps[(stamps >= times_ns[0]) & (stamps <= times_ns[-1])], dtype=np.int64)

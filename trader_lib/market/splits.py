@@ -97,8 +97,8 @@ def suspected_splits(bars: Bars, known: Mapping[str, Collection[date]] | None = 
     found = []
     for column, symbol in enumerate(bars.symbols):
         alive = ~np.isnan(bars.close[:, column])
-        figures = (field[alive, column] for field in (bars.open, bars.close, bars.volume))
-        found += splits_of(symbol, bars.times_ns[alive], *figures, (known or {}).get(symbol, ()))
+        open_, close, volume = (field[alive, column] for field in (bars.open, bars.close, bars.volume))
+        found += splits_of(symbol, bars.times_ns[alive], open_, close, volume, (known or {}).get(symbol, ()))
     return found
 
 # %% ../../nbs/market/07_splits.ipynb #09b0ff96
