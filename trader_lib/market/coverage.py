@@ -7,7 +7,7 @@ __all__ = ['Kind', 'JUMP_LEAST', 'JUMP_SIGMAS', 'STALE_BARS', 'STALE_INTRADAY', 
 
 # %% ../../nbs/market/09_coverage.ipynb #2202aa74
 from dataclasses import asdict, dataclass
-from datetime import date
+from datetime import date, datetime
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from .bars import Bars
 from .dates import stamps_of
 from .lives import calendar_of, days_of, holes
 from .splits import splits_of
-from .stamps import Timeframe
+from .stamps import Timeframe, to_date
 from .validity import FIELDS
 
 # %% ../../nbs/market/09_coverage.ipynb #2a311656
@@ -82,7 +82,7 @@ def _refusal(table: pd.DataFrame, timeframe: Timeframe, calendar: TradingCalenda
         if "to be carried" in str(error):  # no calendar is known, and none is needed to read these bars
             return []
         when = error.context.get("time")
-        found = days_of(np.array([pd.Timestamp(when).value]))[0] if when is not None else day
+        found = to_date(when) if isinstance(when, datetime) else day
         return [Finding("refused", found, found, 1, str(error))]
     return []
 

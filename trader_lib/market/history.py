@@ -122,8 +122,16 @@ def alpaca_history(
                 "Check the symbol, the dates and the feed.",
                 symbol=name,
             )
-    options = {"source": "alpaca", "feed": feed, "adjustment": adjustment}
-    return Bars.from_frame(table, timeframe=length, symbols=names, gaps="carry", calendar=hours, **options)
+    return Bars.from_frame(
+        table,
+        timeframe=length,
+        symbols=names,
+        source="alpaca",
+        feed=feed,
+        adjustment=adjustment,
+        gaps="carry",
+        calendar=hours,
+    )
 
 
 def _word(kind: Any, word: str, what: str) -> Any:
