@@ -83,7 +83,7 @@ def splits_of(
         pair = ratio_of(float(closes[row - 1]), float(opens[row]))
         if pair is None or days[row] in known:
             continue
-        ordinary = float(np.median(shares[max(row - ORDINARY_DAYS, 0) : row])) * pair[0] / pair[1]
+        ordinary = float(np.median(shares[max(row - ORDINARY_DAYS, 0) : row])) * max(pair[0] / pair[1], 1.0)
         if not 0.0 < CROWD * ordinary < shares[row]:
             found.append(SuspectedSplit(symbol, days[row], *pair, float(closes[row - 1]), float(opens[row])))
     return found
