@@ -107,12 +107,15 @@ def check_holes(
 
 def _refuse_hole(days: list[date], place: int, missing: int, symbol: str, hours: TradingCalendar | None) -> None:
     unit = "days" if hours is None else f"session{'' if missing == 1 else 's'} of {hours.name}"
+    absent = days[place] + timedelta(days=1)
+    if hours is not None:
+        absent = hours.sessions(absent, days[place + 1])[0].date
     refuse(
         f"no bar between {days[place]} and {days[place + 1]}, {missing} {unit} inside the symbol's life",
         f"Fill the hole at its source. If the symbol did not trade, gaps={missing} carries the last close without volume "
         f"through runs of up to {missing}, and gaps='carry' through all; prices by the week are given as one bar a week",
         symbol=symbol,
-        time_ns=midnight_ns(days[place] + timedelta(days=1)),
+        time_ns=midnight_ns(absent),
     )
 
 # %% ../../nbs/market/02_lives.ipynb #2e258b4e
