@@ -461,7 +461,16 @@ async def _history(inputs: SessionInputs, data: MarketData, clock: Clock) -> Bar
         adjustment=spec.adjustment,
         feed=spec.feed or inputs.settings.data.feed,
     )
+    history = _to_the_end(history)
     return history if known_history is None else _as_recorded(history, known_history)
+
+
+def _to_the_end(history: Bars) -> Bars:
+    """A history in which a symbol that has not traded lately repeats its last close: it may trade again at any moment."""
+    if not history.n or not np.isnan(history.close[-1]).any():
+        return history
+    block = np.stack([history.open, history.high, history.low, history.close, history.volume])
+    return history.head(0).extend(history.times_ns, block, carry=True)
 
 
 def _as_recorded(history: Bars, recorded: HistoryLoaded) -> Bars:
