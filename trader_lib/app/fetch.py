@@ -179,10 +179,10 @@ def fetch(
         return fetch_symbol(client, store, name, length, begins[name], last, kind, now, replace=replace)
 
     try:
-        with item_bar("fetch", len(names)) as step:
+        with item_bar("fetch", len(names)) as step, asyncio.Runner() as runner:
             for name in names:
                 try:
-                    rows.append(_fetched(name, asyncio.run(patiently(partial(one, name), settings))))
+                    rows.append(_fetched(name, runner.run(patiently(partial(one, name), settings))))
                 except (BadData, Rejected) as error:
                     refused.append({"symbol": name, "reason": str(error)})
                 step(name)

@@ -97,12 +97,13 @@ def alpaca_measures(
 
     client = data_client(settings)
     found: list[Measures] = []
-    for begin in range(0, len(names), SYMBOLS_A_REQUEST):
-        some = names[begin : begin + SYMBOLS_A_REQUEST]
-        asked = (some, Timeframe.DAY_1, first, last, settings.data.feed, settings.data.adjustment)
-        found += measured(asyncio.run(patiently(partial(alpaca_rows, client, *asked), settings)))
-        for name in some:
-            step(name)
+    with asyncio.Runner() as runner:
+        for begin in range(0, len(names), SYMBOLS_A_REQUEST):
+            some = names[begin : begin + SYMBOLS_A_REQUEST]
+            asked = (some, Timeframe.DAY_1, first, last, settings.data.feed, settings.data.adjustment)
+            found += measured(runner.run(patiently(partial(alpaca_rows, client, *asked), settings)))
+            for name in some:
+                step(name)
     return found
 
 # %% ../../nbs/app/19_screen.ipynb #c07a152d
