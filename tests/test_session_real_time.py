@@ -164,7 +164,7 @@ async def test_daily_bars_are_fetched_after_the_close_and_asked_for_until_they_a
     await stage.driver.run(asyncio.Event())
     closed = stage.heard(BarsClosed)
     assert [bar.at for bar in closed] == [bars.at(1)] and stage.clock.now() > closed[0].closed_at
-    assert stage.market.asked == [(date(2005, 1, 3), date(2005, 1, 4))] * 3
+    assert stage.market.asked == [(date(2004, 12, 30), date(2005, 1, 4))] * 3  # a thin symbol may have none today
     assert len(stage.heard(ClockTicked)) > 5
 
 

@@ -14,9 +14,10 @@ import numpy as np
 from .contract import Agent
 from ..bus.bus import Bus, Handler
 from ..clock.clock import Clock
-from ..clock.sessions import TradingCalendar
+from ..clock.sessions import NEW_YORK, TradingCalendar
 from ..market.bars import Bars
 from ..market.record import record_history
+from ..market.stamps import from_ns
 from ..trading.events import BarRow, BarsClosed, Event, HistoryLoaded, Payload
 from ..trading.orders import Utc
 
@@ -25,7 +26,8 @@ class MarketDataAgent(Agent):
     """Assembles closed bars into one event a stamp.
 
     symbols: in the order of the Bars. timeframe: such as "1Day". patience_s: how long after its close a stamp waits
-    for missing symbols, seconds.
+    for missing symbols, seconds. names_quiet: report with each stamp those before it at which no symbol traded, for feeds
+    that leave such bars out.
     """
 
     name = "market_data"
@@ -39,12 +41,15 @@ class MarketDataAgent(Agent):
         symbols: Sequence[str],
         timeframe: str,
         patience_s: float = 5.0,
+        *,
+        names_quiet: bool = False,
     ) -> None:
         super().__init__(bus, clock)
         self._calendar = calendar
         self._symbols = tuple(symbols)
         self._timeframe = timeframe
         self._patience = timedelta(seconds=patience_s)
+        self._names_quiet = names_quiet
         self._waiting: dict[datetime, dict[str, BarRow]] = {}
         self._released: datetime | None = None
         self._act_from: datetime | None = None
@@ -103,10 +108,19 @@ class MarketDataAgent(Agent):
     async def release(self, at: datetime, correlation_id: str, *, last: bool = False) -> Event:
         """Publish the bars of one stamp; `last`: the session's data ends here."""
         rows = self._waiting.pop(at)
+        quiet = self._quiet(at) if self._names_quiet else None
         self._released = at
         self._handled += 1
         self._last_event_at = self._clock.now()
         bars = {symbol: rows[symbol] for symbol in self._symbols if symbol in rows}
         late = self._act_from is not None and at < self._act_from
-        payload = BarsClosed(at=at, closed_at=self.closed_at(at), bars=bars, last=last, late=late)
+        payload = BarsClosed(at=at, closed_at=self.closed_at(at), bars=bars, last=last, late=late, quiet=quiet)
         return await self.publish(payload, correlation_id=correlation_id)
+
+    def _quiet(self, before: datetime) -> tuple[datetime, ...]:
+        """The calendar's stamps between the last one that was let out and another, at which no symbol had a bar."""
+        if self._released is None:
+            return ()
+        first, last = (when.astimezone(NEW_YORK).date() for when in (self._released, before))
+        expected = (from_ns(stamp) for stamp in self._calendar.bar_stamps(first, last, self._timeframe).tolist())
+        return tuple(at for at in expected if self._released < at < before)

@@ -186,13 +186,22 @@ class StrategyAgent(Agent):
         self._uncovered = set(memory.uncovered)
         self._numbers = Counter({(symbol, purpose): number for symbol, purpose, number in memory.numbers})
 
-    def follow(self, symbols: Sequence[str], times_ns: NDArray[np.int64], block: NDArray[np.float64]) -> None:
+    def follow(
+        self,
+        symbols: Sequence[str],
+        times_ns: NDArray[np.int64],
+        block: NDArray[np.float64],
+        whole: NDArray[np.bool_],
+    ) -> None:
         """Know bars that closed, without deciding on them: what was decided then is known from a snapshot.
 
         symbols: of the columns, ours among them. times_ns: their starts, UTC. block: open … volume [field × time × symbol].
+        whole: at which stamps a symbol without a bar is known not to have traded [time].
         """
         own = block[:, :, [symbols.index(symbol) for symbol in self._bars.symbols]]
         told = ~np.isnan(own[3]).all(axis=1)
+        if self._carry:
+            told |= whole & (self._is_alive() | np.logical_or.accumulate(told))
         self._bars = self._bars.extend(times_ns[told], own[:, told], carry=self._carry)
 
     # --- deciding
@@ -201,8 +210,11 @@ class StrategyAgent(Agent):
         closed = event.payload
         assert isinstance(closed, BarsClosed)
         own = {symbol: row for symbol, row in closed.bars.items() if symbol in self._place}
-        if not own:
+        if not own and not self._repeats(closed):
             return
+        if self._repeats(closed):
+            for at in closed.quiet or ():
+                self._bars = self._bars.append(at, {}, carry=True)
         self._bars = self._bars.append(closed.at, own, carry=self._carry)
         close = self._bars.close[-1]
         np.copyto(self._mark, close, where=~np.isnan(close))
@@ -218,6 +230,13 @@ class StrategyAgent(Agent):
             await self._decide(event, closed.at, weights, close)
         if self._refused is not None and not self.protects_only:
             raise self._refused
+
+    def _is_alive(self) -> bool:
+        return self._bars.n > 0 and not bool(np.isnan(self._bars.close[-1]).all())
+
+    def _repeats(self, closed: BarsClosed) -> bool:
+        """Whether our symbols repeat their last close where they have no bar: the feed leaves out who did not trade."""
+        return self._carry and closed.quiet is not None and self._is_alive()
 
     def _ask(self) -> NDArray[np.float64] | None:
         """The strategy's targets; None where it raised, or has raised too often to be asked again."""

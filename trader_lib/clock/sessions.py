@@ -82,6 +82,7 @@ class TradingCalendar:
         self.name = name
         self._dates, self._stamps, self._ends, self._opens, self._closes = _schedule(name)
         self._days = np.array(self._dates, dtype="datetime64[D]")
+        self._is_overnight = bool((self._opens < self._stamps).any())
 
     @property
     def horizon(self) -> date:
@@ -132,10 +133,15 @@ class TradingCalendar:
     def session_numbers(self, index_ns: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return, for bars stamped index_ns [time], a number that is equal for bars of one session and rises with time.
 
-        Raise BadData for a stamp on a day without a session, such as a holiday.
+        A bar belongs to the session of its New York date; where sessions open on the evening before, as those of futures
+        do, to the one that is open. Raise BadData for a stamp on a day without a session, such as a holiday.
         """
         numbers = np.searchsorted(self._stamps, index_ns, side="right") - 1
         outside = (numbers < 0) | (index_ns >= self._ends[numbers])
+        if self._is_overnight:
+            trading = np.searchsorted(self._opens, index_ns, side="right") - 1
+            is_open = (trading >= 0) & (index_ns < self._closes[trading])
+            numbers, outside = np.where(is_open, trading, numbers), outside & ~is_open
         if outside.any():
             when = _datetime(index_ns[int(np.argmax(outside))])
             raise BadData(

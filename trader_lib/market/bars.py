@@ -18,9 +18,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ..clock.sessions import NEW_YORK
+from ..clock.sessions import NEW_YORK, TradingCalendar
 from ..errors.taxonomy import BadData, Misused, did_you_mean
-from .frames import Gaps, block_of
+from .frames import Gaps, Rows, block_of
+from .lives import Hours
 from .shapes import long_frame, names_of, read_table
 from .stamps import Timeframe, from_ns, midnight_ns, to_date, to_ns
 from trader_lib.market.validity import (
@@ -357,18 +358,25 @@ class Bars:
         gaps: Gaps = "refuse",
         date_format: str | None = None,
         timezone: str | None = None,
+        calendar: TradingCalendar | str | None = None,
+        hours: Hours | None = None,
     ) -> Self:
         """Bars from a row a bar, from a wide frame as yfinance has it, or from a mapping of symbols to frames.
 
         frame: of pandas, polars or Arrow, or alpaca-py's `BarSet`; columns symbol, timestamp (or date), open, high, low,
         close, volume in any case, symbol and time also as index. symbols: order of the columns, else by first
-        appearance; the name of the only symbol where the frame names none. gaps: what to do where a symbol has no bar
-        inside its life, refuse or carry. date_format: of dates that can be read in two ways, such as "%d/%m/%Y", or the
-        unit of epoch numbers; timezone: of intraday times that have none. Raises BadData or Misused with a way out.
+        appearance; the name of the only symbol where the frame names none. gaps: what to do where the calendar expects
+        a bar inside a symbol's life and there is none: "refuse"; "carry" the last close without volume; or a number,
+        which carries and refuses more sessions in a row (see `frames.block_of`). calendar: the exchange's, NYSE if every
+        bar lies on one of its sessions; hours: "regular" leaves out bars outside them, "extended" carries through 4:00
+        to 20:00. date_format: of dates that can be read in two ways, such as "%d/%m/%Y", or the unit of epoch numbers;
+        timezone: of intraday times that have none. Raises BadData or Misused with a way out.
         """
         length = Timeframe.parse(timeframe)
+        known = TradingCalendar(calendar) if isinstance(calendar, str) else calendar
+        rows = Rows(length, gaps, known, hours)
         table = long_frame(frame, symbols)
-        block, times, names = block_of(table, length, names_of(symbols), gaps, date_format, timezone)
+        block, times, names = block_of(table, rows, names_of(symbols), date_format, timezone)
         repaired = settle_noise(block)
         origin = Provenance(source, feed, length, adjustment, synthetic=synthetic, repaired=repaired)
         index = pd.DatetimeIndex(times, tz="UTC")

@@ -198,6 +198,8 @@ def _as_pandas(data: Any) -> pd.DataFrame | None:
 
         taken: pd.DataFrame = pa.table(data).to_pandas()
         return taken
+    if callable(getattr(data, "collect", None)) and type(data).__name__ == "LazyFrame":  # of polars: not read yet
+        return _as_pandas(data.collect())
     if callable(getattr(data, "to_pandas", None)):
         made = data.to_pandas()
         return made if isinstance(made, pd.DataFrame) else None

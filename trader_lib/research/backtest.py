@@ -25,6 +25,7 @@ from ..clock.sessions import TradingCalendar
 from ..errors.taxonomy import Misused, did_you_mean
 from ..exchange.costs import Costs
 from ..market.bars import Bars, window
+from ..market.splits import check_splits
 from .engine import Simulation, run
 from .ledger import CANCELED, EXPIRED, FILLED, OCO_LIMIT, Market, Rules
 from .portfolio import portfolio_of
@@ -409,6 +410,7 @@ def backtest(
     sizing = (sizing or SizingRules())._replace(margin=multiplier > 1)
     ensure_placeable(sizing, strategy.exits)
     cut, first = window(bars, start, end, history_bars(strategy))
+    check_splits(cut)
     starting_cash = float(to_decimal(float(cash), CASH_DECIMALS))
     rules = Rules(
         costs=costs.rates(),

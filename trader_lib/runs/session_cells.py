@@ -22,7 +22,8 @@ from ..agents.contract import AgentHealth
 from ..agents.strategy import strategy_agent
 from ..config.settings import Settings, load_settings
 from ..journal.opening import open_journal
-from ..market.bars import Bars, window
+from ..market.bars import Bars, Provenance, Timeframe, window
+from ..market.validity import FIELDS
 from ..research.plots import equity_figure, price_figure
 from ..research.report import Piece, note, table, words
 from ..rules.checks import Check
@@ -82,15 +83,20 @@ def journal_bars(result: SessionResult) -> Bars | None:
     if not rows:
         return None
     spec, origin = result.spec, result.data
-    return Bars.from_frame(
-        pd.DataFrame(rows),
-        timeframe=spec.timeframe,
+    provenance = Provenance(
         source=origin.source if origin else "alpaca stream",
         feed=origin.feed if origin else spec.feed or "",
+        timeframe=Timeframe.parse(spec.timeframe),
         adjustment=origin.adjustment if origin else "raw",
         synthetic=origin.synthetic if origin else False,
-        gaps="carry",
     )
+    closed = pd.DataFrame(rows)
+    symbols = list(dict.fromkeys(closed["symbol"]))
+    fields = [closed.pivot(index="timestamp", columns="symbol", values=name)[symbols] for name in FIELDS]
+    times = pd.DatetimeIndex(fields[0].index).tz_convert("UTC").as_unit("ns")
+    blank = np.empty((0, len(symbols)))
+    none_yet = Bars(blank, blank, blank, blank, blank, times[:0], symbols, provenance)
+    return none_yet.extend(np.asarray(times.asi8), np.stack([field.to_numpy() for field in fields]), carry=True)
 
 
 def equity_by_bar(result: SessionResult) -> "pd.Series[float]":

@@ -54,6 +54,7 @@ from ..journal.scratch import open_scratch
 from ..market.bars import Bars, Provenance, window
 from ..market.stamps import to_ns
 from ..market.history import load_bars
+from ..market.splits import check_splits
 from ..market.store import BarStore
 from .companions import Companion, SessionParts, accompanied
 from .control import ControlFile
@@ -435,7 +436,9 @@ def _cut(spec: SessionSpec, settings: Settings, warmup: int, bars: Bars | None) 
             seed=spec.seed,
             store=BarStore(settings.data.store_path) if spec.source == "store" else None,
         )
-    return window(bars.sel(spec.symbols), spec.start, spec.end, warmup)
+    cut, first = window(bars.sel(spec.symbols), spec.start, spec.end, warmup)
+    check_splits(cut)
+    return cut, first
 
 
 async def _history(inputs: SessionInputs, data: MarketData, clock: Clock) -> Bars:
@@ -460,9 +463,18 @@ async def _history(inputs: SessionInputs, data: MarketData, clock: Clock) -> Bar
         adjustment=spec.adjustment,
         feed=spec.feed or inputs.settings.data.feed,
     )
+    history = _to_the_end(history)
     if known_history is not None:
         return _as_recorded(history, known_history)
     return history.rows_between(max(history.n - inputs.warmup, 0), history.n)
+
+
+def _to_the_end(history: Bars) -> Bars:
+    """A history in which a symbol that has not traded lately repeats its last close: it may trade again at any moment."""
+    if not history.n or not np.isnan(history.close[-1]).any():
+        return history
+    block = np.stack([history.open, history.high, history.low, history.close, history.volume])
+    return history.head(0).extend(history.times_ns, block, carry=True)
 
 
 def _as_recorded(history: Bars, recorded: HistoryLoaded) -> Bars:

@@ -500,7 +500,8 @@ class AgentProvider(Provider):
         self, inputs: SessionInputs, bus: InProcessBus, clock: Clock, calendar: TradingCalendar, history: History
     ) -> MarketDataAgent:
         """Bars in."""
-        return MarketDataAgent(bus, clock, calendar, history.symbols, inputs.spec.timeframe)
+        names_quiet = not inputs.is_simulated
+        return MarketDataAgent(bus, clock, calendar, history.symbols, inputs.spec.timeframe, names_quiet=names_quiet)
 
     @provide
     def strategies(self, inputs: SessionInputs, bus: InProcessBus, clock: Clock, history: History) -> Strategists:

@@ -150,6 +150,9 @@ class BarsClosed(Input):
     bars: FrozenMap[str, BarRow] = Field(max_length=SYMBOLS_MAX)
     last: bool = False  # of the session's data
     late: bool = False  # fetched after a gap, and followed by later ones: known, and not acted upon
+    quiet: tuple[Utc, ...] | None = Field(
+        None, exclude_if=lambda known: known is None
+    )  # the calendar's stamps before it at which nobody traded; None: not looked for, as in journals of before
 
 
 BarFigures = Annotated[tuple[Finite | None, ...], Field(fail_fast=True)]  # open … volume
