@@ -8,6 +8,9 @@ __all__ = ['split_position', 'commission_as_traded', 'volume_in_bars', 'delistin
 # %% ../../nbs/rules/08_actions.ipynb #84e5a849
 import math
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .matching import commission
 from trader_lib.rules.numbers import (
     AVERAGE_PRICE_DECIMALS,
@@ -49,9 +52,8 @@ def commission_as_traded(
     return commission(qty * factor, price / factor, per_share, bps, minimum)
 
 
-@compiled
-def volume_in_bars(volume: float, factor: float) -> float:
-    """A volume of shares as traded, in shares of the bars. factor: price in the bars over the price as traded."""
+def volume_in_bars(volume: NDArray[np.float64], factor: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Volumes of shares as traded, in shares of the bars. factor: price in the bars over the price as traded."""
     return volume / factor
 
 # %% ../../nbs/rules/08_actions.ipynb #080b2999
