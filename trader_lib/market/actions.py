@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ACTION_FIELDS', 'NEUTRAL', 'Volume', 'SPLIT_ADJUSTED', 'RATIO_TOLD', 'split', 'CorporateActions', 'check_actions',
            'with_neutral', 'factor_of', 'actions_from', 'Announced', 'announced', 'placed', 'RunActions', 'last_rows',
-           'ratio_after', 'run_actions']
+           'ratio_after', 'run_actions', 'action_at', 'actions_by_stamp', 'shares_in_last']
 
 # %% ../../nbs/market/02_actions.ipynb #3de182c0
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, datetime
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from ..clock.sessions import TradingCalendar
 from ..errors.taxonomy import Misused, did_you_mean
-from .stamps import midnight_ns, to_date
+from .stamps import from_ns, midnight_ns, to_date
 from .validity import refuse
 from ..rules.actions import delisting_price, volume_in_bars
+from ..trading.events import CorporateAction
 
 # %% ../../nbs/market/02_actions.ipynb #00c8c6f1
 ACTION_FIELDS = ("split", "dividend", "factor")
@@ -282,3 +283,26 @@ def run_actions(
             close[row, column], changes[row] = np.nan, True
     arrays = (np.ascontiguousarray(array) for array in (volume, factor, close))
     return RunActions(*arrays, changes, np.ascontiguousarray(ratio), ends, paid)
+
+# %% ../../nbs/market/02_actions.ipynb #3e2fdf45
+def action_at(taken: RunActions, symbols: Sequence[str], row: int) -> tuple[CorporateAction, ...]:
+    """What happens at the close of a row, in the order of the symbols."""
+    found = []
+    for column, symbol in enumerate(symbols):
+        if taken.last_row[column] == row:
+            found.append(CorporateAction(symbol=symbol, kind="delisted", paid=float(taken.paid[column])))
+        elif len(taken.ratio) and taken.ratio[row, column] != 1.0:
+            found.append(CorporateAction(symbol=symbol, kind="split", ratio=float(taken.ratio[row, column])))
+    return tuple(found)
+
+
+def actions_by_stamp(
+    taken: RunActions, symbols: Sequence[str], times: NDArray[np.int64]
+) -> dict[datetime, tuple[CorporateAction, ...]]:
+    """What happens at the close of which bars, by their stamps (UTC)."""
+    return {from_ns(int(times[row])): action_at(taken, symbols, int(row)) for row in np.flatnonzero(taken.changes)}
+
+
+def shares_in_last(taken: RunActions, shape: tuple[int, int]) -> NDArray[np.float64]:
+    """Shares at the end for one in each bar [time × symbol]."""
+    return np.cumprod(taken.ratio[::-1], axis=0)[::-1] if len(taken.ratio) else np.ones(shape)

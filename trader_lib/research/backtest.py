@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ..clock.sessions import TradingCalendar
 from ..errors.taxonomy import Misused
 from ..exchange.costs import Costs
+from ..market.actions import RunActions, action_at, shares_in_last
 from ..market.bars import Bars, window
 from .engine import Simulation, run
 from .ledger import CANCELED, EXPIRED, FILLED, OCO_LIMIT, Market, Rules
@@ -86,6 +87,7 @@ class BacktestResult:
     sizing: SizingRules
     seed: int
     simulation: Simulation
+    taken: RunActions  # what the run took of corporate actions
 
     def __repr__(self) -> str:
         last = self.simulation.equity[-1]
@@ -149,7 +151,7 @@ class BacktestResult:
 
     @cached_property
     def fills_frame(self) -> pd.DataFrame:
-        """Every fill in time order: bar, symbol, side (1 or -1), qty, price, fee."""
+        """Every fill in time order: bar, symbol, side (1 or -1), qty, price, fee; the pay-out of a delisting among them."""
         table = self.simulation.fills
         return pd.DataFrame(
             {
@@ -158,6 +160,35 @@ class BacktestResult:
                 **{name: table[name] for name in ("side", "qty", "price", "fee")},
             }
         )
+
+    @cached_property
+    def _last_shares(self) -> NDArray[np.float64]:
+        """Shares at the end for one in each bar [time × symbol], so that what was before a split can be compared."""
+        return shares_in_last(self.taken, self.bars.close.shape)
+
+    @cached_property
+    def _comparable_fills(self) -> pd.DataFrame:
+        """The fills in shares as they are at the end."""
+        table = self.simulation.fills
+        shares = self._last_shares[table["bar"], table["symbol"]]
+        return self.fills_frame.assign(qty=table["qty"] * shares, price=table["price"] / shares)
+
+    @cached_property
+    def corporate_actions(self) -> tuple[str, ...]:
+        """Each split and delisting during the run in a sentence."""
+        sentences = []
+        for row in np.flatnonzero(self.taken.changes[self.start :]) + self.start:
+            for action in action_at(self.taken, self.bars.symbols, int(row)):
+                before = self._held_into_close(int(row), self.bars.symbols.index(action.symbol))
+                sentences.append(action.sentence(self.bars.day(int(row)), before))
+        return tuple(sentences)
+
+    def _held_into_close(self, row: int, place: int) -> float:
+        """Shares that a row's trades left of a symbol, unsigned, before anything happened to them at its close."""
+        fills = self.simulation.fills
+        mine = fills[(fills["bar"] == row) & (fills["symbol"] == place) & (fills["order"] >= 0)]
+        before = float(self.simulation.positions[row - 1, place]) if row > self.start else 0.0
+        return abs(round(before + float((mine["side"] * mine["qty"]).sum()), QTY_DECIMALS))
 
     def _series(self, values: NDArray[np.float64], name: str) -> pd.Series:
         return pd.Series(values[self.start :], index=self.bars.index[self.start :], name=name)
@@ -187,7 +218,7 @@ class BacktestResult:
     @cached_property
     def exposure(self) -> pd.Series:
         """Long plus short, as a multiple of equity, at each close."""
-        marks = self.bars.frame("close").ffill().iloc[self.start :]
+        marks = pd.DataFrame(self.taken.close).ffill().iloc[self.start :]
         gross = np.nansum(np.abs(self.positions.to_numpy()) * marks.to_numpy(), axis=1)
         return pd.Series(gross / self.equity.to_numpy(), index=self.equity.index, name="exposure")
 
@@ -239,12 +270,13 @@ class BacktestResult:
     @cached_property
     def portfolio(self) -> "Portfolio":
         """The run as a `vectorbt.Portfolio`; its index is UTC without a time zone."""
-        return portfolio_of(self.bars.frame("close").iloc[self.start :], self.fills_frame, self.starting_cash)
+        close = (self.bars.frame("close") / self._last_shares).iloc[self.start :]
+        return portfolio_of(close, self._comparable_fills, self.starting_cash)
 
     @cached_property
     def statistics(self) -> dict[str, float | int | None]:
         """Returns, ratios, drawdown, trades and costs; None where a figure cannot be computed."""
-        figures = statistics(self.starting_cash, self.equity, self.exposure, self.fills_frame)
+        figures = statistics(self.starting_cash, self.equity, self.exposure, self._comparable_fills)
         return {**figures, "orders": len(self.simulation.orders), "refused": self.refused}
 
     def plot(self) -> Any:
@@ -267,6 +299,7 @@ class BacktestResult:
             ("Statistics", [facts(figures)]),
             ("Parameters", [facts({"strategy": self.strategy.name, **self.strategy.model_dump()})]),
             ("Refused by risk", [table(["Decided", "Symbol", "Side", "Qty#", "Why"], refused)]),
+            *([("Corporate actions", list(self.corporate_actions))] if self.corporate_actions else []),
             ("Order list", [f"{len(self.orders)} orders, {self.order_list_hash}"]),
         ]
         return write_report(path, f"Backtest of {self.strategy.name}", sections)
@@ -276,17 +309,23 @@ def _price(value: float) -> Decimal | None:
     return None if np.isnan(value) else to_decimal(value, PRICE_DECIMALS)
 
 # %% ../../nbs/research/05_backtest.ipynb #22e5cc91
-def market_of(bars: Bars, calendar: TradingCalendar | None = None) -> Market:
-    """The bars as the engine takes them, with close times and session ends from the calendar (NYSE unless given)."""
-    calendar = calendar or TradingCalendar()
+def market_of(bars: Bars, calendar: TradingCalendar, taken: RunActions) -> Market:
+    """The bars as the engine takes them, with close times, session ends and regular hours from the calendar."""
     return Market(
         open=np.ascontiguousarray(bars.open),
         high=np.ascontiguousarray(bars.high),
         low=np.ascontiguousarray(bars.low),
-        close=np.ascontiguousarray(bars.close),
-        volume=np.ascontiguousarray(bars.volume),
+        close=taken.close,
+        volume=taken.volume,
         closed_s=calendar.close_times(bars.times_ns, bars.timeframe) / 1e9,
         ends_session=calendar.last_of_session(bars.times_ns, bars.timeframe),
+        regular=calendar.in_regular_hours(bars.times_ns, bars.timeframe),
+        expires=calendar.last_in_regular_hours(bars.times_ns, bars.timeframe),
+        factor=taken.factor,
+        changes=taken.changes,
+        ratio=taken.ratio,
+        last_row=taken.last_row,
+        paid=taken.paid,
     )
 
 
@@ -331,5 +370,9 @@ def backtest(
         multiplier=float(multiplier),
     )
     weights = np.ascontiguousarray(target_weights(strategy, cut))
-    simulation = run(market_of(cut, calendar), weights, rules, start=first, starting_cash=starting_cash)
-    return BacktestResult(strategy, cut, first, starting_cash, costs, limits, multiplier, sizing, seed, simulation)
+    calendar = calendar or TradingCalendar()
+    taken = cut.run_actions(calendar, costs.delisting_recovery)
+    simulation = run(market_of(cut, calendar, taken), weights, rules, start=first, starting_cash=starting_cash)
+    return BacktestResult(
+        strategy, cut, first, starting_cash, costs, limits, multiplier, sizing, seed, simulation, taken
+    )
