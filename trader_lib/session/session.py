@@ -61,6 +61,7 @@ from .drivers import SOURCE as DESK
 from trader_lib.session.orders import (
     ORDER_EVENTS,
     Refusal,
+    action_sentences,
     equity_curve,
     of_strategy,
     order_records,
@@ -175,6 +176,12 @@ class SessionResult:
         """The order list, in the sequence of submission."""
         with open_journal(self.journal_path) as journal:
             return order_records(journal.read(types=ORDER_EVENTS))
+
+    @cached_property
+    def corporate_actions(self) -> tuple[str, ...]:
+        """Each split and delisting during the session in a sentence."""
+        with open_journal(self.journal_path) as journal:
+            return action_sentences(journal.read(types=[BarsClosed]))
 
     @property
     def order_list_hash(self) -> str:

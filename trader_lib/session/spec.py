@@ -18,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from ..errors.taxonomy import Misused, did_you_mean
 from ..exchange.costs import Costs
-from ..rules.matching import commission
+from ..rules.actions import commission_as_traded
 from ..market.bars import Bars
 from ..risk.limits import Limits
 from ..strategy.contract import Strategy, build_strategy
@@ -241,10 +241,10 @@ class SessionSpec(BaseModel):
         """How target weights become quantities."""
         return SizingRules(self.fractional, self.min_trade, self.leverage, self.multiplier > 1)
 
-    def commission(self, fill: Fill) -> Decimal:
-        """What the embedded exchange charges for a fill, USD."""
-        rates = self.costs.rates()
-        fee = commission(to_float(fill.qty), to_float(fill.price), rates.per_share, rates.bps, rates.minimum)
+    def commission(self, fill: Fill, factor: float = 1.0) -> Decimal:
+        """What the embedded exchange charges for a fill, USD. factor: price in the bars over the price as traded."""
+        rates, qty, price = self.costs.rates(), to_float(fill.qty), to_float(fill.price)
+        fee = commission_as_traded(qty, price, factor, rates.per_share, rates.bps, rates.minimum)
         return to_decimal(fee, CASH_DECIMALS)
 
     def session_id(self, strategy: "Strategy | Mapping[str, Strategy]", bars: Bars | None) -> str:
@@ -254,6 +254,8 @@ class SessionSpec(BaseModel):
         else:
             model = strategy.model_dump(mode="json")
         told = [self.values(), model, bars.content_hash if bars is not None else None]
+        if bars is not None and bars.actions is not None:
+            told.append(bars.actions_hash)
         digest = hashlib.sha256(orjson.dumps(told, option=orjson.OPT_SORT_KEYS)).hexdigest()
         return f"{session_name(strategy)}-{digest[:16]}"
 

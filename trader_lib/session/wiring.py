@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, NewType
 
+import numpy as np
 from dishka import AsyncContainer, Provider, Scope, from_context, make_async_container, provide
 
 from ..agents.contract import Agent
@@ -42,7 +43,9 @@ from ..exchange.engine import Exchange
 from ..exchange.server import ExchangeServer
 from ..journal.chain import Journal
 from ..journal.opening import open_journal
+from ..market.actions import actions_by_stamp
 from ..market.bars import Bars
+from ..market.stamps import from_ns
 from ..resilience.cache import TtlCache
 from ..risk.limits import Limits
 from .control import ControlFile, Operator, SessionLock
@@ -55,7 +58,7 @@ from .snapshots import Knowing, Snapshot, SnapshotKeeper, identity, snapshot_fol
 from .spec import Assignment, SessionSpec
 from ..strategy.contract import Strategy
 from ..strategy.planner import Planner
-from ..trading.events import AccountReported, TradeUpdated
+from ..trading.events import AccountReported, CorporateAction, TradeUpdated
 from ..trading.portfolio import Commission, Fill, Position, no_commission
 
 # %% ../../nbs/session/01_wiring.ipynb #c600e721
@@ -108,9 +111,38 @@ class SessionInputs:
         """Of each of several strategies, USD; empty for one, which has the account's cash."""
         return {one.label: one.capital for one in self.assignments if one.capital is not None}
 
+    def actions(self, calendar: TradingCalendar) -> dict[datetime, tuple[CorporateAction, ...]]:
+        """What happens to shares at the close of which bars, by their stamps: as the embedded exchange has it.
+
+        Raises Misused where several strategies would have to share out what a split leaves of their odd shares.
+        """
+        if self.bars is None:
+            return {}
+        taken = self.bars.run_actions(calendar, self.spec.costs.delisting_recovery)
+        if self.capital and (taken.ratio % 1.0 != 0.0).any():
+            raise Misused(
+                "Several strategies cannot share one account across a split that leaves fractions of a share. "
+                "Use split-adjusted prices, or run each strategy by itself."
+            )
+        return actions_by_stamp(taken, self.bars.symbols, self.bars.times_ns)
+
     def commission(self, fill: Fill) -> Decimal:
         """What a fill costs at the embedded exchange, USD; Alpaca charges nothing that is known beforehand."""
-        return self.spec.commission(fill) if self.is_simulated else no_commission(fill)
+        if not self.is_simulated:
+            return no_commission(fill)
+        return self.spec.commission(fill, self._factors.get((fill.timestamp, fill.symbol), 1.0))
+
+    @cached_property
+    def _factors(self) -> dict[tuple[datetime, str], float]:
+        """Price in the bars over the price as traded, by the moment at which a bar trades and symbol, where it is not 1."""
+        bars = self.bars
+        if bars is None or bars.actions is None or not self.spec.costs.commission_per_share:
+            return {}
+        opens, factor = TradingCalendar().open_times(bars.times_ns, bars.timeframe), bars.actions.factor
+        return {
+            (from_ns(int(opens[row])), bars.symbols[column]): float(factor[row, column])
+            for row, column in np.argwhere(factor != 1.0).tolist()
+        }
 
 # %% ../../nbs/session/01_wiring.ipynb #3b4c3d36
 class CoreProvider(Provider):
@@ -500,7 +532,8 @@ class AgentProvider(Provider):
         self, inputs: SessionInputs, bus: InProcessBus, clock: Clock, calendar: TradingCalendar, history: History
     ) -> MarketDataAgent:
         """Bars in."""
-        return MarketDataAgent(bus, clock, calendar, history.symbols, inputs.spec.timeframe)
+        actions = inputs.actions(calendar) if inputs.is_simulated else {}
+        return MarketDataAgent(bus, clock, calendar, history.symbols, inputs.spec.timeframe, actions=actions)
 
     @provide
     def strategies(self, inputs: SessionInputs, bus: InProcessBus, clock: Clock, history: History) -> Strategists:
