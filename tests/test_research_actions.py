@@ -18,6 +18,7 @@ from trader_lib.market.bars import Bars
 from trader_lib.market.sample import sample_bars
 from trader_lib.research.backtest import BacktestResult, backtest
 from trader_lib.rules.sizing import SizingRules
+from trader_lib.runs.session_cells import journal_bars, session_statistics
 from trader_lib.session.session import SessionResult, run_session
 from trader_lib.session.spec import SessionSpec
 from trader_lib.strategy.contract import Strategy
@@ -342,3 +343,24 @@ async def test_a_session_over_http_splits_and_pays_out_too(tmp_path: Path) -> No
     result = backtest(strategy, bars, cash=20_000, costs=costs, **more)
     run = await session_of(result, bars, tmp_path, transport="http")
     assert len(run.corporate_actions) == len(result.corporate_actions) > 0
+
+
+async def test_a_session_s_statistics_are_the_backtest_s(tmp_path: Path) -> None:
+    """Splits, pay-outs, odd shares and fees on shares as traded, told by the journal alone."""
+    names = ("total_return", "max_drawdown", "trades", "win_rate", "exposure", "turnover")
+    for seed in (0, 1, 3):
+        (tmp_path / str(seed)).mkdir()
+        bars, strategy, costs, more = drawn(seed)
+        result = backtest(strategy, bars, cash=20_000, costs=costs, **more)
+        run = await session_of(result, bars, tmp_path / str(seed))
+        figures = session_statistics(run, journal_bars(run))
+        for name in [name for name in names if name in figures]:
+            assert figures[name] == pytest.approx(result.statistics[name], rel=1e-4), (seed, name)
+        assert figures["fees"] == pytest.approx(result.statistics["fees"], rel=0.02)
+
+
+async def test_a_session_on_adjusted_prices_shows_the_fees_it_paid(tmp_path: Path) -> None:
+    bars = sample_bars("AAPL", "2003-06-02", "2003-06-30")
+    result = backtest(Hold(weight=0.95), bars, costs=Costs(commission_per_share=0.005))
+    run = await session_of(result, bars, tmp_path)
+    assert session_statistics(run, journal_bars(run))["fees"] == result.statistics["fees"] == 27.22

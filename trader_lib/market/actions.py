@@ -281,8 +281,8 @@ def run_actions(
             row = ends[column]
             paid[column] = delisting_price(float(close[row, column]), recovery)
             close[row, column], changes[row] = np.nan, True
-    arrays = (np.ascontiguousarray(array) for array in (volume, factor, close))
-    return RunActions(*arrays, changes, np.ascontiguousarray(ratio), ends, paid)
+    volume, factor, close, ratio = (np.ascontiguousarray(array) for array in (volume, factor, close, ratio))
+    return RunActions(volume, factor, close, changes, ratio, ends, paid)
 
 # %% ../../nbs/market/02_actions.ipynb #3e2fdf45
 def action_at(taken: RunActions, symbols: Sequence[str], row: int) -> tuple[CorporateAction, ...]:
@@ -305,4 +305,7 @@ def actions_by_stamp(
 
 def shares_in_last(taken: RunActions, shape: tuple[int, int]) -> NDArray[np.float64]:
     """Shares at the end for one in each bar [time × symbol]."""
-    return np.cumprod(taken.ratio[::-1], axis=0)[::-1] if len(taken.ratio) else np.ones(shape)
+    shares: NDArray[np.float64] = np.ones(shape)
+    if len(taken.ratio):
+        shares[:] = np.cumprod(taken.ratio[::-1], axis=0)[::-1]
+    return shares

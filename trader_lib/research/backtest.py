@@ -270,7 +270,7 @@ class BacktestResult:
     @cached_property
     def portfolio(self) -> "Portfolio":
         """The run as a `vectorbt.Portfolio`; its index is UTC without a time zone."""
-        close = (self.bars.frame("close") / self._last_shares).iloc[self.start :]
+        close = self.bars.frame("close").div(self._last_shares).iloc[self.start :]
         return portfolio_of(close, self._comparable_fills, self.starting_cash)
 
     @cached_property
@@ -299,9 +299,10 @@ class BacktestResult:
             ("Statistics", [facts(figures)]),
             ("Parameters", [facts({"strategy": self.strategy.name, **self.strategy.model_dump()})]),
             ("Refused by risk", [table(["Decided", "Symbol", "Side", "Qty#", "Why"], refused)]),
-            *([("Corporate actions", list(self.corporate_actions))] if self.corporate_actions else []),
             ("Order list", [f"{len(self.orders)} orders, {self.order_list_hash}"]),
         ]
+        if self.corporate_actions:
+            sections.insert(2, ("Corporate actions", list(self.corporate_actions)))
         return write_report(path, f"Backtest of {self.strategy.name}", sections)
 
 

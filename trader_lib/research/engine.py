@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..rules.actions import commission_as_traded, split_position
+from ..rules.actions import commission_as_traded, odd_shares, split_position
 from ..rules.matching import fill_price, fill_qty, match_oco, match_price
 from trader_lib.research.ledger import (
     CANCELED,
@@ -139,9 +139,13 @@ def _change_shares(t: int, cash: float, market: Market, book: Book, orders: Tabl
                 book_fill(s, -qty, price, False, book.qty, book.average, book.extreme, book.blocked)
                 _write_fill(t, -1, s, -1 if qty > 0.0 else 1, abs(qty), price, 0.0, book, fills)
         else:
-            book.qty[s], book.average[s], odd = split_position(qty, book.average[s], ratio, market.close[t, s])
+            price = market.close[t, s]
+            book.qty[s], book.average[s], paid = split_position(qty, book.average[s], ratio, price)
             book.extreme[s] = book.extreme[s] / ratio if book.qty[s] != 0.0 else math.nan
-            cash = round_to(cash + odd, CASH_DECIMALS)
+            cash = round_to(cash + paid, CASH_DECIMALS)
+            odd = odd_shares(qty, ratio, book.qty[s])
+            if odd != 0.0:
+                _write_fill(t, -1, s, -1 if odd > 0.0 else 1, abs(odd), price * ratio, 0.0, book, fills)
     sweep_ended(book, orders)
     return cash
 
