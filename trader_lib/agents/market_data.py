@@ -101,6 +101,14 @@ class MarketDataAgent(Agent):
         """What happens to shares at the close of the bars stamped `at`."""
         return self._actions.get(at, ())
 
+    def coming(self) -> list[tuple[CorporateAction, float]]:
+        """What the bars that wait do to shares once they are out, each with the price after it, USD a share."""
+        found = []
+        for at in sorted(self._waiting):
+            rows = self._waiting[at]
+            found += [(one, one.close(rows[one.symbol].close)) for one in self.actions_at(at) if one.symbol in rows]
+        return found
+
     def closed_at(self, at: datetime) -> datetime:
         """When the bar stamped `at` is complete, UTC."""
         stamp = np.array([np.datetime64(at.astimezone(UTC).replace(tzinfo=None), "ns")]).astype(np.int64)

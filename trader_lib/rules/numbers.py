@@ -107,7 +107,7 @@ def round_down(value: float, decimals: int) -> float:
     scale = 10.0**decimals
     scaled = abs(value) * scale
     if scaled >= EXACT_MAX:
-        return value if decimals > 0 else math.copysign(math.floor(abs(value)), value)
+        return value
     return math.copysign(math.floor(scaled) / scale, value)
 
 

@@ -609,12 +609,22 @@ class AgentProvider(Provider):
         ids: Ids,
         portfolio: PortfolioAgent,
         execution: ExecutionAgent,
+        market_data: MarketDataAgent,
     ) -> Reconciler:
         """Our books beside the broker's."""
         since = inputs.past.started_at or clock.now()
         foresees, symbols = inputs.is_simulated, inputs.spec.symbols
         return Reconciler(
-            bus, broker, clock, ids, portfolio, execution, since=since, symbols=symbols, foresees_cash=foresees
+            bus,
+            broker,
+            clock,
+            ids,
+            portfolio,
+            execution,
+            since=since,
+            symbols=symbols,
+            foresees_cash=foresees,
+            coming=market_data.coming,
         )
 
 # %% ../../nbs/session/01_wiring.ipynb #c5cc4aca
