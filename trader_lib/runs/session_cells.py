@@ -15,6 +15,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ..agents.contract import AgentHealth
@@ -116,7 +117,8 @@ def with_actions(
     """
     closes = closes.copy()
     for at, action in actions:
-        close, until = float(closes.loc[at, action.symbol]), closes.index <= at
+        until = closes.index <= at
+        close = float(closes.loc[until, action.symbol].to_numpy(dtype=np.float64)[-1])
         mine = (fills["symbol"] == action.symbol) & (fills["bar"] <= at)
         held = float((fills["side"] * fills["qty"])[mine].sum())
         price, paid = action.paid, held

@@ -268,6 +268,7 @@ class Session:
                     seed=inputs.spec.seed,
                     account="" if inputs.is_simulated else self._broker.account_number,
                     sources=sources(inputs.strategy),
+                    factors=inputs.factors if inputs.is_simulated else {},
                 )
             )
         if past.history is None:

@@ -45,7 +45,6 @@ from ..journal.chain import Journal
 from ..journal.opening import open_journal
 from ..market.actions import actions_by_stamp
 from ..market.bars import Bars
-from ..market.stamps import from_ns
 from ..resilience.cache import TtlCache
 from ..risk.limits import Limits
 from .control import ControlFile, Operator, SessionLock
@@ -55,7 +54,7 @@ from .rebuild import REBUILDS, NamesAhead, Standing, rebuild
 from .reconcile import Reconciler
 from .recovery import Recollection, RecordedBroker, Summary
 from .snapshots import Knowing, Snapshot, SnapshotKeeper, identity, snapshot_folder
-from .spec import Assignment, SessionSpec
+from .spec import Assignment, Factors, SessionSpec, factor_at, factors_of
 from ..strategy.contract import Strategy
 from ..strategy.planner import Planner
 from ..trading.events import AccountReported, CorporateAction, TradeUpdated
@@ -130,19 +129,12 @@ class SessionInputs:
         """What a fill costs at the embedded exchange, USD; Alpaca charges nothing that is known beforehand."""
         if not self.is_simulated:
             return no_commission(fill)
-        return self.spec.commission(fill, self._factors.get((fill.timestamp, fill.symbol), 1.0))
+        return self.spec.commission(fill, factor_at(self.factors, fill.symbol, fill.timestamp))
 
     @cached_property
-    def _factors(self) -> dict[tuple[datetime, str], float]:
-        """Price in the bars over the price as traded, by the moment at which a bar trades and symbol, where it is not 1."""
-        bars = self.bars
-        if bars is None or bars.actions is None or not self.spec.costs.commission_per_share:
-            return {}
-        opens, factor = TradingCalendar().open_times(bars.times_ns, bars.timeframe), bars.actions.factor
-        return {
-            (from_ns(int(opens[row])), bars.symbols[column]): float(factor[row, column])
-            for row, column in np.argwhere(factor != 1.0).tolist()
-        }
+    def factors(self) -> Factors:
+        """Where the factors of the bars change, by symbol; nothing where no fee depends on them."""
+        return factors_of(self.bars, TradingCalendar()) if self.bars and self.spec.costs.commission_per_share else {}
 
 # %% ../../nbs/session/01_wiring.ipynb #3b4c3d36
 class CoreProvider(Provider):

@@ -128,6 +128,9 @@ class SessionStarted(Input):
     sources: FrozenMap[str, str] = Field(
         default_factory=dict, exclude_if=lambda known: not known
     )  # hashes, by strategy
+    factors: FrozenMap[str, tuple[tuple[Utc, Finite], ...]] = Field(
+        default_factory=dict, exclude_if=lambda known: not known
+    )  # by symbol: price in the bars over the price as traded, from which moment on; only where fees depend on it
 
 
 class BarRow(BaseModel):
