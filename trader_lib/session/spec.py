@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
-from operator import itemgetter
+from operator import attrgetter
 from decimal import ROUND_DOWN, Decimal, InvalidOperation
 from typing import Annotated, Any, Literal, Self
 
@@ -29,6 +29,7 @@ from ..risk.limits import Limits
 from ..strategy.contract import Strategy, build_strategy
 from ..rules.sizing import SizingRules
 from ..rules.numbers import CASH_DECIMALS, to_decimal, to_float
+from ..trading.events import FactorFrom
 from ..trading.orders import decimal_text
 from ..trading.portfolio import Commission, Fill
 
@@ -92,10 +93,10 @@ class Assignment:
     limits: Limits | None = None
 
 # %% ../../nbs/session/00_spec.ipynb #88fad280
-Factors = Mapping[str, Sequence[tuple[datetime, float]]]  # price in the bars over the price as traded, by moments
+Factors = Mapping[str, Sequence[FactorFrom]]  # by symbol, in the order of their moments
 
 
-def factors_of(bars: Bars, calendar: TradingCalendar) -> dict[str, tuple[tuple[datetime, float], ...]]:
+def factors_of(bars: Bars, calendar: TradingCalendar) -> dict[str, tuple[FactorFrom, ...]]:
     """Where the factors of bars change, by symbol: from which moment on, UTC; nothing for a symbol without any."""
     if bars.actions is None:
         return {}
@@ -104,15 +105,15 @@ def factors_of(bars: Bars, calendar: TradingCalendar) -> dict[str, tuple[tuple[d
         factor = bars.actions.factor[:, column]
         rows = np.flatnonzero(np.diff(factor, prepend=1.0))
         if len(rows):
-            found[symbol] = tuple((from_ns(int(opens[row])), float(factor[row])) for row in rows)
+            found[symbol] = tuple(FactorFrom(at=from_ns(int(opens[row])), factor=float(factor[row])) for row in rows)
     return found
 
 
 def factor_at(factors: Factors, symbol: str, at: datetime) -> float:
     """The factor of a symbol at a moment; 1 before the first change."""
     points = factors.get(symbol, ())
-    place = bisect_right(points, at, key=itemgetter(0))
-    return points[place - 1][1] if place else 1.0
+    place = bisect_right(points, at, key=attrgetter("at"))
+    return points[place - 1].factor if place else 1.0
 
 
 Source = Literal["sample", "store", "synthetic", "alpaca"]

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['Finite', 'Figure', 'Kind', 'PAYLOADS', 'PROBLEMS_MAX', 'SYMBOLS_MAX', 'BarFigures', 'BarRows', 'DiscrepancyKind',
-           'Resolution', 'ENVELOPE', 'utc_text', 'Payload', 'Input', 'Output', 'payload_from_json', 'SessionStarted',
-           'BarRow', 'CorporateAction', 'BarsClosed', 'HistoryLoaded', 'TradeUpdated', 'AssetsReported',
-           'AccountReported', 'PositionsReported', 'OrdersReported', 'OrderAcknowledged', 'OrderFailed',
-           'OperatorCommand', 'SnapshotTaken', 'ClockTicked', 'TradingState', 'TargetsDecided', 'OrderProposed',
-           'CancelProposed', 'CheckOutcome', 'RiskDecided', 'OrderIntended', 'CancelIntended', 'FillRecorded',
-           'StrategyHoldings', 'PortfolioChanged', 'TradingStateChanged', 'OrderAdopted', 'Discrepancy', 'Reconciled',
-           'AgentFailed', 'SessionEnded', 'degraded_sentence', 'Event', 'canonical_row']
+           'Resolution', 'ENVELOPE', 'utc_text', 'Payload', 'Input', 'Output', 'payload_from_json', 'FactorFrom',
+           'SessionStarted', 'BarRow', 'CorporateAction', 'BarsClosed', 'HistoryLoaded', 'TradeUpdated',
+           'AssetsReported', 'AccountReported', 'PositionsReported', 'OrdersReported', 'OrderAcknowledged',
+           'OrderFailed', 'OperatorCommand', 'SnapshotTaken', 'ClockTicked', 'TradingState', 'TargetsDecided',
+           'OrderProposed', 'CancelProposed', 'CheckOutcome', 'RiskDecided', 'OrderIntended', 'CancelIntended',
+           'FillRecorded', 'StrategyHoldings', 'PortfolioChanged', 'TradingStateChanged', 'OrderAdopted', 'Discrepancy',
+           'Reconciled', 'AgentFailed', 'SessionEnded', 'degraded_sentence', 'Event', 'canonical_row']
 
 # %% ../../nbs/trading/04_events.ipynb #23a33cd0
 from collections.abc import Mapping
@@ -113,6 +113,15 @@ def _problems(error: ValidationError) -> str:
     return str(error) if count <= PROBLEMS_MAX else f"there are {count:,} things wrong with it"
 
 # %% ../../nbs/trading/04_events.ipynb #47f92aca
+class FactorFrom(BaseModel):
+    """From a moment on, prices in the bars are so many times those as traded."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    at: Utc
+    factor: Finite
+
+
 class SessionStarted(Input):
     """A session begins: everything it was started with, secrets excluded."""
 
@@ -128,9 +137,9 @@ class SessionStarted(Input):
     sources: FrozenMap[str, str] = Field(
         default_factory=dict, exclude_if=lambda known: not known
     )  # hashes, by strategy
-    factors: FrozenMap[str, tuple[tuple[Utc, Finite], ...]] = Field(
+    factors: FrozenMap[str, tuple[FactorFrom, ...]] = Field(
         default_factory=dict, exclude_if=lambda known: not known
-    )  # by symbol: price in the bars over the price as traded, from which moment on; only where fees depend on it
+    )  # by symbol, from which moment on; only where fees depend on it
 
 
 class BarRow(BaseModel):
