@@ -26,6 +26,7 @@ from ..clock.clock import Clock
 from ..clock.sessions import NEW_YORK
 from ..errors.taxonomy import InvariantBroken
 from ..rules import account
+from ..rules.actions import split_position
 from ..market.bars import Bars
 from ..risk.checks import About, Identity, RecentOrders, decide, describe
 from ..risk.netting import netting
@@ -47,6 +48,7 @@ from trader_lib.trading.events import (
     AgentFailed,
     AssetsReported,
     BarsClosed,
+    CorporateAction,
     CancelProposed,
     Event,
     FillRecorded,
@@ -340,6 +342,16 @@ class RiskBook:
                 if order.remaining <= 0.0:
                     del orders[fill.client_order_id]
 
+    def change(self, action: CorporateAction, place: int, price: float) -> None:
+        """What is held was split, or paid out. price: USD a share after it."""
+        held = float(self.qty[place])
+        if action.kind == "split":
+            self.qty[place], _, paid = split_position(held, 0.0, action.ratio, price)
+        else:
+            self.qty[place], paid = 0.0, folding.cash_flow(-held, action.paid, 0.0)
+        if not self.is_account:
+            self.cash = round_to(self.cash + paid, CASH_DECIMALS)
+
     def value(self, market: Market, *, new_day: bool) -> None:
         """A bar has closed."""
         if new_day:
@@ -550,6 +562,11 @@ class RiskAgent(Agent):
         for symbol, row in closed.bars.items():
             place = self._place[symbol]
             self._market.mark[place], self._market.time_s[place] = row.close, closed.closed_at.timestamp()
+        for action in closed.actions:
+            place = self._place[action.symbol]
+            self._market.mark[place] = action.close(float(self._market.mark[place]))
+            for book in self._books.values():
+                book.change(action, place, float(self._market.mark[place]))
         for owner, book in self._books.items():
             book.value(self._market, new_day=new_day)
             if not math.isnan(book.equity):

@@ -30,6 +30,7 @@ from trader_lib.trading.events import (
     AccountReported,
     BarsClosed,
     CancelProposed,
+    CorporateAction,
     Event,
     FillRecorded,
     OrderAcknowledged,
@@ -216,7 +217,7 @@ class StrategyAgent(Agent):
             for at in closed.quiet or ():
                 self._bars = self._bars.append(at, {}, carry=True)
         self._bars = self._bars.append(closed.at, own, carry=self._carry)
-        close = self._bars.close[-1]
+        close = self._change_shares(closed.actions, self._bars.close[-1])
         np.copyto(self._mark, close, where=~np.isnan(close))
         self._planner.on_close(close)
         if closed.late:
@@ -237,6 +238,24 @@ class StrategyAgent(Agent):
     def _repeats(self, closed: BarsClosed) -> bool:
         """Whether our symbols repeat their last close where they have no bar: the feed leaves out who did not trade."""
         return self._carry and closed.quiet is not None and self._is_alive()
+
+    def _change_shares(self, actions: Sequence[CorporateAction], close: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Split and close what is held; the closes in shares as they are held afterwards, USD [symbol]."""
+        for action in actions:
+            place = self._place.get(action.symbol)
+            if place is None:
+                continue
+            close = close.copy()
+            close[place] = action.close(float(close[place]))
+            if action.kind == "split":
+                paid = self._planner.on_split(action.symbol, action.ratio, float(close[place]))
+            else:
+                qty, self._mark[place] = float(self._planner.positions[place]), math.nan
+                self._planner.on_fill(action.symbol, -qty, action.paid)
+                paid = folding.cash_flow(-qty, action.paid, 0.0)
+            if self._capital is not None:
+                self._cash = round_to(self._cash + paid, CASH_DECIMALS)
+        return close
 
     def _ask(self) -> NDArray[np.float64] | None:
         """The strategy's targets; None where it raised, or has raised too often to be asked again."""
@@ -311,7 +330,7 @@ class StrategyAgent(Agent):
         stop, limit = exit_prices(
             position, float(planner.avg_entry[place]), float(planner.extreme[place]), *self._rates
         )
-        close = float(self._bars.close[-1, place])
+        close = math.nan if math.isnan(self._bars.close[-1, place]) else float(self._mark[place])
         if (math.isnan(stop) and math.isnan(limit)) or exit_due(position, close, stop, limit):
             return
         kind: PlannedType = "limit" if math.isnan(stop) else "stop" if math.isnan(limit) else "oco"

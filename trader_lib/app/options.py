@@ -90,6 +90,7 @@ class CostOptions:
     commission_minimum: Annotated[float | None, _told(Costs, "commission_minimum", ACCOUNT)] = None
     slippage_bps: Annotated[float | None, _told(Costs, "slippage_bps", ACCOUNT)] = None
     volume_share: Annotated[float | None, _told(Costs, "volume_share", ACCOUNT)] = None
+    delisting_recovery: Annotated[float | None, _told(Costs, "delisting_recovery", ACCOUNT)] = None
 
 
 @Parameter(name="*")

@@ -178,6 +178,30 @@ class TradingCalendar:
         last[-1:] = self.close_times(index_ns[-1:], timeframe) >= self._closes[numbers[-1:]]
         return last
 
+    def in_regular_hours(self, index_ns: NDArray[np.int64], timeframe: str) -> NDArray[np.bool_]:
+        """Say for each bar stamped index_ns [time] whether any of it lies in its session's regular hours.
+
+        A daily bar does. Orders that are not meant for extended hours wait for such a bar.
+        """
+        numbers = self._checked(index_ns, timeframe)
+        if timeframe == "1Day":
+            return np.ones(len(index_ns), dtype=np.bool_)
+        ends = index_ns + _seconds(timeframe) * _NS
+        inside: NDArray[np.bool_] = (ends > self._opens[numbers]) & (index_ns < self._closes[numbers])
+        return inside
+
+    def last_in_regular_hours(self, index_ns: NDArray[np.int64], timeframe: str) -> NDArray[np.bool_]:
+        """Say for each bar stamped index_ns [time] whether it is the last in its session's regular hours.
+
+        At its close, orders for the day expire. For the last bar of all, the session's close decides.
+        """
+        rows = np.flatnonzero(self.in_regular_hours(index_ns, timeframe))
+        last = np.zeros(len(index_ns), dtype=np.bool_)
+        last[rows] = self.last_of_session(index_ns[rows], timeframe)
+        if len(rows) and rows[-1] + 1 < len(index_ns):
+            last[rows[-1]] = True
+        return last
+
     def _checked(self, index_ns: NDArray[np.int64], timeframe: str) -> NDArray[np.int64]:
         _seconds(timeframe)
         numbers = self.session_numbers(index_ns)

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class Costs(BaseModel):
-    """Commission, slippage and the share of a bar's volume that may fill; raises ValidationError out of range."""
+    """Commission, slippage, the share of a bar's volume that may fill, and what a delisting leaves.
+
+    Raises ValidationError out of range.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -24,6 +27,13 @@ class Costs(BaseModel):
     commission_minimum: float = Field(default=0.0, ge=0, le=1_000, description="USD an execution at least")
     slippage_bps: float = Field(default=0.0, ge=0, le=1_000, description="basis points, market and stop orders")
     volume_share: float = Field(default=0.1, ge=0, le=1, description="fraction of a bar's volume; 0 for no cap")
+    delisting_recovery: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="fraction of the last price that a delisted share is paid with",
+        exclude_if=lambda fraction: fraction == 1.0,
+    )
 
     @classmethod
     def none(cls) -> Self:

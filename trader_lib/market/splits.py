@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RATIOS', 'REVERSE', 'NIGHT', 'CROWD', 'ORDINARY_DAYS', 'UNSPLIT', 'SuspectedSplit', 'ratio_of', 'splits_of',
-           'suspected_splits', 'check_splits']
+           'suspected_splits', 'known_splits', 'check_splits']
 
 # %% ../../nbs/market/07_splits.ipynb #9618b6b1
 from collections.abc import Collection, Mapping
@@ -105,15 +105,26 @@ def suspected_splits(bars: Bars, known: Mapping[str, Collection[date]] | None = 
 UNSPLIT = ("raw", "dividend")  # adjustments, in Alpaca's words, that leave splits in the prices
 
 
+def known_splits(bars: Bars) -> dict[str, set[date]]:
+    """By symbol the first days, New York, of the splits that bars know of themselves."""
+    if bars.actions is None:
+        return {}
+    rows, columns = np.nonzero(bars.actions.split != 1.0)
+    found: dict[str, set[date]] = {}
+    for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
+        found.setdefault(bars.symbols[column], set()).add(bars.day(row))
+    return found
+
+
 def check_splits(bars: Bars, known: Mapping[str, Collection[date]] | None = None) -> None:
     """BadData if prices that are not adjusted for splits look split on a night that is not accounted for.
 
-    known: see `suspected_splits`. Bars whose adjustment is split or all pass.
+    known: see `suspected_splits`; those that the bars know where it is not given. Bars whose adjustment is split or all pass.
     """
     adjustment = bars.provenance.adjustment
     if adjustment not in UNSPLIT:
         return
-    found = suspected_splits(bars, known)
+    found = suspected_splits(bars, known_splits(bars) if known is None else known)
     if not found:
         return
     first, rest = found[0], len(found) - 1

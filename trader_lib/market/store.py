@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors.taxonomy import BadData, Misconfigured, Misused, did_you_mean
+from .actions import ACTION_FIELDS
 from .bars import Bars
 from .frames import Gaps
 from .lives import calendar_of
@@ -120,11 +121,14 @@ class BarStore:
         Raises BadData where stored and new bars do not continue each other, Misconfigured where the disk refuses.
         """
         origin = bars.provenance
-        frame = bars.to_frame()
+        frame = bars.to_frame(actions=True)
         notes: dict[str, object] = {"source": origin.source, "synthetic": origin.synthetic}
+        beside = ACTION_FIELDS if bars.actions is not None else ()
+        if bars.actions is not None and bars.actions.volume != "traded":
+            notes["volume"] = bars.actions.volume
         merged: list[tuple[Path, pd.DataFrame]] = []
         for symbol in bars.symbols:
-            fresh = frame.loc[frame["symbol"] == symbol, ["timestamp", *FIELDS]]
+            fresh = frame.loc[frame["symbol"] == symbol, ["timestamp", *FIELDS, *beside]]
             target = self.file(symbol, origin.timeframe, origin.feed, origin.adjustment)
             if len(fresh) and not replace and target.exists():
                 stored, old_notes = self._load(target)
@@ -159,12 +163,20 @@ class BarStore:
             path = self.file(name, timeframe, feed, adjustment)
             table, note = self._load(path)
             try:  # alone first, so that a refusal can name the file
-                Bars.from_frame(table.assign(symbol=name), timeframe=timeframe, gaps=_gaps(table, length))
+                Bars.from_frame(
+                    table.assign(symbol=name), timeframe=timeframe, adjustment=adjustment, gaps=_gaps(table, length)
+                )
             except BadData as error:
                 raise BadData(f"{path}: {error} {REMEDY}.", **{**error.context, "path": path}) from error
             parts.append(table.assign(symbol=name))
             notes.append(note)
         whole = pd.concat(parts, ignore_index=True)
+        volumes = {note.get("volume", "traded") for note, part in zip(notes, parts, strict=True) if "factor" in part}
+        if len(volumes) > 1:
+            raise BadData(
+                f"Of {', '.join(names)}, the store {self.path} has volumes of shares as traded and of adjusted shares. "
+                "Import them again with the same volume."
+            )
         bars = Bars.from_frame(
             whole,
             timeframe=timeframe,
@@ -173,6 +185,7 @@ class BarStore:
             feed=feed,
             adjustment=adjustment,
             synthetic=any(bool(note.get("synthetic")) for note in notes),
+            volume="adjusted" if "adjusted" in volumes else "traded",
             gaps=_gaps(whole, length),
         )
         return bars.between(start, end, warmup)

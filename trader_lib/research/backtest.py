@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from ..clock.sessions import TradingCalendar
 from ..errors.taxonomy import Misused, did_you_mean
 from ..exchange.costs import Costs
+from ..market.actions import RunActions, action_at, shares_in_last
 from ..market.bars import Bars, window
 from ..market.splits import check_splits
 from .engine import Simulation, run
@@ -99,6 +100,7 @@ class BacktestResult:
     sizing: SizingRules
     seed: int
     simulation: Simulation
+    taken: RunActions  # what the run took of corporate actions
     calendar: str = "XNYS"  # ISO 10383 code of the exchange, by whose sessions years are counted
     look_ahead: str = (
         ""  # where the strategy was seen to use later bars, as a sentence; the figures are then worth nothing
@@ -167,7 +169,7 @@ class BacktestResult:
 
     @cached_property
     def fills_frame(self) -> pd.DataFrame:
-        """Every fill in time order: bar, symbol, side (1 or -1), qty, price, fee."""
+        """Every fill in time order: bar, symbol, side (1 or -1), qty, price, fee; the pay-out of a delisting among them."""
         table = self.simulation.fills
         return pd.DataFrame(
             {
@@ -180,7 +182,36 @@ class BacktestResult:
     @cached_property
     def trades_frame(self) -> pd.DataFrame:
         """Every trade, from flat to flat: symbol, side, opened, closed, qty, profit (USD); open ones come last."""
-        return trades_of(self.fills_frame)
+        return trades_of(self._comparable_fills)
+
+    @cached_property
+    def _last_shares(self) -> NDArray[np.float64]:
+        """Shares at the end for one in each bar [time × symbol], so that what was before a split can be compared."""
+        return shares_in_last(self.taken, self.bars.close.shape)
+
+    @cached_property
+    def _comparable_fills(self) -> pd.DataFrame:
+        """The fills in shares as they are at the end."""
+        table = self.simulation.fills
+        shares = self._last_shares[table["bar"], table["symbol"]]
+        return self.fills_frame.assign(qty=table["qty"] * shares, price=table["price"] / shares)
+
+    @cached_property
+    def corporate_actions(self) -> tuple[str, ...]:
+        """Each split and delisting during the run in a sentence."""
+        sentences = []
+        for row in np.flatnonzero(self.taken.changes[self.start :]) + self.start:
+            for action in action_at(self.taken, self.bars.symbols, int(row)):
+                before = self._held_into_close(int(row), self.bars.symbols.index(action.symbol))
+                sentences.append(action.sentence(self.bars.day(int(row)), before))
+        return tuple(sentences)
+
+    def _held_into_close(self, row: int, place: int) -> float:
+        """Shares that a row's trades left of a symbol, unsigned, before anything happened to them at its close."""
+        fills = self.simulation.fills
+        mine = fills[(fills["bar"] == row) & (fills["symbol"] == place) & (fills["order"] >= 0)]
+        before = float(self.simulation.positions[row - 1, place]) if row > self.start else 0.0
+        return abs(round(before + float((mine["side"] * mine["qty"]).sum()), QTY_DECIMALS))
 
     def _series(self, values: NDArray[np.float64], name: str) -> pd.Series:
         return pd.Series(values[self.start :], index=self.bars.index[self.start :], name=name)
@@ -210,13 +241,18 @@ class BacktestResult:
     @cached_property
     def exposure(self) -> pd.Series:
         """Long plus short, as a multiple of equity, at each close."""
-        gross = np.nansum(np.abs(self.simulation.positions[self.start :]) * self._marks, axis=1)
-        return self._series(np.concatenate([np.zeros(self.start), gross / self.equity.to_numpy()]), "exposure")
+        gross = np.nansum(np.abs(self.positions.to_numpy()) * self._marks, axis=1)
+        return pd.Series(gross / self.equity.to_numpy(), index=self.equity.index, name="exposure")
 
     @cached_property
     def _marks(self) -> NDArray[np.float64]:
         """The last close known at each bar [time × symbol], USD; NaN before a symbol's first."""
-        return self.bars.frame("close").ffill().to_numpy()[self.start :]
+        return pd.DataFrame(self.taken.close).ffill().to_numpy()[self.start :]
+
+    @cached_property
+    def _comparable_marks(self) -> NDArray[np.float64]:
+        """The last close known at each bar [time × symbol], USD for a share as it is at the end."""
+        return self.bars.frame("close").div(self._last_shares).ffill().to_numpy()[self.start :]
 
     @cached_property
     def equity_end(self) -> Decimal:
@@ -266,8 +302,8 @@ class BacktestResult:
     @cached_property
     def portfolio(self) -> "Portfolio":
         """The run as a `vectorbt.Portfolio`, annualised as `statistics` are; its index is UTC without a time zone."""
-        close, timeframe = self.bars.frame("close").iloc[self.start :], self.bars.timeframe
-        return portfolio_of(close, self.fills_frame, self.starting_cash, timeframe, self.calendar)
+        close = self.bars.frame("close").div(self._last_shares).iloc[self.start :]
+        return portfolio_of(close, self._comparable_fills, self.starting_cash, self.bars.timeframe, self.calendar)
 
     @cached_property
     def statistics(self) -> Statistics:
@@ -293,8 +329,8 @@ class BacktestResult:
             self.starting_cash,
             self.equity,
             self.exposure,
-            self.fills_frame,
-            close=self._marks,
+            self._comparable_fills,
+            close=self._comparable_marks,
             benchmark=benchmark,
             orders=len(self.simulation.orders),
             refused=self.refused,
@@ -324,6 +360,8 @@ class BacktestResult:
             ("Refused by risk", [table(["Decided", "Symbol", "Side", "Qty#", "Why"], refused)]),
             ("Order list", [f"{len(self.orders)} orders, {self.order_list_hash}"]),
         ]
+        if self.corporate_actions:
+            sections.insert(2, ("Corporate actions", list(self.corporate_actions)))
         return write_report(path, f"Backtest of {self.strategy.name}", [one for one in sections if one[1]])
 
 
@@ -331,17 +369,23 @@ def _price(value: float) -> Decimal | None:
     return None if np.isnan(value) else to_decimal(value, PRICE_DECIMALS)
 
 # %% ../../nbs/research/05_backtest.ipynb #22e5cc91
-def market_of(bars: Bars, calendar: TradingCalendar | None = None) -> Market:
-    """The bars as the engine takes them, with close times and session ends from the calendar (NYSE unless given)."""
-    calendar = calendar or TradingCalendar()
+def market_of(bars: Bars, calendar: TradingCalendar, taken: RunActions) -> Market:
+    """The bars as the engine takes them, with close times, session ends and regular hours from the calendar."""
     return Market(
         open=np.ascontiguousarray(bars.open),
         high=np.ascontiguousarray(bars.high),
         low=np.ascontiguousarray(bars.low),
-        close=np.ascontiguousarray(bars.close),
-        volume=np.ascontiguousarray(bars.volume),
+        close=taken.close,
+        volume=taken.volume,
         closed_s=calendar.close_times(bars.times_ns, bars.timeframe) / 1e9,
         ends_session=calendar.last_of_session(bars.times_ns, bars.timeframe),
+        regular=calendar.in_regular_hours(bars.times_ns, bars.timeframe),
+        expires=calendar.last_in_regular_hours(bars.times_ns, bars.timeframe),
+        factor=taken.factor,
+        changes=taken.changes,
+        ratio=taken.ratio,
+        last_row=taken.last_row,
+        paid=taken.paid,
     )
 
 
@@ -426,9 +470,10 @@ def backtest(
     weights, look_ahead = checked_weights(strategy, cut) if check else (target_weights(strategy, cut), "")
     if look_ahead:
         warnings.warn(LookAheadWarning(f"{look_ahead} {WORTHLESS}"), stacklevel=2)
-    market = market_of(cut, calendar)
+    calendar = calendar or TradingCalendar()
+    taken = cut.run_actions(calendar, costs.delisting_recovery)
+    market = market_of(cut, calendar, taken)
     simulation = run(market, np.ascontiguousarray(weights), rules, start=first, starting_cash=starting_cash)
-    name = (calendar or TradingCalendar()).name
     return BacktestResult(
         strategy,
         cut,
@@ -440,6 +485,7 @@ def backtest(
         sizing,
         seed,
         simulation,
-        calendar=name,
+        taken,
+        calendar=calendar.name,
         look_ahead=look_ahead,
     )

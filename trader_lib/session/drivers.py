@@ -197,8 +197,11 @@ class LockstepDriver:
     async def _close_bar(self, step: Step) -> None:
         """Let out the bars that were taken, and let what follows from them come to rest."""
         correlation_id, before = self._ids.new(), self._count
+        stamps = self._market_data.ready(self._clock.now(), all_arrived=True)
+        if any(self._market_data.actions_at(at) for at in stamps):
+            self._desk.doubt()
         await self._desk.report_account(correlation_id)
-        for at in self._market_data.ready(self._clock.now(), all_arrived=True):
+        for at in stamps:
             await self._market_data.release(at, correlation_id, last=step.last)
             self._count += 1
         await self.settle()

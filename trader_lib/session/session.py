@@ -63,6 +63,7 @@ from .drivers import SOURCE as DESK
 from trader_lib.session.orders import (
     ORDER_EVENTS,
     Refusal,
+    action_sentences,
     equity_curve,
     of_strategy,
     order_records,
@@ -179,6 +180,12 @@ class SessionResult:
         with open_journal(self.journal_path) as journal:
             return order_records(journal.read(types=ORDER_EVENTS))
 
+    @cached_property
+    def corporate_actions(self) -> tuple[str, ...]:
+        """Each split and delisting during the session in a sentence."""
+        with open_journal(self.journal_path) as journal:
+            return action_sentences(journal.read(types=[BarsClosed]))
+
     @property
     def order_list_hash(self) -> str:
         """The fingerprint of the order list."""
@@ -264,6 +271,7 @@ class Session:
                     seed=inputs.spec.seed,
                     account="" if inputs.is_simulated else self._broker.account_number,
                     sources=sources(inputs.strategy),
+                    factors=inputs.factors if inputs.is_simulated else {},
                 )
             )
         if past.history is None:

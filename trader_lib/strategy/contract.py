@@ -108,7 +108,7 @@ def target_weights(strategy: Strategy, bars: Bars) -> NDArray[np.float64]:
     first = max(strategy.warmup - 1, 0)
     if bars.n <= first:
         return np.zeros(shape)
-    weights = _as_array(strategy, strategy.targets(bars), bars)
+    weights = _as_array(strategy, strategy.targets(bars.without_actions()), bars)
     if weights.shape != shape:
         raise Misused(
             f"Strategy {strategy.name!r} returned weights of shape {weights.shape} for bars of shape {shape}: "
