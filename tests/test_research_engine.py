@@ -41,7 +41,7 @@ from trader_lib.rules.checks import (
 )
 from trader_lib.rules.exits import NO_EXITS, exit_due, exit_prices
 from trader_lib.rules.folding import cash_flow, equity, exposure, fold_fill
-from trader_lib.rules.matching import commission, fill_price, fill_qty, match_oco, match_price
+from trader_lib.rules.matching import affordable_qty, commission, fill_price, fill_qty, match_oco, match_price
 from trader_lib.rules.numbers import round_to, to_decimal, to_float
 from trader_lib.rules.sizing import SizingRules
 from trader_lib.session.session import SessionResult, run_session
@@ -161,9 +161,11 @@ class Reference:
                 continue
             volume = float(self.market.volume[t, order.s])
             qty = fill_qty(order.remaining, volume, rates.volume_share, used[order.s], self.sizing.fractional)
+            price = fill_price(leg.kind, order.side, price, rates.slippage_bps)
+            if order.side > 0 and self.multiplier == 1:
+                qty = affordable_qty(qty, price, self.cash, rates, self.sizing.fractional)
             if qty <= 0:
                 continue
-            price = fill_price(leg.kind, order.side, price, rates.slippage_bps)
             fee = commission(qty, price, rates.per_share, rates.bps, rates.minimum)
             self.cash = round_to(self.cash + cash_flow(order.side * qty, price, fee), 2)
             self.planner.on_fill(self.symbols[order.s], order.side * qty, price, "exit" if order.exit else "entry")
@@ -312,7 +314,7 @@ def random_market(rng: np.random.Generator) -> Market:
 def random_weights(rng: np.random.Generator, market: Market) -> np.ndarray:
     rows, n = market.close.shape
     changes = rng.random((rows, n)) < rng.choice([0.05, 0.2, 0.6])
-    drawn = rng.choice([0.0, 0.0, 0.2, 0.5, 0.9, -0.3], (rows, n))
+    drawn = rng.choice([0.0, 0.0, 0.2, 0.5, 0.9, -0.3, math.nan], (rows, n))
     weights = np.zeros((rows, n))
     for t in range(rows):
         weights[t] = np.where(changes[t], drawn[t], weights[t - 1] if t else 0.0)

@@ -18,9 +18,10 @@ from ..rules.folding import cash_flow, equity, exposure, fold_fill
 from trader_lib.rules.numbers import (
     AVERAGE_PRICE_DECIMALS,
     CASH_DECIMALS,
-    QTY_DECIMALS,
+    round_qty,
     round_to,
     to_decimal,
+    to_shares,
 )
 from ..trading.orders import SIDE_SIGN, TERMINAL, Order, OrderRequest, OrderStatus, OrderType
 
@@ -78,7 +79,7 @@ class BookOrder:
     @property
     def remaining(self) -> float:
         """Shares still to be filled; a pair shares them."""
-        return round_to(self.qty - self.pair_filled, QTY_DECIMALS)
+        return round_qty(self.qty - self.pair_filled)
 
     @property
     def reserved(self) -> float:
@@ -88,7 +89,7 @@ class BookOrder:
     def fill(self, qty: float, price: float, at: datetime) -> None:
         """Count one execution. qty: shares; price: USD."""
         _, self.filled_avg_price, _ = fold_fill(self.filled_qty, self.filled_avg_price, qty, price)
-        self.filled_qty = round_to(self.filled_qty + qty, QTY_DECIMALS)
+        self.filled_qty = round_qty(self.filled_qty + qty)
         self.updated_at = at
         done = self.remaining <= 0.0
         self.status = OrderStatus.FILLED if done else OrderStatus.PARTIALLY_FILLED
@@ -114,9 +115,9 @@ class BookOrder:
             client_order_id=self.client_order_id,
             symbol=self.symbol,
             side=self.request.side,
-            qty=to_decimal(self.qty, QTY_DECIMALS),
+            qty=to_shares(self.qty),
             notional=None,
-            filled_qty=to_decimal(self.filled_qty, QTY_DECIMALS),
+            filled_qty=to_shares(self.filled_qty),
             filled_avg_price=to_decimal(self.filled_avg_price, AVERAGE_PRICE_DECIMALS) if filled else None,
             type=self.type,
             limit_price=self.limit_price,

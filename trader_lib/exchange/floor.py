@@ -18,8 +18,16 @@ from ..clock.ids import Ids
 from . import refusals
 from .admission import Admission
 from .book import BookOrder, Ledger, OrderEvent
-from ..rules.matching import CostRates, commission, fill_price, fill_qty, match_oco, match_price
-from ..rules.numbers import PRICE_DECIMALS, QTY_DECIMALS, round_to, to_decimal, to_float
+from trader_lib.rules.matching import (
+    CostRates,
+    affordable_qty,
+    commission,
+    fill_price,
+    fill_qty,
+    match_oco,
+    match_price,
+)
+from ..rules.numbers import PRICE_DECIMALS, round_qty, to_decimal, to_float, to_shares
 from ..trading.orders import ORDER_TYPE_CODE, OrderClass, OrderRequest, OrderStatus, OrderType, TimeInForce
 
 OrderListener = Callable[[OrderEvent], None]
@@ -111,7 +119,7 @@ class Floor:
             request = OrderRequest.model_validate(fields)
         except ValidationError as error:
             raise refusals.refusal_of(error) from None
-        if request.qty is None or request.qty <= to_decimal(order.filled_qty, QTY_DECIMALS):
+        if request.qty is None or request.qty <= to_shares(order.filled_qty):
             raise refusals.unprocessable("qty must be greater than the quantity filled")
         place = self.working.index(order)
         self.working.remove(order)
@@ -148,12 +156,13 @@ class Floor:
             fractional = self._fractional or order.request.is_fractional
             share = self._rates.volume_share
             qty = fill_qty(order.remaining, float(volumes[column]), share, used[column], fractional)
+            price = fill_price(ORDER_TYPE_CODE[side.type], side.sign, price, self._rates.slippage_bps)
+            if side.sign > 0 and self._ledger.multiplier == 1:
+                qty = affordable_qty(qty, price, self._ledger.cash, self._rates, fractional)
             if qty <= 0.0:
                 continue
-            used[column] = round_to(used[column] + qty, QTY_DECIMALS)
-            self._execute(
-                order, side, qty, fill_price(ORDER_TYPE_CODE[side.type], side.sign, price, self._rates.slippage_bps)
-            )
+            used[column] = round_qty(used[column] + qty)
+            self._execute(order, side, qty, price)
 
     def _price(self, order: BookOrder, bar: tuple[float, float, float]) -> tuple[BookOrder, float]:
         """Which side of an order this bar fills, and at what price before slippage (NaN for none)."""
@@ -244,13 +253,13 @@ class Floor:
     ) -> None:
         self.told += 1
         executed = execution_id is not None
-        position = to_decimal(float(self._ledger.qty[order.column]), QTY_DECIMALS)
+        position = to_shares(float(self._ledger.qty[order.column]))
         told = OrderEvent(
             event,
             order.report(),
             self.now,
             execution_id,
-            to_decimal(qty, QTY_DECIMALS) if executed else None,
+            to_shares(qty) if executed else None,
             to_decimal(price, PRICE_DECIMALS) if executed else None,
             position,
         )

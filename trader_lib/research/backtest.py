@@ -34,12 +34,13 @@ from ..rules.sizing import SizingRules
 from trader_lib.rules.numbers import (
     AVERAGE_PRICE_DECIMALS,
     CASH_DECIMALS,
+    CASH_MAX,
     PRICE_DECIMALS,
-    QTY_DECIMALS,
     to_decimal,
+    to_shares,
 )
 from ..trading.order_list import OrderFill, OrderRecord, order_list_hash
-from ..trading.orders import ORDER_TYPE_CODE, OrderSide, OrderStatus, Purpose, TimeInForce
+from ..trading.orders import ORDER_TYPE_CODE, OrderClass, OrderSide, OrderStatus, Purpose, TimeInForce
 
 if TYPE_CHECKING:
     from vectorbt import Portfolio
@@ -101,7 +102,7 @@ class BacktestResult:
         stamps = [self.bars.at(row) for row in range(len(self.bars))]
         fills: dict[int, list[OrderFill]] = {}
         for fill in self.simulation.fills:
-            qty, price = to_decimal(fill["qty"], QTY_DECIMALS), to_decimal(fill["price"], PRICE_DECIMALS)
+            qty, price = to_shares(fill["qty"]), to_decimal(fill["price"], PRICE_DECIMALS)
             fills.setdefault(int(fill["order"]), []).append(OrderFill(bar=stamps[fill["bar"]], qty=qty, price=price))
         return [self._order(row, stamps, tuple(fills.get(i, ()))) for i, row in enumerate(table)]
 
@@ -110,14 +111,14 @@ class BacktestResult:
             decided_at=stamps[row["decided"]],
             symbol=self.bars.symbols[row["symbol"]],
             side=SIDES[int(row["side"])],
-            qty=to_decimal(row["qty"], QTY_DECIMALS),
+            qty=to_shares(row["qty"]),
             type=TYPES[int(row["type"])],
             limit_price=_price(row["limit"]),
             stop_price=_price(row["stop"]),
             time_in_force=TimeInForce.GTC if row["exit"] else TimeInForce.DAY,
             purpose=PURPOSES[row["exit"]],
             status=STATUSES[int(row["status"])],
-            filled_qty=to_decimal(row["filled"], QTY_DECIMALS),
+            filled_qty=to_shares(row["filled"]),
             filled_avg_price=to_decimal(row["average"], AVERAGE_PRICE_DECIMALS) if fills else None,
             fills=fills,
         )
@@ -226,12 +227,18 @@ class BacktestResult:
         facts = RiskFacts(**figures)
         symbol = self.bars.symbols[row["symbol"]]
         check_order(order, facts, self.limits.of(symbol).values(), passed, observed, bound)
-        checks = outcomes(passed, observed, bound, About(symbol, facts.reference_price))
+        pair = row["leg"] == OCO_LIMIT
+        kind = {
+            "type": TYPES[order.order_type].value,
+            "time_in_force": (TimeInForce.GTC if row["exit"] else TimeInForce.DAY).value,
+            "order_class": (OrderClass.OCO if pair else OrderClass.SIMPLE).value,
+        }
+        checks = outcomes(passed, observed, bound, About(symbol, facts.reference_price, kind))
         return Refusal(
             decided_at=self.bars.at(row["decided"]),
             symbol=symbol,
             side=SIDES[order.side_sign],
-            qty=to_decimal(order.qty, QTY_DECIMALS),
+            qty=to_shares(order.qty),
             purpose=PURPOSES[row["exit"]],
             decision=RiskDecision(approved=False, checks=checks),
         )
@@ -290,13 +297,26 @@ def market_of(bars: Bars, calendar: TradingCalendar | None = None) -> Market:
     )
 
 
+def _amount(cash: object) -> float:
+    """The cash at the start, USD, whole cents; raises Misused for what is no amount of money."""
+    try:
+        amount = float(str(cash))
+    except ValueError:
+        raise Misused(f"The account cannot start with {cash!r}: give an amount in USD, such as 100_000.") from None
+    if not 0.01 <= amount <= CASH_MAX:
+        raise Misused(
+            f"The account cannot start with {cash} USD: give an amount from 0.01 to {CASH_MAX:,.0f} USD, such as 100_000."
+        )
+    return float(to_decimal(amount, CASH_DECIMALS))
+
+
 def backtest(
     strategy: Strategy,
     bars: Bars,
     *,
     start: date | str | None = None,  # first trading day, New York; the bars before it serve to warm up
     end: date | str | None = None,  # last trading day
-    cash: Decimal | float = 100_000,  # USD at the start
+    cash: Decimal | float | str = 100_000,  # USD at the start
     costs: Costs | None = None,
     limits: Limits | None = None,
     multiplier: int = 2,  # of the account: 1 for cash, 2 or 4 for margin
@@ -310,15 +330,13 @@ def backtest(
     """
     if not isinstance(strategy, Strategy):
         raise Misused(f"backtest needs a strategy object, not {strategy!r}: for example SmaCross(fast=10, slow=50).")
-    if not float(cash) > 0.0:
-        raise Misused(f"The account starts with {cash} USD; it takes more than nothing to trade.")
+    starting_cash = _amount(cash)
     if multiplier not in (1, 2, 4):
         raise Misused(f"An account's multiplier is 1, 2 or 4, not {multiplier}.")
     costs, limits = costs or Costs(), limits or Limits()
     sizing = (sizing or SizingRules())._replace(margin=multiplier > 1)
     ensure_placeable(sizing, strategy.exits)
     cut, first = window(bars, start, end, strategy.warmup)
-    starting_cash = float(to_decimal(float(cash), CASH_DECIMALS))
     rules = Rules(
         costs=costs.rates(),
         limits=limits.table(cut.symbols),

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..rules.matching import commission, fill_price, fill_qty, match_oco, match_price
+from ..rules.matching import affordable_qty, commission, fill_price, fill_qty, match_oco, match_price
 from trader_lib.research.ledger import (
     CANCELED,
     EXPIRED,
@@ -44,7 +44,7 @@ from ..strategy.planner import book_fill
 from ..rules.sizing import desired_order, plan_orders
 from ..rules.folding import cash_flow, exposure, fold_fill
 from ..rules.folding import equity as equity_of
-from ..rules.numbers import CASH_DECIMALS, QTY_DECIMALS, compiled, compiled_part, round_to
+from ..rules.numbers import CASH_DECIMALS, compiled, compiled_part, round_qty, round_to
 
 # %% ../../nbs/research/01_engine.ipynb #23a1aad9
 @compiled_part
@@ -70,17 +70,19 @@ def _match(t: int, cash: float, market: Market, rules: Rules, book: Book, orders
         left = orders[row]["remaining"]
         share = rules.costs.volume_share
         qty = fill_qty(left, market.volume[t, s], share, book.used[s], rules.sizing.fractional)
-        if qty <= 0.0:
-            continue
         leg = row + 1 if by_stop else row
         price = fill_price(orders[leg]["type"], side, price, rules.costs.slippage_bps)
+        if side > 0 and rules.multiplier <= 1.0:
+            qty = affordable_qty(qty, price, cash, rules.costs, rules.sizing.fractional)
+        if qty <= 0.0:
+            continue
         fee = commission(qty, price, rules.costs.per_share, rules.costs.bps, rules.costs.minimum)
         cash = round_to(cash + cash_flow(side * qty, price, fee), CASH_DECIMALS)
         book_fill(s, side * qty, price, orders[row]["exit"] != 0, book.qty, book.average, book.extreme, book.blocked)
-        book.used[s] = round_to(book.used[s] + qty, QTY_DECIMALS)
+        book.used[s] = round_qty(book.used[s] + qty)
         held, average, _ = fold_fill(orders[leg]["filled"], orders[leg]["average"], qty, price)
         orders[leg]["filled"], orders[leg]["average"] = held, average
-        orders[row]["remaining"] = round_to(left - qty, QTY_DECIMALS)
+        orders[row]["remaining"] = round_qty(left - qty)
         if orders[row]["remaining"] <= 0.0:
             end_order(orders, row, CANCELED)
             orders[leg]["status"] = FILLED

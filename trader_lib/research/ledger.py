@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPEN', 'FILLED', 'CANCELED', 'EXPIRED', 'SIMPLE', 'OCO_LIMIT', 'OCO_STOP', 'REFUSALS_KEPT', 'ORDER_ROW', 'FILL_ROW',
-           'REFUSAL_ROW', 'Table', 'WORKING', 'ORDERS', 'FILLS', 'REFUSALS', 'STATE', 'Market', 'Rules', 'Book', 'Plan',
-           'Money', 'end_order', 'sweep_ended', 'submit']
+           'REFUSAL_ROW', 'Table', 'WORKING', 'ORDERS', 'FILLS', 'REFUSALS', 'STATE', 'Market', 'capabilities', 'Rules',
+           'Book', 'Plan', 'Money', 'end_order', 'sweep_ended', 'submit']
 
 # %% ../../nbs/research/00_ledger.ipynb #7179613a
 import math
@@ -25,11 +25,14 @@ from trader_lib.rules.checks import (
     in_window,
     pending_exposure,
     pending_margin,
+    sells_short,
 )
 from ..rules.exits import ExitRates
 from ..rules.sizing import SizingRules
 from ..rules.numbers import CASH_DECIMALS, compiled_part, round_to
 from ..rules.wash import would_wash
+from ..trading.capability import Asked, capability
+from ..trading.orders import ORDER_TYPE_CODE, OrderClass, TimeInForce
 
 # %% ../../nbs/research/00_ledger.ipynb #6de9d53e
 OPEN, FILLED, CANCELED, EXPIRED = 0, 1, 2, 3
@@ -71,6 +74,22 @@ class Market(NamedTuple):
     ends_session: NDArray[np.bool_]  # the bar is the last of its session
 
 
+def capabilities() -> NDArray[np.int64]:
+    """Which rule of the table of capabilities each kind of order breaks, 0 for none [type × pair × fractional × short].
+
+    Targets are market orders for the day; limits, stops and pairs are exits, good till canceled.
+    """
+    broken = np.zeros((len(ORDER_TYPE_CODE), 2, 2, 2), np.int64)
+    for kind, code in ORDER_TYPE_CODE.items():
+        lasts = TimeInForce.DAY if code == MARKET else TimeInForce.GTC
+        for pair, fractional, short in np.ndindex(2, 2, 2):
+            form = OrderClass.OCO if pair else OrderClass.SIMPLE
+            broken[code, pair, fractional, short] = capability(
+                Asked(kind, lasts, form, bool(fractional), short=bool(short))
+            )
+    return broken
+
+
 class Rules(NamedTuple):
     """What holds during a run."""
 
@@ -81,6 +100,7 @@ class Rules(NamedTuple):
     restricted: NDArray[np.bool_]  # [symbol]
     allow_short: NDArray[np.bool_]  # [symbol]
     multiplier: float
+    broken: NDArray[np.int64] = capabilities()  # by each kind of order, as `capabilities` has them
 
 
 class Book(NamedTuple):
@@ -218,12 +238,14 @@ def _facts(
                 order.side_sign, order.order_type, order.limit_price, pair, side, kind, limit, paired
             )
     age, recent = _pace(t, s, order, market, rules, book, orders)
+    fractional = 0 if order.qty == math.floor(order.qty) else 1
+    short = 1 if sells_short(order.side_sign, order.qty, book.qty[s], pending) else 0
     return RiskFacts(
         book.counts[STATE],
         True,
         rules.restricted[s],
         rules.allow_short[s] and may_short(money.equity, rules.multiplier),
-        0,  # no order that the loop can make breaks a rule of the table; what the broker says of assets is not known
+        rules.broken[order.order_type, 1 if pair else 0, fractional, short],
         wash,
         age,
         recent,

@@ -27,7 +27,7 @@ from trader_lib.trading.events import (
     TradeUpdated,
 )
 from ..rules.folding import fold_fill
-from ..rules.numbers import AVERAGE_PRICE_DECIMALS, QTY_DECIMALS, to_decimal, to_float
+from ..rules.numbers import AVERAGE_PRICE_DECIMALS, to_decimal, to_float, to_shares
 from ..trading.order_list import OrderFill, OrderRecord
 from ..trading.orders import Order, OrderClass, OrderRequest, OrderStatus
 from ..trading.portfolio import Fill
@@ -75,7 +75,7 @@ class _Row:
             time_in_force=order.time_in_force,
             purpose=self.request.purpose,
             status=self.status,
-            filled_qty=to_decimal(filled, QTY_DECIMALS),
+            filled_qty=to_shares(filled),
             filled_avg_price=to_decimal(average, AVERAGE_PRICE_DECIMALS) if filled else None,
             fills=tuple(
                 OrderFill(bar=bar or bar_stamp(fill.timestamp, timeframe), qty=fill.qty, price=fill.price)

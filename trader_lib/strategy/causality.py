@@ -33,9 +33,10 @@ class Causality(NamedTuple):
 def first_change(full: NDArray[np.float64], part: NDArray[np.float64]) -> tuple[int, int] | None:
     """Row and column of the first weight in which `part` differs from the beginning of `full`; None if in none.
 
-    full, part: weights [time × symbol], part not the longer one. Equality is exact.
+    full, part: weights [time × symbol], part not the longer one. Equality is exact; NaN equals NaN.
     """
-    places = np.argwhere(full[: len(part)] != part)
+    known = full[: len(part)]
+    places = np.argwhere((known != part) & ~(np.isnan(known) & np.isnan(part)))
     return (int(places[0, 0]), int(places[0, 1])) if len(places) else None
 
 # %% ../../nbs/strategy/04_causality.ipynb #e62fe664
