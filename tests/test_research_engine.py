@@ -314,7 +314,7 @@ def random_market(rng: np.random.Generator) -> Market:
 def random_weights(rng: np.random.Generator, market: Market) -> np.ndarray:
     rows, n = market.close.shape
     changes = rng.random((rows, n)) < rng.choice([0.05, 0.2, 0.6])
-    drawn = rng.choice([0.0, 0.0, 0.2, 0.5, 0.9, -0.3, math.nan], (rows, n))
+    drawn = rng.choice([0.0, 0.0, 0.2, 0.5, 0.9, -0.3], (rows, n))
     weights = np.zeros((rows, n))
     for t in range(rows):
         weights[t] = np.where(changes[t], drawn[t], weights[t - 1] if t else 0.0)
@@ -369,6 +369,8 @@ def both(seed: int) -> tuple[Reference, object, Market]:
     market = random_market(rng)
     weights = random_weights(rng, market)
     costs, limits, sizing, exits, multiplier = random_rules(rng)
+    if seed % 3 == 0:
+        weights = np.where(rng.random(weights.shape) < 0.5, math.nan, weights)
     start, cash = int(rng.integers(0, 5)), float(some(rng, 100_000.0, 30_000.0, 2_500.0))
     reference = Reference(market, costs, limits, sizing, exits, float(multiplier), cash)
     reference.run(weights, start)
