@@ -357,6 +357,8 @@ class RiskBook:
         nothing = About("", math.nan)
         if state == HALTED:
             return TradingState.HALTED, describe(Check.DRAWDOWN, False, drawdown, values.max_drawdown, nothing)
+        if account.is_ruined(self.equity):
+            return TradingState.REDUCING, f"Ruined: the equity is {self.equity:,.2f} USD. What is held is closed."
         return TradingState.REDUCING, describe(Check.DAILY_LOSS, False, daily, values.max_daily_loss, nothing)
 
 # %% ../../nbs/agents/03_risk.ipynb #2c676230

@@ -88,6 +88,8 @@ class Admission:
             available = self.available(request.symbol, position)
             if abs(signed) > available:
                 raise refusals.insufficient_qty(request.symbol, abs(signed), available, abs(position))
+        elif self._ledger.is_ruined:
+            raise refusals.closing_only()
         elif request.order_class is OrderClass.OCO:
             raise refusals.unprocessable("oco orders must be exit orders")
         elif signed < 0:

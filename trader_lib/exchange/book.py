@@ -13,7 +13,7 @@ from decimal import Decimal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..rules.account import INITIAL_MARGIN, MAINTENANCE_MARGIN, buying_power, reserved_cost
+from ..rules.account import INITIAL_MARGIN, MAINTENANCE_MARGIN, buying_power, is_ruined, reserved_cost
 from ..rules.folding import cash_flow, equity, exposure, fold_fill
 from trader_lib.rules.numbers import (
     AVERAGE_PRICE_DECIMALS,
@@ -149,6 +149,7 @@ class AccountState:
     initial_margin: Decimal
     maintenance_margin: Decimal
     multiplier: int
+    is_ruined: bool = False  # restricted to closing what is held
 
 
 class Ledger:
@@ -158,6 +159,7 @@ class Ledger:
         self.cash = float(cash)
         self.last_equity = self.cash
         self.multiplier = multiplier
+        self.is_ruined = False  # no equity was left at a close: positions may be closed, and none opened
         self.qty: NDArray[np.float64] = np.zeros(symbols)
         self.average: NDArray[np.float64] = np.zeros(symbols)
         self.realized: NDArray[np.float64] = np.zeros(symbols)
@@ -179,6 +181,10 @@ class Ledger:
     def mark_to(self, close: NDArray[np.float64]) -> None:
         """Take the closes of a bar [symbol] as marks; NaN leaves the mark as it was."""
         np.copyto(self.mark, close, where=~np.isnan(close))
+
+    def restrict(self) -> None:
+        """Allow nothing but closing, from now on, where no equity is left."""
+        self.is_ruined = self.is_ruined or is_ruined(self.equity)
 
     def buying_power(self, reserved: float) -> float:
         """What may still be bought, USD. reserved: held back by open orders, USD."""
@@ -203,6 +209,7 @@ class Ledger:
             initial_margin=usd(round_to(INITIAL_MARGIN * held, CASH_DECIMALS)),
             maintenance_margin=usd(round_to(MAINTENANCE_MARGIN * held, CASH_DECIMALS)),
             multiplier=self.multiplier,
+            is_ruined=self.is_ruined,
         )
 
 # %% ../../nbs/exchange/02_book.ipynb #36543a2a

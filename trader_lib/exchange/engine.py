@@ -121,6 +121,7 @@ class Exchange:
         row = self.index
         bars, floor = self.bars, self._floor
         floor.now = from_ns(int(self._opens[row]))
+        floor.call_margin(bars.open[row], bars.volume[row])
         if floor.working:
             floor.open_waiting()
             floor.match(bars.open[row], bars.high[row], bars.low[row], bars.volume[row])
@@ -128,6 +129,7 @@ class Exchange:
         if self._session_ends[row]:
             floor.expire_day_orders()
         self._ledger.mark_to(self.bars.close[row])
+        self._ledger.restrict()
         self._publish(row)
         return Step(row, self.bars.at(row), self.now, self.is_over, self._floor.told, self._bar_count)
 

@@ -18,6 +18,7 @@ from ..clock.ids import Ids
 from . import refusals
 from .admission import Admission
 from .book import BookOrder, Ledger, OrderEvent
+from ..rules.margin import held_after, liquidation, owes
 from trader_lib.rules.matching import (
     CostRates,
     affordable_qty,
@@ -28,7 +29,16 @@ from trader_lib.rules.matching import (
     match_price,
 )
 from ..rules.numbers import PRICE_DECIMALS, round_qty, to_decimal, to_float, to_shares
-from ..trading.orders import ORDER_TYPE_CODE, OrderClass, OrderRequest, OrderStatus, OrderType, TimeInForce
+from trader_lib.trading.orders import (
+    MARGIN_CALL,
+    ORDER_TYPE_CODE,
+    OrderClass,
+    OrderRequest,
+    OrderSide,
+    OrderStatus,
+    OrderType,
+    TimeInForce,
+)
 
 OrderListener = Callable[[OrderEvent], None]
 
@@ -49,7 +59,7 @@ class Floor:
         self.told = 0
         columns = {symbol: column for column, symbol in enumerate(symbols)}
         self.admission = Admission(columns, ledger, self.working, self.by_client_id)
-        self._ledger = ledger
+        self._ledger, self._symbols = ledger, tuple(symbols)
         self._rates = rates
         self._fractional = fractional
         self._ids = ids
@@ -137,6 +147,39 @@ class Floor:
         self._tell("replaced", order)
         self.open(new)
         return new
+
+    def call_margin(self, opens: NDArray[np.float64], volumes: NDArray[np.float64]) -> None:
+        """Meet a margin call at an open [symbol], if there is one: cancel what is open, close what has to go."""
+        ledger = self._ledger
+        if not owes(ledger.cash, ledger.qty):
+            return
+        price, share, parts = np.where(np.isnan(opens), ledger.mark, opens), self._rates.volume_share, self._fractional
+        held, wanted = ledger.qty.copy(), np.zeros(len(opens))
+        for order in self.working:
+            s = order.column
+            if order.type is OrderType.MARKET and order.sign * held[s] < 0.0 and not math.isnan(opens[s]):
+                held[s] = held_after(held[s], order.remaining, float(volumes[s]), share, parts)
+        if not liquidation(ledger.qty, held, price, ledger.cash, wanted):
+            return
+        self.cancel_all()
+        for s in np.flatnonzero((wanted != 0.0) & ~np.isnan(opens)).tolist():
+            qty = fill_qty(abs(float(wanted[s])), float(volumes[s]), share, 0.0, parts)
+            if qty > 0.0:
+                self._liquidate(s, OrderSide.BUY if wanted[s] > 0.0 else OrderSide.SELL, qty, float(price[s]))
+
+    def _liquidate(self, column: int, side: OrderSide, qty: float, price: float) -> None:
+        """Close so much of a position on the broker's own account of things. qty: shares, unsigned; price: USD."""
+        request = OrderRequest(
+            symbol=self._symbols[column],
+            side=side,
+            qty=to_shares(qty),
+            client_order_id=f"{MARGIN_CALL}{self._ids.new()}",
+        )
+        order = self._book(request, column, 0.0)
+        self.working.append(order)
+        self.open(order)
+        paid = fill_price(ORDER_TYPE_CODE[order.type], order.sign, price, self._rates.slippage_bps)
+        self._execute(order, order, qty, paid)
 
     def match(
         self,

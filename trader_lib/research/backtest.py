@@ -11,13 +11,13 @@ from datetime import date, datetime
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ..clock.sessions import TradingCalendar
+from ..clock.sessions import NEW_YORK, TradingCalendar
 from ..errors.taxonomy import Misused
 from ..exchange.costs import Costs
 from ..market.bars import Bars, window
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 SIDES = {1: OrderSide.BUY, -1: OrderSide.SELL}
 TYPES = {code: order_type for order_type, code in ORDER_TYPE_CODE.items()}
 STATUSES = {FILLED: OrderStatus.FILLED, CANCELED: OrderStatus.CANCELED, EXPIRED: OrderStatus.EXPIRED}
-PURPOSES: tuple[Purpose, Purpose] = ("entry", "exit")
+PURPOSES: tuple[Purpose, Purpose, Literal["liquidation"]] = ("entry", "exit", "liquidation")
 
 # %% ../../nbs/research/05_backtest.ipynb #4a40e309
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Refusal:
     symbol: str
     side: OrderSide
     qty: Decimal
-    purpose: Purpose
+    purpose: Purpose | Literal["liquidation"]
     decision: RiskDecision
 
     @property
@@ -90,9 +90,10 @@ class BacktestResult:
 
     def __repr__(self) -> str:
         last = self.simulation.equity[-1]
+        ruined = "" if self.ruined_at is None else f", ruined on {self.ruined_at.astimezone(NEW_YORK):%Y-%m-%d}"
         return (
             f"BacktestResult({self.strategy!r}, {self.bars.day(self.start)} to {self.bars.day(-1)}: "
-            f"{len(self.simulation.orders)} orders, {self.refused} refused, equity {last:,.2f} USD)"
+            f"{len(self.simulation.orders)} orders, {self.refused} refused, equity {last:,.2f} USD{ruined})"
         )
 
     @cached_property
@@ -115,7 +116,7 @@ class BacktestResult:
             type=TYPES[int(row["type"])],
             limit_price=_price(row["limit"]),
             stop_price=_price(row["stop"]),
-            time_in_force=TimeInForce.GTC if row["exit"] else TimeInForce.DAY,
+            time_in_force=TimeInForce.GTC if row["exit"] == 1 else TimeInForce.DAY,
             purpose=PURPOSES[row["exit"]],
             status=STATUSES[int(row["status"])],
             filled_qty=to_shares(row["filled"]),
@@ -191,6 +192,17 @@ class BacktestResult:
         marks = self.bars.frame("close").ffill().iloc[self.start :]
         gross = np.nansum(np.abs(self.positions.to_numpy()) * marks.to_numpy(), axis=1)
         return pd.Series(gross / self.equity.to_numpy(), index=self.equity.index, name="exposure")
+
+    @cached_property
+    def ruined_at(self) -> datetime | None:
+        """Stamp of the first bar at whose close no equity was left, UTC; None where there always was some."""
+        gone = np.flatnonzero(self.simulation.equity[self.start :] <= 0.0)
+        return self.bars.at(self.start + int(gone[0])) if len(gone) else None
+
+    @cached_property
+    def liquidations(self) -> list[OrderRecord]:
+        """What the broker closed on margin calls, in sequence."""
+        return [order for order in self.orders if order.purpose == "liquidation"]
 
     @cached_property
     def equity_end(self) -> Decimal:
@@ -300,7 +312,7 @@ def market_of(bars: Bars, calendar: TradingCalendar | None = None) -> Market:
 def _amount(cash: object) -> float:
     """The cash at the start, USD, whole cents; raises Misused for what is no amount of money."""
     try:
-        amount = float(str(cash))
+        amount = float(str(cash))  # text, so that None and True are no numbers
     except ValueError:
         raise Misused(f"The account cannot start with {cash!r}: give an amount in USD, such as 100_000.") from None
     if not 0.01 <= amount <= CASH_MAX:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..rules.matching import affordable_qty, commission, fill_price, fill_qty, match_oco, match_price
+from ..rules.matching import MARKET, affordable_qty, commission, fill_price, fill_qty, match_oco, match_price
 from trader_lib.research.ledger import (
     CANCELED,
     EXPIRED,
@@ -36,9 +36,11 @@ from trader_lib.research.ledger import (
     end_order,
     submit,
     sweep_ended,
+    write_liquidation,
 )
 from ..rules.checks import limits_at
 from ..rules.checks import CHECK_COUNT, HALTED, margin_of, state_after_close
+from ..rules.margin import held_after, liquidation, owes
 from ..rules.exits import exit_due, exit_prices, update_extreme
 from ..strategy.planner import book_fill
 from ..rules.sizing import desired_order, plan_orders
@@ -89,6 +91,36 @@ def _match(t: int, cash: float, market: Market, rules: Rules, book: Book, orders
             orders[row]["status"] = FILLED if leg == row else CANCELED
         _write_fill(t, leg, s, side, qty, price, fee, book, fills)
     sweep_ended(book, orders)
+    return cash
+
+
+@compiled_part
+def _liquidate(t: int, cash: float, market: Market, rules: Rules, book: Book, orders: Table, fills: Table) -> float:
+    """Meet a margin call at the open of bar t, if there is one, as the broker does; returns the cash afterwards."""
+    n, costs, parts = len(book.qty), rules.costs, rules.sizing.fractional
+    price, held, wanted = market.open[t].copy(), book.qty.copy(), np.zeros(n)
+    for s in range(n):
+        if math.isnan(price[s]):
+            price[s] = book.mark[s]
+        row = book.target[s]
+        if row >= 0 and orders[row]["side"] * held[s] < 0.0 and not math.isnan(market.open[t, s]):
+            held[s] = held_after(held[s], orders[row]["remaining"], market.volume[t, s], costs.volume_share, parts)
+    if not liquidation(book.qty, held, price, cash, wanted):
+        return cash
+    for k in range(book.counts[WORKING]):
+        end_order(orders, book.working[k], CANCELED)
+    sweep_ended(book, orders)
+    for s in range(n):
+        qty = fill_qty(abs(wanted[s]), market.volume[t, s], costs.volume_share, 0.0, parts)
+        if wanted[s] == 0.0 or math.isnan(market.open[t, s]) or qty <= 0.0:
+            continue
+        side = 1 if wanted[s] > 0.0 else -1
+        paid = fill_price(MARKET, side, price[s], costs.slippage_bps)
+        fee = commission(qty, paid, costs.per_share, costs.bps, costs.minimum)
+        cash = round_to(cash + cash_flow(side * qty, paid, fee), CASH_DECIMALS)
+        book_fill(s, side * qty, paid, False, book.qty, book.average, book.extreme, book.blocked)
+        row = write_liquidation(t, s, side, qty, paid, book, orders)
+        _write_fill(t, row, s, side, qty, paid, fee, book, fills)
     return cash
 
 
@@ -295,10 +327,13 @@ def simulate(
     no_stop = math.isnan(exits.stop_loss) and math.isnan(exits.trailing_stop)
     has_exits = not (no_stop and math.isnan(exits.take_profit))
     for t in range(start, rows):
-        if counts[ORDERS] + 4 * n > len(orders):
-            orders = _longer(orders, counts[ORDERS], 4 * n)
-        if counts[FILLS] + 2 * n > len(fills):
-            fills = _longer(fills, counts[FILLS], 2 * n)
+        if counts[ORDERS] + 5 * n > len(orders):
+            orders = _longer(orders, counts[ORDERS], 5 * n)
+        if counts[FILLS] + 3 * n > len(fills):
+            fills = _longer(fills, counts[FILLS], 3 * n)
+        if owes(cash, qty):
+            cash = _liquidate(t, cash, market, rules, book, orders, fills)
+            _refresh(book, plan, orders)
         if counts[WORKING] > 0:
             cash = _match(t, cash, market, rules, book, orders, fills)
             if ends_session[t]:
