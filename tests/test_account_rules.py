@@ -1,8 +1,10 @@
 """What an account can come to: margin calls, ruin, cash that does not go below zero; the same in both engines."""
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from trader_lib.market.bars import Bars, Provenance, Timeframe
 from trader_lib.research.backtest import BacktestResult, backtest
 from trader_lib.risk.limits import Limits
 from trader_lib.rules.sizing import SizingRules
+from trader_lib.runs.session_cells import session_notes
 from trader_lib.session.replay import replay
 from trader_lib.session.session import SessionResult, run_session
 from trader_lib.session.spec import SessionSpec
@@ -264,3 +267,36 @@ def test_exchange_lets_a_ruined_account_close_and_nothing_else() -> None:
     exchange.submit(order("close", "AAA", OrderSide.BUY))
     exchange.advance()
     assert exchange.positions() == () and exchange.account().cash == -15_000
+
+
+async def test_run_that_orders_nothing_says_why_for_each_symbol(tmp_path: Path) -> None:
+    """A share dearer than the account, a target of nothing, and a trade below the smallest one."""
+    bars = bars_of([650_000.0] * 5, [10.0] * 5, [10.0] * 5)
+    result, session = await in_both(Given(weights=((0.5, 0.0, 0.005),)), bars)
+    dear, zero, small = result.notes
+    assert dear.startswith("AAA: a whole share is dearer than its target at 5 of 5 bars: 5,000.00 of 10,000.00 USD")
+    assert zero == "BBB: its target is 0 at all 5 bars." and "min_trade is 1.00%" in small
+    assert all(one in repr(result) for one in result.notes)
+    assert session_notes(session) == result.notes
+    assert "a whole share is dearer" in result.report(tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+async def test_notes_of_a_called_and_cut_account_are_the_same_in_both_engines() -> None:
+    bars = bars_of([100.0, 100.0, 50.0, 50.0, 55.0], [10.0] * 5)
+    strategy = Given(weights=((1.9, 0.9), (NAN, NAN)))
+    result, session = await in_both(strategy, bars, sizing=SizingRules(leverage=2.0))
+    called, cut = result.notes
+    assert called.startswith("Margin was called at 1 open") and "on 2024-01-04, 69 AAA were sold at 50" in called
+    assert cut.startswith("Buys were cut to the money there was at 1 of 5 closes, to 71.1% at the most")
+    assert "the weights add up to as much as 2.8, and leverage is 2" in cut
+    assert session_notes(session) == result.notes
+
+
+def test_command_line_and_result_say_why_nothing_was_ordered(trader: Callable[..., tuple[int, str, str]]) -> None:
+    asked = ("--symbols", "AAPL", "--start", "2005-01-03", "--end", "2005-12-30", "--cash", "1")
+    code, out, err = trader("backtest", *asked, "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["notes"][0].startswith("AAPL: a whole share is dearer than its target") and not result["orders"]
+    code, out, err = trader("runs", "show", "latest")
+    assert code == 0 and "AAPL: a whole share is dearer than its target" in " ".join(out.split())

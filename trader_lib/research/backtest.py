@@ -6,7 +6,7 @@
 __all__ = ['SIDES', 'TYPES', 'STATUSES', 'PURPOSES', 'Refusal', 'BacktestResult', 'market_of', 'backtest']
 
 # %% ../../nbs/research/05_backtest.ipynb #a2922632
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date, datetime
 from decimal import Decimal
 from functools import cached_property
@@ -22,7 +22,8 @@ from ..errors.taxonomy import Misused
 from ..exchange.costs import Costs
 from ..market.bars import Bars, window
 from .engine import Simulation, run
-from .ledger import CANCELED, EXPIRED, FILLED, OCO_LIMIT, Market, Rules
+from .ledger import CANCELED, EXPIRED, FILLED, LIQUIDATION, OCO_LIMIT, Market, Rules
+from .notes import Seen, notes
 from .statistics import portfolio_of, statistics
 from ..risk.checks import About, RiskDecision, outcomes
 from ..risk.limits import Limits
@@ -87,6 +88,7 @@ class BacktestResult:
     sizing: SizingRules
     seed: int
     simulation: Simulation
+    weights: NDArray[np.float64] = field(repr=False)  # [time × symbol], as the strategy gave them
 
     def __repr__(self) -> str:
         last = self.simulation.equity[-1]
@@ -94,6 +96,7 @@ class BacktestResult:
         return (
             f"BacktestResult({self.strategy!r}, {self.bars.day(self.start)} to {self.bars.day(-1)}: "
             f"{len(self.simulation.orders)} orders, {self.refused} refused, equity {last:,.2f} USD{ruined})"
+            + "".join(f"\n  {one}" for one in ([] if len(self.simulation.orders) else self.notes))
         )
 
     @cached_property
@@ -205,6 +208,26 @@ class BacktestResult:
         return [order for order in self.orders if order.purpose == "liquidation"]
 
     @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """Why a symbol was never ordered, what was cut, margin calls and ruin: a sentence each."""
+        simulation, rows, n = self.simulation, slice(self.start, None), len(self.bars.symbols)
+        refused = np.bincount(simulation.refusals["symbol"], minlength=n)
+        seen = Seen(
+            self.bars.symbols,
+            self.weights[rows],
+            np.ascontiguousarray(self.bars.close[rows]),
+            simulation.positions[rows],
+            simulation.equity[rows],
+            simulation.cash[rows],
+            self.sizing,
+            np.bincount(simulation.orders["symbol"], minlength=n),
+            refused,
+        )
+        then = float("nan") if self.ruined_at is None else float(self.equity[self.ruined_at])
+        called = self.liquidations if (simulation.orders["exit"] == LIQUIDATION).any() else []
+        return notes(seen, called, self.ruined_at, then)
+
+    @cached_property
     def equity_end(self) -> Decimal:
         """Equity at the last close, to the cent."""
         return to_decimal(float(self.simulation.equity[-1]), CASH_DECIMALS)
@@ -288,6 +311,8 @@ class BacktestResult:
             ("Refused by risk", [table(["Decided", "Symbol", "Side", "Qty#", "Why"], refused)]),
             ("Order list", [f"{len(self.orders)} orders, {self.order_list_hash}"]),
         ]
+        if self.notes:
+            sections.insert(1, ("Notes", [table(["What happened beside the orders"], [(one,) for one in self.notes])]))
         return write_report(path, f"Backtest of {self.strategy.name}", sections)
 
 
@@ -362,4 +387,6 @@ def backtest(
     )
     weights = np.ascontiguousarray(target_weights(strategy, cut))
     simulation = run(market_of(cut, calendar), weights, rules, start=first, starting_cash=starting_cash)
-    return BacktestResult(strategy, cut, first, starting_cash, costs, limits, multiplier, sizing, seed, simulation)
+    return BacktestResult(
+        strategy, cut, first, starting_cash, costs, limits, multiplier, sizing, seed, simulation, weights
+    )
