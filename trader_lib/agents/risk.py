@@ -65,7 +65,7 @@ from trader_lib.trading.events import (
     TradingState,
     TradingStateChanged,
 )
-from ..rules.numbers import CASH_DECIMALS, QTY_DECIMALS, round_to, to_decimal, to_float
+from ..rules.numbers import CASH_DECIMALS, round_qty, round_to, to_float, to_shares
 from ..trading.capability import Asset, capability
 from trader_lib.trading.orders import (
     ENDED_SHORT,
@@ -263,7 +263,7 @@ class RiskBook:
     def closable(self, request: OrderRequest, place: int) -> tuple[Decimal, Decimal]:
         """The position that an order meets, shares, signed; and what open orders on its side close of it already."""
         held = self._beside(place, SIDE_SIGN[request.side])
-        return to_decimal(float(self.qty[place]), QTY_DECIMALS), to_decimal(held, QTY_DECIMALS)
+        return to_shares(float(self.qty[place])), to_shares(held)
 
     def _beside(self, place: int, sign: int) -> float:
         """Shares that open orders of one side, exits among them, may still fill."""
@@ -277,7 +277,7 @@ class RiskBook:
         if adopted.remaining is not None:
             remaining = to_float(adopted.remaining)
         elif order.notional is not None and price > 0.0:  # shares for an amount: as many as the last price gives
-            remaining = round_to(to_float(order.notional) / price - to_float(order.filled_qty), QTY_DECIMALS)
+            remaining = round_qty(to_float(order.notional) / price - to_float(order.filled_qty))
         else:
             remaining = 0.0
         if remaining <= 0.0:
@@ -325,20 +325,20 @@ class RiskBook:
         """An order ended with so many shares filled: those that no fill has told yet are still on their way."""
         order = self.working.get(client_order_id) or self._leaving.get(client_order_id)
         self.end(client_order_id)
-        untold = 0.0 if order is None else round_to(filled_qty - (order.qty - order.remaining), QTY_DECIMALS)
+        untold = 0.0 if order is None else round_qty(filled_qty - (order.qty - order.remaining))
         if order is not None and untold > 0.0:
             cost = order.cost * filled_qty / order.qty
             self.working[client_order_id] = ApprovedOrder(order.place, order.side_sign, filled_qty, untold, cost)
 
     def fill(self, fill: Fill, place: int, fee: Decimal) -> None:
         """An order was filled. fee: its commission, USD."""
-        self.qty[place] = round_to(self.qty[place] + to_float(fill.signed_qty), QTY_DECIMALS)
+        self.qty[place] = round_qty(self.qty[place] + to_float(fill.signed_qty))
         if not self.is_account:
             self.cash = cash_after(self.cash, fill, fee)
         for orders in self._lists():
             order = orders.get(fill.client_order_id)
             if order is not None:
-                order.remaining = round_to(order.remaining - to_float(fill.qty), QTY_DECIMALS)
+                order.remaining = round_qty(order.remaining - to_float(fill.qty))
                 if order.remaining <= 0.0:
                     del orders[fill.client_order_id]
 
@@ -369,6 +369,8 @@ class RiskBook:
         nothing = About("", math.nan)
         if state == HALTED:
             return TradingState.HALTED, describe(Check.DRAWDOWN, False, drawdown, values.max_drawdown, nothing)
+        if account.is_ruined(self.equity):
+            return TradingState.REDUCING, f"Ruined: the equity is {self.equity:,.2f} USD. What is held is closed."
         return TradingState.REDUCING, describe(Check.DAILY_LOSS, False, daily, values.max_daily_loss, nothing)
 
 # %% ../../nbs/agents/03_risk.ipynb #2c676230

@@ -42,7 +42,7 @@ from trader_lib.trading.events import (
     TradeUpdated,
 )
 from ..trading.portfolio import Commission, Fill, no_commission
-from ..rules.numbers import CASH_DECIMALS, PRICE_DECIMALS, QTY_DECIMALS, round_to, to_decimal, to_float
+from ..rules.numbers import CASH_DECIMALS, PRICE_DECIMALS, round_to, to_decimal, to_float, to_shares
 from trader_lib.trading.orders import (
     ENDED_SHORT,
     SIDE_SIGN,
@@ -68,7 +68,7 @@ def order_request(action: PlannedAction, order_id: str, strategy: str = "") -> O
     return OrderRequest(
         symbol=action.symbol,
         side=OrderSide.BUY if action.side_sign > 0 else OrderSide.SELL,
-        qty=to_decimal(action.qty, QTY_DECIMALS),
+        qty=to_shares(action.qty),
         type=OrderType.LIMIT if oco else OrderType(action.order_type),
         limit_price=_price(action.limit_price),
         stop_price=None if oco else _price(action.stop_price),
@@ -226,8 +226,9 @@ class StrategyAgent(Agent):
         if weights is None:
             await self._decide(event, closed.at, np.full(len(close), math.nan), close)
         else:
-            named = {symbol: float(weight) for symbol, weight in zip(self._bars.symbols, weights, strict=True)}
-            await self.publish(TargetsDecided(at=closed.at, weights=named), event)
+            named = zip(self._bars.symbols, weights.tolist(), strict=True)
+            wanted = {symbol: weight for symbol, weight in named if not math.isnan(weight)}
+            await self.publish(TargetsDecided(at=closed.at, weights=wanted), event)
             await self._decide(event, closed.at, weights, close)
         if self._refused is not None and not self.protects_only:
             raise self._refused
