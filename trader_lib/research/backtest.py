@@ -44,6 +44,7 @@ from trader_lib.rules.numbers import (
     AVERAGE_PRICE_DECIMALS,
     CASH_DECIMALS,
     CASH_MAX,
+    QTY_DECIMALS,
     PRICE_DECIMALS,
     to_decimal,
     to_shares,
