@@ -70,8 +70,10 @@ KINDS = {
         "How-to guides",
         "One job each, for those who operate a session or work on the package.",
         [
+            "docs/commands",
             "docs/data",
             "docs/sweeps",
+            "docs/checks",
             "docs/operations",
             "docs/schedule",
             "docs/monitoring",
@@ -86,7 +88,11 @@ KINDS = {
         "How it works and why it is as it is.",
         ["docs/degradation", "docs/simulation", "docs/security", "docs/decisions/"],
     ),
-    "reference": ("Reference", "What is there, complete and dry.", ["api/index", "docs/benchmarks", "CHANGELOG"]),
+    "reference": (
+        "Reference",
+        "What is there, complete and dry.",
+        ["api/index", "docs/figures", "docs/benchmarks", "CHANGELOG"],
+    ),
 }
 
 DROPPED_TYPES = re.compile(r"application/(vnd\.trader|vnd\.jupyter\.widget)")

@@ -8,16 +8,18 @@ __all__ = ['MarketDataAgent']
 # %% ../../nbs/agents/01_market_data.ipynb #6e7c9fec
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
 
 import numpy as np
 
 from .contract import Agent
 from ..bus.bus import Bus, Handler
 from ..clock.clock import Clock
-from ..clock.sessions import TradingCalendar
+from ..clock.sessions import NEW_YORK, TradingCalendar
 from ..market.bars import Bars
 from ..market.record import record_history
-from ..trading.events import BarRow, BarsClosed, Event, HistoryLoaded, Payload
+from ..market.stamps import from_ns
+from ..trading.events import BarRow, BarsClosed, CorporateAction, Event, HistoryLoaded, Payload
 from ..trading.orders import Utc
 
 # %% ../../nbs/agents/01_market_data.ipynb #06bc2ee6
@@ -25,7 +27,8 @@ class MarketDataAgent(Agent):
     """Assembles closed bars into one event a stamp.
 
     symbols: in the order of the Bars. timeframe: such as "1Day". patience_s: how long after its close a stamp waits
-    for missing symbols, seconds.
+    for missing symbols, seconds. actions: what happens to shares at the close of which bars, by their stamps.
+    names_quiet: report with each stamp those before it at which no symbol traded, for feeds that leave such bars out.
     """
 
     name = "market_data"
@@ -39,12 +42,17 @@ class MarketDataAgent(Agent):
         symbols: Sequence[str],
         timeframe: str,
         patience_s: float = 5.0,
+        actions: Mapping[datetime, tuple[CorporateAction, ...]] = MappingProxyType({}),
+        *,
+        names_quiet: bool = False,
     ) -> None:
         super().__init__(bus, clock)
         self._calendar = calendar
         self._symbols = tuple(symbols)
         self._timeframe = timeframe
         self._patience = timedelta(seconds=patience_s)
+        self._names_quiet = names_quiet
+        self._actions = actions
         self._waiting: dict[datetime, dict[str, BarRow]] = {}
         self._released: datetime | None = None
         self._act_from: datetime | None = None
@@ -94,6 +102,18 @@ class MarketDataAgent(Agent):
         closed_at = self.closed_at(at)
         return now >= closed_at and (everything or newest > at or now >= closed_at + self._patience)
 
+    def actions_at(self, at: datetime) -> tuple[CorporateAction, ...]:
+        """What happens to shares at the close of the bars stamped `at`."""
+        return self._actions.get(at, ())
+
+    def coming(self) -> list[tuple[CorporateAction, float]]:
+        """What the bars that wait do to shares once they are out, each with the price after it, USD a share."""
+        found = []
+        for at in sorted(self._waiting):
+            rows = self._waiting[at]
+            found += [(one, one.close(rows[one.symbol].close)) for one in self.actions_at(at) if one.symbol in rows]
+        return found
+
     def closed_at(self, at: datetime) -> datetime:
         """When the bar stamped `at` is complete, UTC."""
         stamp = np.array([np.datetime64(at.astimezone(UTC).replace(tzinfo=None), "ns")]).astype(np.int64)
@@ -103,10 +123,27 @@ class MarketDataAgent(Agent):
     async def release(self, at: datetime, correlation_id: str, *, last: bool = False) -> Event:
         """Publish the bars of one stamp; `last`: the session's data ends here."""
         rows = self._waiting.pop(at)
+        quiet = self._quiet(at) if self._names_quiet else None
         self._released = at
         self._handled += 1
         self._last_event_at = self._clock.now()
         bars = {symbol: rows[symbol] for symbol in self._symbols if symbol in rows}
         late = self._act_from is not None and at < self._act_from
-        payload = BarsClosed(at=at, closed_at=self.closed_at(at), bars=bars, last=last, late=late)
+        payload = BarsClosed(
+            at=at,
+            closed_at=self.closed_at(at),
+            bars=bars,
+            last=last,
+            late=late,
+            quiet=quiet,
+            actions=self.actions_at(at),
+        )
         return await self.publish(payload, correlation_id=correlation_id)
+
+    def _quiet(self, before: datetime) -> tuple[datetime, ...]:
+        """The calendar's stamps between the last one that was let out and another, at which no symbol had a bar."""
+        if self._released is None:
+            return ()
+        first, last = (when.astimezone(NEW_YORK).date() for when in (self._released, before))
+        expected = (from_ns(stamp) for stamp in self._calendar.bar_stamps(first, last, self._timeframe).tolist())
+        return tuple(at for at in expected if self._released < at < before)

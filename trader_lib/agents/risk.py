@@ -26,6 +26,7 @@ from ..clock.clock import Clock
 from ..clock.sessions import NEW_YORK
 from ..errors.taxonomy import InvariantBroken
 from ..rules import account
+from ..rules.actions import split_position
 from ..market.bars import Bars
 from ..risk.checks import About, Identity, RecentOrders, decide, describe
 from ..risk.netting import netting
@@ -47,6 +48,7 @@ from trader_lib.trading.events import (
     AgentFailed,
     AssetsReported,
     BarsClosed,
+    CorporateAction,
     CancelProposed,
     Event,
     FillRecorded,
@@ -63,7 +65,7 @@ from trader_lib.trading.events import (
     TradingState,
     TradingStateChanged,
 )
-from ..rules.numbers import CASH_DECIMALS, QTY_DECIMALS, round_to, to_decimal, to_float
+from ..rules.numbers import CASH_DECIMALS, round_qty, round_to, to_float, to_shares
 from ..trading.capability import Asset, capability
 from trader_lib.trading.orders import (
     ENDED_SHORT,
@@ -261,7 +263,7 @@ class RiskBook:
     def closable(self, request: OrderRequest, place: int) -> tuple[Decimal, Decimal]:
         """The position that an order meets, shares, signed; and what open orders on its side close of it already."""
         held = self._beside(place, SIDE_SIGN[request.side])
-        return to_decimal(float(self.qty[place]), QTY_DECIMALS), to_decimal(held, QTY_DECIMALS)
+        return to_shares(float(self.qty[place])), to_shares(held)
 
     def _beside(self, place: int, sign: int) -> float:
         """Shares that open orders of one side, exits among them, may still fill."""
@@ -275,7 +277,7 @@ class RiskBook:
         if adopted.remaining is not None:
             remaining = to_float(adopted.remaining)
         elif order.notional is not None and price > 0.0:  # shares for an amount: as many as the last price gives
-            remaining = round_to(to_float(order.notional) / price - to_float(order.filled_qty), QTY_DECIMALS)
+            remaining = round_qty(to_float(order.notional) / price - to_float(order.filled_qty))
         else:
             remaining = 0.0
         if remaining <= 0.0:
@@ -323,22 +325,32 @@ class RiskBook:
         """An order ended with so many shares filled: those that no fill has told yet are still on their way."""
         order = self.working.get(client_order_id) or self._leaving.get(client_order_id)
         self.end(client_order_id)
-        untold = 0.0 if order is None else round_to(filled_qty - (order.qty - order.remaining), QTY_DECIMALS)
+        untold = 0.0 if order is None else round_qty(filled_qty - (order.qty - order.remaining))
         if order is not None and untold > 0.0:
             cost = order.cost * filled_qty / order.qty
             self.working[client_order_id] = ApprovedOrder(order.place, order.side_sign, filled_qty, untold, cost)
 
     def fill(self, fill: Fill, place: int, fee: Decimal) -> None:
         """An order was filled. fee: its commission, USD."""
-        self.qty[place] = round_to(self.qty[place] + to_float(fill.signed_qty), QTY_DECIMALS)
+        self.qty[place] = round_qty(self.qty[place] + to_float(fill.signed_qty))
         if not self.is_account:
             self.cash = cash_after(self.cash, fill, fee)
         for orders in self._lists():
             order = orders.get(fill.client_order_id)
             if order is not None:
-                order.remaining = round_to(order.remaining - to_float(fill.qty), QTY_DECIMALS)
+                order.remaining = round_qty(order.remaining - to_float(fill.qty))
                 if order.remaining <= 0.0:
                     del orders[fill.client_order_id]
+
+    def change(self, action: CorporateAction, place: int, price: float) -> None:
+        """What is held was split, or paid out. price: USD a share after it."""
+        held = float(self.qty[place])
+        if action.kind == "split":
+            self.qty[place], _, paid = split_position(held, 0.0, action.ratio, price)
+        else:
+            self.qty[place], paid = 0.0, folding.cash_flow(-held, action.paid, 0.0)
+        if not self.is_account:
+            self.cash = round_to(self.cash + paid, CASH_DECIMALS)
 
     def value(self, market: Market, *, new_day: bool) -> None:
         """A bar has closed."""
@@ -357,6 +369,8 @@ class RiskBook:
         nothing = About("", math.nan)
         if state == HALTED:
             return TradingState.HALTED, describe(Check.DRAWDOWN, False, drawdown, values.max_drawdown, nothing)
+        if account.is_ruined(self.equity):
+            return TradingState.REDUCING, f"Ruined: the equity is {self.equity:,.2f} USD. What is held is closed."
         return TradingState.REDUCING, describe(Check.DAILY_LOSS, False, daily, values.max_daily_loss, nothing)
 
 # %% ../../nbs/agents/03_risk.ipynb #2c676230
@@ -550,6 +564,11 @@ class RiskAgent(Agent):
         for symbol, row in closed.bars.items():
             place = self._place[symbol]
             self._market.mark[place], self._market.time_s[place] = row.close, closed.closed_at.timestamp()
+        for action in closed.actions:
+            place = self._place[action.symbol]
+            self._market.mark[place] = action.close(float(self._market.mark[place]))
+            for book in self._books.values():
+                book.change(action, place, float(self._market.mark[place]))
         for owner, book in self._books.items():
             book.value(self._market, new_day=new_day)
             if not math.isnan(book.equity):

@@ -22,7 +22,7 @@ from .contract import Agent
 from ..bus.bus import Bus, Handler
 from ..clock.clock import Clock
 from ..market.bars import Bars
-from ..strategy.contract import Strategy, target_weights
+from ..strategy.contract import Strategy, needed_bars, target_weights
 from ..rules.exits import NO_EXITS, exit_due, exit_prices
 from ..strategy.planner import PlannedAction, PlannedType, Planner
 from ..rules import folding
@@ -30,6 +30,7 @@ from trader_lib.trading.events import (
     AccountReported,
     BarsClosed,
     CancelProposed,
+    CorporateAction,
     Event,
     FillRecorded,
     OrderAcknowledged,
@@ -41,7 +42,7 @@ from trader_lib.trading.events import (
     TradeUpdated,
 )
 from ..trading.portfolio import Commission, Fill, no_commission
-from ..rules.numbers import CASH_DECIMALS, PRICE_DECIMALS, QTY_DECIMALS, round_to, to_decimal, to_float
+from ..rules.numbers import CASH_DECIMALS, PRICE_DECIMALS, round_to, to_decimal, to_float, to_shares
 from trader_lib.trading.orders import (
     ENDED_SHORT,
     SIDE_SIGN,
@@ -67,7 +68,7 @@ def order_request(action: PlannedAction, order_id: str, strategy: str = "") -> O
     return OrderRequest(
         symbol=action.symbol,
         side=OrderSide.BUY if action.side_sign > 0 else OrderSide.SELL,
-        qty=to_decimal(action.qty, QTY_DECIMALS),
+        qty=to_shares(action.qty),
         type=OrderType.LIMIT if oco else OrderType(action.order_type),
         limit_price=_price(action.limit_price),
         stop_price=None if oco else _price(action.stop_price),
@@ -186,13 +187,22 @@ class StrategyAgent(Agent):
         self._uncovered = set(memory.uncovered)
         self._numbers = Counter({(symbol, purpose): number for symbol, purpose, number in memory.numbers})
 
-    def follow(self, symbols: Sequence[str], times_ns: NDArray[np.int64], block: NDArray[np.float64]) -> None:
+    def follow(
+        self,
+        symbols: Sequence[str],
+        times_ns: NDArray[np.int64],
+        block: NDArray[np.float64],
+        whole: NDArray[np.bool_],
+    ) -> None:
         """Know bars that closed, without deciding on them: what was decided then is known from a snapshot.
 
         symbols: of the columns, ours among them. times_ns: their starts, UTC. block: open … volume [field × time × symbol].
+        whole: at which stamps a symbol without a bar is known not to have traded [time].
         """
         own = block[:, :, [symbols.index(symbol) for symbol in self._bars.symbols]]
         told = ~np.isnan(own[3]).all(axis=1)
+        if self._carry:
+            told |= whole & (self._is_alive() | np.logical_or.accumulate(told))
         self._bars = self._bars.extend(times_ns[told], own[:, told], carry=self._carry)
 
     # --- deciding
@@ -201,10 +211,13 @@ class StrategyAgent(Agent):
         closed = event.payload
         assert isinstance(closed, BarsClosed)
         own = {symbol: row for symbol, row in closed.bars.items() if symbol in self._place}
-        if not own:
+        if not own and not self._repeats(closed):
             return
+        if self._repeats(closed):
+            for at in closed.quiet or ():
+                self._bars = self._bars.append(at, {}, carry=True)
         self._bars = self._bars.append(closed.at, own, carry=self._carry)
-        close = self._bars.close[-1]
+        close = self._change_shares(closed.actions, self._bars.close[-1])
         np.copyto(self._mark, close, where=~np.isnan(close))
         self._planner.on_close(close)
         if closed.late:
@@ -213,11 +226,37 @@ class StrategyAgent(Agent):
         if weights is None:
             await self._decide(event, closed.at, np.full(len(close), math.nan), close)
         else:
-            named = {symbol: float(weight) for symbol, weight in zip(self._bars.symbols, weights, strict=True)}
-            await self.publish(TargetsDecided(at=closed.at, weights=named), event)
+            named = zip(self._bars.symbols, weights.tolist(), strict=True)
+            wanted = {symbol: weight for symbol, weight in named if not math.isnan(weight)}
+            await self.publish(TargetsDecided(at=closed.at, weights=wanted), event)
             await self._decide(event, closed.at, weights, close)
         if self._refused is not None and not self.protects_only:
             raise self._refused
+
+    def _is_alive(self) -> bool:
+        return self._bars.n > 0 and not bool(np.isnan(self._bars.close[-1]).all())
+
+    def _repeats(self, closed: BarsClosed) -> bool:
+        """Whether our symbols repeat their last close where they have no bar: the feed leaves out who did not trade."""
+        return self._carry and closed.quiet is not None and self._is_alive()
+
+    def _change_shares(self, actions: Sequence[CorporateAction], close: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Split and close what is held; the closes in shares as they are held afterwards, USD [symbol]."""
+        for action in actions:
+            place = self._place.get(action.symbol)
+            if place is None:
+                continue
+            close = close.copy()
+            close[place] = action.close(float(close[place]))
+            if action.kind == "split":
+                paid = self._planner.on_split(action.symbol, action.ratio, float(close[place]))
+            else:
+                qty, self._mark[place] = float(self._planner.positions[place]), math.nan
+                self._planner.on_fill(action.symbol, -qty, action.paid)
+                paid = folding.cash_flow(-qty, action.paid, 0.0)
+            if self._capital is not None:
+                self._cash = round_to(self._cash + paid, CASH_DECIMALS)
+        return close
 
     def _ask(self) -> NDArray[np.float64] | None:
         """The strategy's targets; None where it raised, or has raised too often to be asked again."""
@@ -225,7 +264,7 @@ class StrategyAgent(Agent):
             return None
         self._refused = None
         try:
-            weights: NDArray[np.float64] = target_weights(self._strategy, self._bars)[-1]
+            weights: NDArray[np.float64] = target_weights(self._strategy, needed_bars(self._strategy, self._bars))[-1]
         except Exception as error:
             self._refused = error
             return None
@@ -292,7 +331,7 @@ class StrategyAgent(Agent):
         stop, limit = exit_prices(
             position, float(planner.avg_entry[place]), float(planner.extreme[place]), *self._rates
         )
-        close = float(self._bars.close[-1, place])
+        close = math.nan if math.isnan(self._bars.close[-1, place]) else float(self._mark[place])
         if (math.isnan(stop) and math.isnan(limit)) or exit_due(position, close, stop, limit):
             return
         kind: PlannedType = "limit" if math.isnan(stop) else "stop" if math.isnan(limit) else "oco"

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..rules.matching import commission, fill_price, fill_qty, match_oco, match_price
+from ..rules.actions import commission_as_traded, odd_shares, split_position
+from ..rules.matching import MARKET, affordable_qty, fill_price, fill_qty, match_oco, match_price
 from trader_lib.research.ledger import (
     CANCELED,
     EXPIRED,
@@ -36,17 +37,25 @@ from trader_lib.research.ledger import (
     end_order,
     submit,
     sweep_ended,
+    write_liquidation,
 )
 from ..rules.checks import limits_at
 from ..rules.checks import CHECK_COUNT, HALTED, margin_of, state_after_close
+from ..rules.margin import held_after, liquidation, owes
 from ..rules.exits import exit_due, exit_prices, update_extreme
 from ..strategy.planner import book_fill
 from ..rules.sizing import desired_order, plan_orders
 from ..rules.folding import cash_flow, exposure, fold_fill
 from ..rules.folding import equity as equity_of
-from ..rules.numbers import CASH_DECIMALS, QTY_DECIMALS, compiled_owner, compiled_part, round_to
+from ..rules.numbers import CASH_DECIMALS, compiled_owner, compiled_part, round_qty, round_to
 
 # %% ../../nbs/research/01_engine.ipynb #23a1aad9
+@compiled_part
+def _factor_at(market: Market, t: int, s: int) -> float:
+    """Price in the bars over the price as traded."""
+    return market.factor[t, s] if len(market.factor) > 0 else 1.0
+
+
 @compiled_part
 def _match(t: int, cash: float, market: Market, rules: Rules, book: Book, orders: Table, fills: Table) -> float:
     """Match every working order against bar t; returns the cash afterwards."""
@@ -70,23 +79,60 @@ def _match(t: int, cash: float, market: Market, rules: Rules, book: Book, orders
         left = orders[row]["remaining"]
         share = rules.costs.volume_share
         qty = fill_qty(left, market.volume[t, s], share, book.used[s], rules.sizing.fractional)
-        if qty <= 0.0:
-            continue
         leg = row + 1 if by_stop else row
         price = fill_price(orders[leg]["type"], side, price, rules.costs.slippage_bps)
-        fee = commission(qty, price, rules.costs.per_share, rules.costs.bps, rules.costs.minimum)
+        if side > 0 and rules.multiplier <= 1.0:
+            qty = affordable_qty(qty, price, cash, rules.costs, rules.sizing.fractional)
+        if qty <= 0.0:
+            continue
+        factor, costs = _factor_at(market, t, s), rules.costs
+        fee = commission_as_traded(qty, price, factor, costs.per_share, costs.bps, costs.minimum)
         cash = round_to(cash + cash_flow(side * qty, price, fee), CASH_DECIMALS)
         book_fill(s, side * qty, price, orders[row]["exit"] != 0, book.qty, book.average, book.extreme, book.blocked)
-        book.used[s] = round_to(book.used[s] + qty, QTY_DECIMALS)
+        book.used[s] = round_qty(book.used[s] + qty)
         held, average, _ = fold_fill(orders[leg]["filled"], orders[leg]["average"], qty, price)
         orders[leg]["filled"], orders[leg]["average"] = held, average
-        orders[row]["remaining"] = round_to(left - qty, QTY_DECIMALS)
+        orders[row]["remaining"] = round_qty(left - qty)
         if orders[row]["remaining"] <= 0.0:
             end_order(orders, row, CANCELED)
             orders[leg]["status"] = FILLED
             orders[row]["status"] = FILLED if leg == row else CANCELED
         _write_fill(t, leg, s, side, qty, price, fee, book, fills)
     sweep_ended(book, orders)
+    return cash
+
+
+@compiled_part
+def _liquidate(
+    t: int, cash: float, market: Market, rules: Rules, book: Book, plan: Plan, orders: Table, fills: Table
+) -> float:
+    """Meet a margin call at the open of bar t, if there is one, as the broker does; returns the cash afterwards."""
+    n, costs, parts = len(book.qty), rules.costs, rules.sizing.fractional
+    price, held, wanted = plan.stop, plan.limit, plan.order_qty  # the next decision overwrites them
+    for s in range(n):
+        price[s], held[s], wanted[s] = market.open[t, s], book.qty[s], 0.0
+        if math.isnan(price[s]):
+            price[s] = book.mark[s]
+        row = book.target[s]
+        if row >= 0 and orders[row]["side"] * held[s] < 0.0 and not math.isnan(market.open[t, s]):
+            held[s] = held_after(held[s], orders[row]["remaining"], market.volume[t, s], costs.volume_share, parts)
+    if not liquidation(book.qty, held, price, cash, wanted):
+        return cash
+    for k in range(book.counts[WORKING]):
+        end_order(orders, book.working[k], CANCELED)
+    sweep_ended(book, orders)
+    for s in range(n):
+        qty = fill_qty(abs(wanted[s]), market.volume[t, s], costs.volume_share, 0.0, parts)
+        if wanted[s] == 0.0 or math.isnan(market.open[t, s]) or qty <= 0.0:
+            continue
+        side = 1 if wanted[s] > 0.0 else -1
+        paid = fill_price(MARKET, side, price[s], costs.slippage_bps)
+        factor = _factor_at(market, t, s)
+        fee = commission_as_traded(qty, paid, factor, costs.per_share, costs.bps, costs.minimum)
+        cash = round_to(cash + cash_flow(side * qty, paid, fee), CASH_DECIMALS)
+        book_fill(s, side * qty, paid, False, book.qty, book.average, book.extreme, book.blocked)
+        row = write_liquidation(t, s, side, qty, paid, book, orders)
+        _write_fill(t, row, s, side, qty, paid, fee, book, fills)
     return cash
 
 
@@ -116,6 +162,37 @@ def _withdraw(book: Book, orders: Table) -> None:
     sweep_ended(book, orders)
 
 # %% ../../nbs/research/01_engine.ipynb #7d12d3cb
+@compiled_part
+def _change_shares(t: int, cash: float, market: Market, book: Book, orders: Table, fills: Table) -> float:
+    """Split and pay out positions at the close of bar t, where nothing rests any more; returns the cash afterwards."""
+    for s in range(len(book.qty)):
+        ratio = market.ratio[t, s] if len(market.ratio) > 0 else 1.0
+        gone = market.last_row[s] == t
+        if ratio == 1.0 and not gone:
+            continue
+        for k in range(book.counts[WORKING]):
+            if orders[book.working[k]]["symbol"] == s:
+                end_order(orders, book.working[k], EXPIRED)
+        qty = book.qty[s]
+        if gone:
+            book.mark[s] = math.nan
+            if qty != 0.0:
+                price = market.paid[s]
+                cash = round_to(cash + cash_flow(-qty, price, 0.0), CASH_DECIMALS)
+                book_fill(s, -qty, price, False, book.qty, book.average, book.extreme, book.blocked)
+                _write_fill(t, -1, s, -1 if qty > 0.0 else 1, abs(qty), price, 0.0, book, fills)
+        else:
+            price = market.close[t, s]
+            book.qty[s], book.average[s], paid = split_position(qty, book.average[s], ratio, price)
+            book.extreme[s] = book.extreme[s] / ratio if book.qty[s] != 0.0 else math.nan
+            cash = round_to(cash + paid, CASH_DECIMALS)
+            odd = odd_shares(qty, ratio, book.qty[s])
+            if odd != 0.0:
+                _write_fill(t, -1, s, -1 if odd > 0.0 else 1, abs(odd), price * ratio, 0.0, book, fills)
+    sweep_ended(book, orders)
+    return cash
+
+
 @compiled_part
 def _refresh(book: Book, plan: Plan, orders: Table) -> None:
     """Write what is working and resting into the plan's arrays."""
@@ -228,7 +305,8 @@ def _wanted(
 def _wants_none(weights: NDArray[np.float64], t: int) -> bool:
     asked = 0.0
     for s in range(weights.shape[1]):
-        asked += abs(weights[t, s])  # NaN stays, and is no zero
+        if not math.isnan(weights[t, s]):  # NaN keeps what there is: of a flat account nothing
+            asked += abs(weights[t, s])
     return asked == 0.0
 
 
@@ -301,23 +379,31 @@ def _advance(
     limits = limits_at(rules.limits, 0)  # the thresholds are the account's, the same for every symbol
     qty, mark, blocked, close, closed_s = book.qty, book.mark, book.blocked, market.close, market.closed_s
     mark_s, counts = book.mark_s, book.counts
+    regular, expires, changes = market.regular, market.expires, market.changes
     ends_session, sizing, exits = market.ends_session, rules.sizing, rules.exits
     no_stop = math.isnan(exits.stop_loss) and math.isnan(exits.trailing_stop)
     has_exits = not (no_stop and math.isnan(exits.take_profit))
     watched = not (math.isinf(limits.max_drawdown) and math.isinf(limits.max_daily_loss))
     flat = False  # known to be
     for t in range(start, rows):
-        if flat and counts[WORKING] == 0 and _wants_none(weights, t):
+        if flat and counts[WORKING] == 0 and not changes[t] and cash > 0.0 and _wants_none(weights, t):
             equity[t], cash_after[t], positions[t] = cash, cash, 0.0
             if ends_session[t]:
                 day_start = cash
             continue
-        if counts[ORDERS] + 4 * n > len(orders) or counts[FILLS] + 2 * n > len(fills):
+        if counts[ORDERS] + 5 * n > len(orders) or counts[FILLS] + 4 * n > len(fills):
             return t, Between(cash, day_start, peak)
+        if regular[t] and owes(cash, qty):
+            cash = _liquidate(t, cash, market, rules, book, plan, orders, fills)
+            _refresh(book, plan, orders)
         if counts[WORKING] > 0:
-            cash = _match(t, cash, market, rules, book, orders, fills)
-            if ends_session[t]:
+            if regular[t]:
+                cash = _match(t, cash, market, rules, book, orders, fills)
+            if expires[t]:
                 _expire(book, orders)
+            _refresh(book, plan, orders)
+        if changes[t]:
+            cash = _change_shares(t, cash, market, book, orders, fills)
             _refresh(book, plan, orders)
         for s in range(n):
             if not math.isnan(close[t, s]):
@@ -328,7 +414,7 @@ def _advance(
         equity[t], cash_after[t] = worth, cash
         peak = max(peak, worth)
         before = counts[STATE]
-        if watched:
+        if watched or worth <= 0.0:
             counts[STATE] = state_after_close(before, worth, day_start, peak, limits)
         flat = True
         for s in range(n):
@@ -401,10 +487,10 @@ def simulate(
     counts, between = book.counts, Between(starting_cash, starting_cash, starting_cash)
     row = start
     while row < rows:
-        if counts[ORDERS] + 4 * n > len(orders):
-            orders = _longer(orders, counts[ORDERS], 4 * n)
-        if counts[FILLS] + 2 * n > len(fills):
-            fills = _longer(fills, counts[FILLS], 2 * n)
+        if counts[ORDERS] + 5 * n > len(orders):
+            orders = _longer(orders, counts[ORDERS], 5 * n)
+        if counts[FILLS] + 4 * n > len(fills):
+            fills = _longer(fills, counts[FILLS], 4 * n)
         row, between = _advance(
             row, between, market, weights, rules, book, plan, orders, fills, refusals, equity, cash_after, positions
         )

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors.taxonomy import BadData, TraderError
+from ..market.actions import shares_in_last
 from ..market.bars import Bars
 from .combinations import Combinations
-from .backtest import Terms, market_of
+from .backtest import Terms
 from .engine import new_book, new_plan, simulate
 from trader_lib.research.ledger import (
     FILL_ROW,
@@ -32,9 +33,10 @@ from trader_lib.research.ledger import (
     Table,
 )
 from .measures import MEASURES, day_ends, measure
+from .ratios import calendar_of, sessions_a_year
 from ..rules.exits import NO_EXITS, ExitRates
 from ..rules.numbers import compiled_owner, compiled_part
-from ..strategy.contract import Strategy, target_weights
+from ..strategy.contract import Strategy, history_bars, target_weights
 from ..strategy.signals import CompiledSignal, Signal
 
 # %% ../../nbs/research/22_many.ipynb #13735d1e
@@ -96,25 +98,28 @@ class Ground(NamedTuple):
     """What all runs of a sweep share."""
 
     market: Market
+    close: NDArray[np.float64]  # [time × symbol] USD, as strategies see it, before corporate actions
+    volume: NDArray[np.float64]
     day_end: NDArray[np.bool_]  # [time]
+    time_s: NDArray[np.float64]  # stamps, seconds since the epoch [time]
+    years: float  # of the calendar, from the first session to the last
+    shares: NDArray[np.float64]  # at the end for one in each bar [time × symbol]; no rows where shares never split
     start: int  # row of the first trading bar
     starting_cash: float  # USD
 
 # %% ../../nbs/research/22_many.ipynb #8377e01f
 @compiled_part
-def settle(weights: NDArray[np.float64], close: NDArray[np.float64], first: int, usable: int) -> int:
-    """Make weights what `target_weights` returns; the first row with one that is not finite, or -1.
+def settle(weights: NDArray[np.float64], first: int, usable: int) -> int:
+    """Make weights what `target_weights` returns; the first row with one that is infinite, or -1.
 
     first: row at which the history begins. usable: row of the first weight that counts.
     """
-    rows, n = close.shape
+    rows, n = weights.shape
     weights[first : min(usable, rows)] = 0.0
     for t in range(usable, rows):
         for s in range(n):
-            if not math.isfinite(weights[t, s]):
-                if not (math.isnan(weights[t, s]) and math.isnan(close[t, s])):
-                    return t
-                weights[t, s] = 0.0
+            if math.isinf(weights[t, s]):
+                return t
     return -1
 
 
@@ -144,13 +149,13 @@ def signal_runs(
             market.open,
             market.high,
             market.low,
-            market.close,
-            market.volume,
+            ground.close,
+            ground.volume,
             parameters[k],
             firsts[k],
             room.weights,
         )
-        faults[k] = settle(room.weights, market.close, firsts[k], usable[k])
+        faults[k] = settle(room.weights, firsts[k], usable[k])
         if faults[k] >= 0:
             continue
         rules = Rules(
@@ -161,6 +166,7 @@ def signal_runs(
             shared.restricted,
             shared.allow_short,
             shared.multiplier,
+            shared.broken,
         )
         clear(book, room.plan)
         orders, fills = simulate(
@@ -182,8 +188,10 @@ def signal_runs(
             ground.start,
             cash,
             market.close,
-            market.closed_s,
+            ground.time_s,
             ground.day_end,
+            ground.years,
+            ground.shares,
             room.equity,
             room.positions,
             fills,
@@ -219,8 +227,22 @@ class Runner:
 
     def __init__(self, grid: Combinations, bars: Bars, start: int, terms: Terms, *, compiled: bool = True) -> None:
         self.grid, self.bars, self.terms, self.compiled = grid, bars, terms, compiled
-        market = market_of(bars, terms.calendar)
-        self.ground = Ground(market, day_ends(bars), start, terms.starting_cash)
+        market, taken, name = terms.market(bars)
+        close, volume = np.ascontiguousarray(bars.close), np.ascontiguousarray(bars.volume)
+        shares = shares_in_last(taken, bars.close.shape) if len(taken.ratio) else np.empty((0, len(bars.symbols)))
+        numbers = calendar_of(name).session_numbers(bars.times_ns)
+        years = float(numbers[-1] - numbers[start] + 1) / sessions_a_year(name)
+        self.ground = Ground(
+            market,
+            close,
+            volume,
+            day_ends(bars, calendar_of(name)),
+            bars.times_ns / 1e9,
+            years,
+            np.ascontiguousarray(shares),
+            start,
+            terms.starting_cash,
+        )
         self._shared = terms.rules(bars.symbols, None)
         self._room: Room | None = None
         self._tables = np.empty(1024, ORDER_ROW), np.empty(1024, FILL_ROW)
@@ -270,7 +292,7 @@ class Runner:
 
     def first_row(self, strategy: Strategy) -> int:
         """Where the history of a strategy begins, as `window` cuts it."""
-        return max(self.ground.start - strategy.warmup, 0) if self.terms.start is not None else 0
+        return max(self.ground.start - history_bars(strategy), 0) if self.terms.start is not None else 0
 
     def _fused(
         self,
@@ -302,7 +324,7 @@ class Runner:
             out[place] = part[k]
             if faults[k] >= 0:
                 at = self.bars.at(int(faults[k]))
-                reasons[place] = f"The compiled weights of {one.name!r} are not all finite: see {at}."
+                reasons[place] = f"The compiled weights of {one.name!r} are infinite: see {at}."
 
     def _by_targets(
         self, one: Strategy, out: NDArray[np.float64], place: int, reasons: dict[int, str], room: Room

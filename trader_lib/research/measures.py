@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..clock.sessions import NEW_YORK
+from ..clock.sessions import NEW_YORK, TradingCalendar
 from ..market.bars import Bars
 from .ledger import Table
-from .statistics import SESSIONS_A_YEAR
+from .ratios import VARIES_MIN
 from ..rules.folding import cash_flow
 from ..rules.numbers import CASH_DECIMALS, QTY_DECIMALS, compiled, compiled_part, round_to
 
@@ -28,7 +28,7 @@ MEASURES = (
     "sortino_ratio",
     "calmar_ratio",
     "max_drawdown",
-    "drawdown_days",
+    "longest_drawdown_days",
     "turnover",
     "trades",
     "open_trades",
@@ -42,17 +42,19 @@ MEASURES = (
     "equity_end",
     "sessions",
     "skewness",
-    "kurtosis",
+    "pearson_kurtosis",
 )
 COUNTS = ("trades", "open_trades", "fills", "orders", "refused", "sessions")
-LOWER_IS_BETTER = frozenset({"annual_volatility", "drawdown_days", "turnover", "fees", "refused", "open_trades"})
+LOWER_IS_BETTER = frozenset(
+    {"annual_volatility", "longest_drawdown_days", "turnover", "fees", "refused", "open_trades"}
+)
 
 
-def day_ends(bars: Bars) -> NDArray[np.bool_]:
-    """Whether a bar is the last of its day in New York [time]; the last bar of all is."""
-    days = np.asarray(bars.index.tz_convert(NEW_YORK).tz_localize(None).values.astype("datetime64[D]"))
-    ends = np.ones(len(days), dtype=np.bool_)
-    ends[:-1] = days[1:] != days[:-1]
+def day_ends(bars: Bars, calendar: TradingCalendar) -> NDArray[np.bool_]:
+    """Whether a bar is the last of its session [time]; the last bar of all is."""
+    numbers = calendar.session_numbers(bars.times_ns)
+    ends = np.ones(len(numbers), dtype=np.bool_)
+    ends[:-1] = numbers[1:] != numbers[:-1]
     return ends
 
 # %% ../../nbs/research/20_measures.ipynb #88fb8f05
@@ -81,14 +83,14 @@ def moments_with(m: Moments, value: float) -> Moments:
 
 
 @compiled_part
-def put_moments(m: Moments, max_drawdown: float, out: NDArray[np.float64]) -> None:
+def put_moments(m: Moments, years: float, max_drawdown: float, out: NDArray[np.float64]) -> None:
     """Write what follows from the moments into a row of measures."""
-    scale, n = math.sqrt(SESSIONS_A_YEAR), m.n
+    n = m.n
+    scale = math.sqrt(n / years)
     annual = math.nan
     if n > 0 and m.grown > 0.0:
-        annual = m.grown ** (SESSIONS_A_YEAR / n) - 1.0
-    elif n > 0:
-        annual = -1.0
+        exponent = math.log(m.grown) / years
+        annual = math.expm1(exponent) if exponent < 100.0 else math.nan
     out[1], out[2], out[3], out[4] = annual, math.nan, math.nan, math.nan
     out[5] = annual / -max_drawdown if max_drawdown < 0.0 else math.nan
     out[19], out[20], out[21] = n, math.nan, math.nan
@@ -96,23 +98,31 @@ def put_moments(m: Moments, max_drawdown: float, out: NDArray[np.float64]) -> No
         return
     deviation, downside = math.sqrt(m.second / (n - 1)), math.sqrt(m.downside / n)
     out[2] = deviation * scale
-    if deviation > 0.0:
+    if deviation > VARIES_MIN:
         out[3] = m.mean / deviation * scale
         out[20] = math.sqrt(n) * m.third / m.second**1.5
         out[21] = n * m.fourth / (m.second * m.second)
-    if downside > 0.0:
+    if downside > VARIES_MIN:
         out[4] = m.mean / downside * scale
 
 # %% ../../nbs/research/20_measures.ipynb #74010ad5
 @compiled_part
 def put_trades(
-    fills: Table, count: int, held: NDArray[np.float64], cash: NDArray[np.float64], out: NDArray[np.float64]
+    fills: Table,
+    count: int,
+    shares: NDArray[np.float64],
+    held: NDArray[np.float64],
+    cash: NDArray[np.float64],
+    out: NDArray[np.float64],
 ) -> float:
-    """Write what fills say into a row of measures; returns the value traded, USD. held, cash: scratch [symbol]."""
+    """Write what fills say into a row of measures; returns the value traded, USD. shares: at the end for one in
+    each bar [time × symbol], or no rows. held, cash: scratch [symbol]."""
     held[:], cash[:] = 0.0, 0.0
     trades, won, fees, traded = 0, 0, 0.0, 0.0
     for k in range(count):
         s, qty, price, fee = fills[k]["symbol"], fills[k]["qty"], fills[k]["price"], fills[k]["fee"]
+        if len(shares) > 0:
+            qty, price = qty * shares[fills[k]["bar"], s], price / shares[fills[k]["bar"], s]
         signed, left = fills[k]["side"] * qty, qty
         fees += fee
         traded += qty * price
@@ -143,8 +153,10 @@ def measure(
     start: int,
     starting_cash: float,
     close: NDArray[np.float64],
-    closed_s: NDArray[np.float64],
+    time_s: NDArray[np.float64],
     day_end: NDArray[np.bool_],
+    years: float,
+    shares: NDArray[np.float64],
     equity: NDArray[np.float64],
     positions: NDArray[np.float64],
     fills: Table,
@@ -154,15 +166,17 @@ def measure(
 ) -> None:
     """Write the measures of one run into out [measure], but for orders and refused.
 
-    start: row of the first trading bar. starting_cash: USD. close: USD [time × symbol]. closed_s: seconds [time].
-    day_end: from `day_ends`. equity [time], positions [time × symbol], fills: as the engine left them. scratch: [3 ×
+    start: row of the first trading bar. starting_cash: USD. close: USD [time × symbol]. time_s: stamps, seconds [time].
+    day_end: from `day_ends`. years: of the calendar. shares: at the end for one in each bar [time × symbol], or no rows.
+    equity [time], positions [time × symbol], fills: as the engine left them. scratch: [3 ×
     symbol], overwritten.
     """
     rows, n = close.shape
     mark = scratch[0]
     mark[:] = 0.0
     moments = Moments(0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
-    peak, peak_s, longest_s, deepest = starting_cash, closed_s[start], 0.0, 0.0
+    peak, peak_s, longest_s, deepest = starting_cash, time_s[start], 0.0, 0.0
+    under, ruined = False, False
     before, total, exposure, held_bars = starting_cash, 0.0, 0.0, 0
     for t in range(start, rows):
         worth, gross = equity[t], 0.0
@@ -174,20 +188,24 @@ def measure(
         total += worth
         if gross > 0.0:
             exposure += gross / worth if worth != 0.0 else math.inf
-            held_bars += 1 if worth > 0.0 else 0
-        if worth >= peak:
-            peak, peak_s = worth, closed_s[t]
-        else:
+            held_bars += 1
+        ruined = ruined or worth <= 0.0
+        if under or worth < peak:
+            longest_s = max(longest_s, time_s[t] - peak_s)
+        under = worth < peak
+        if under:
             deepest = min(deepest, worth / peak - 1.0)
-            longest_s = max(longest_s, closed_s[t] - peak_s)
+        else:
+            peak, peak_s = worth, time_s[t]
         if day_end[t]:
             moments = moments_with(moments, worth / before - 1.0 if before != 0.0 else math.nan)
             before = worth
     bars = rows - start
-    put_moments(moments, deepest, out)
-    traded = put_trades(fills, fill_count, scratch[1], scratch[2], out)
+    put_moments(moments, years, deepest, out)
+    traded = put_trades(fills, fill_count, shares, scratch[1], scratch[2], out)
     out[0], out[18] = equity[rows - 1] / starting_cash - 1.0, equity[rows - 1]
     out[6], out[7] = deepest, longest_s / 86_400.0
-    years = moments.n / SESSIONS_A_YEAR
     out[8] = traded / (total / bars) / years if total != 0.0 else math.nan
     out[12], out[13] = exposure / bars, held_bars / bars
+    if ruined:
+        out[1:6], out[8], out[12] = math.nan, math.nan, math.nan

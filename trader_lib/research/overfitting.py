@@ -19,7 +19,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ..errors.taxonomy import BadData, Misused
-from .statistics import SESSIONS_A_YEAR
+from .ratios import sessions_a_year
 
 NORMAL = NormalDist()
 EULER_MASCHERONI = 0.5772156649015329
@@ -115,12 +115,12 @@ def deflate(frame: pd.DataFrame, trials: int | None = None) -> Deflated:
         raise BadData("No combination has a Sharpe ratio: there is nothing to deflate.")
     if trials is not None and trials < len(kept):
         raise Misused(f"{trials} trials are fewer than the {len(kept)} of this sweep alone: count those as well.")
-    scale = math.sqrt(SESSIONS_A_YEAR)
+    scale = math.sqrt(sessions_a_year("XNYS"))
     ratios = kept["sharpe_ratio"].to_numpy(dtype=float) / scale
     row, count = kept.iloc[int(ratios.argmax())], trials or len(kept)
     own, sessions = float(ratios.max()), int(row["sessions"])
     luck = expected_best(count, float(ratios.var(ddof=1)) if len(kept) > 1 else 0.0)
-    shape = float(row["skewness"]), float(row["kurtosis"])
+    shape = float(row["skewness"]), float(row["pearson_kurtosis"])
     return Deflated(
         own * scale,
         count,

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import date
@@ -34,14 +34,14 @@ from rich.text import Text
 from ..clock.sessions import TradingCalendar
 from ..errors.taxonomy import BadData, Misconfigured, Misused, TraderError, did_you_mean
 from ..exchange.costs import Costs
-from ..market.bars import Bars, window
-from .backtest import BacktestResult, Terms, agreed, run_on
+from ..market.bars import Bars
+from .backtest import BacktestResult, Terms, agreed, cut_for, run_on
 from .combinations import COMBINATIONS_MAX, Combinations, Grid, Samples, combinations
 from .many import Runner, room_bytes
 from .measures import COUNTS, LOWER_IS_BETTER, MEASURES
 from ..risk.limits import Limits
 from ..rules.sizing import SizingRules
-from ..strategy.contract import Strategy, target_weights
+from ..strategy.contract import Strategy, history_bars, target_weights
 from ..strategy.signals import signal_weights
 from ..strategy.source import source_hash
 
@@ -138,9 +138,8 @@ def check_compiled(strategy: Strategy, bars: Bars) -> None:
         return
     ours = signal_weights(signal, bars)
     ours[: max(strategy.warmup - 1, 0)] = 0.0
-    ours[np.isnan(ours) & np.isnan(bars.close)] = 0.0
     theirs = target_weights(strategy, bars)
-    places = np.argwhere(ours != theirs)
+    places = np.argwhere((ours != theirs) & ~(np.isnan(ours) & np.isnan(theirs)))
     if len(places):
         t, s = (int(place) for place in places[0])
         raise Misused(
@@ -412,8 +411,8 @@ class SweepResult:
         if len(rows) > rows_max:
             raise Misused(f"{len(rows):,} combinations have figures: allow as many with rows_max, or sweep fewer.")
         kept = replace(self.grid, rows=tuple(self.grid.rows[row] for row in self._places(rows)))
-        warmup = _longest_warmup(kept) if self.terms.start is not None else 0
-        cut, first = window(self.bars, self.terms.start, self.terms.end, warmup)
+        warmup = _longest_history(kept) if self.terms.start is not None else 0
+        cut, first = cut_for(self.bars, self.terms, warmup)
         runner = Runner(kept, cut, first, self.terms, compiled=self.estimate.compiled)
         ends = runner.ground.day_end
         index = cut.index[ends][cut.index[ends] >= cut.index[first]]
@@ -530,9 +529,9 @@ def sweep(
     *,
     start: date | str | None = None,  # this and what follows to calendar: as of `backtest`
     end: date | str | None = None,
-    cash: Decimal | float = 100_000,
-    costs: Costs | None = None,
-    limits: Limits | None = None,
+    cash: Decimal | float | str = 100_000,
+    costs: Costs | Mapping[str, object] | None = None,
+    limits: Limits | Mapping[str, object] | None = None,
     multiplier: int = 2,
     sizing: SizingRules | None = None,
     seed: int = 0,
@@ -563,7 +562,7 @@ def sweep(
         calendar=calendar,
     )
     grid = combinations(strategy, over, combinations_max=combinations_max)
-    cut, first = window(bars, start, end, _longest_warmup(grid) if start is not None else 0)
+    cut, first = cut_for(bars, terms, _longest_history(grid) if start is not None else 0)
     example = _first_built(grid, range(len(grid)))
     fused = compiled and example is not None and example.compiled_weights is not None
     if fused and example is not None:
@@ -583,12 +582,12 @@ def sweep(
     return SweepResult(grid, bars, terms, plan, frame, complete)
 
 
-def _longest_warmup(grid: Combinations) -> int:
+def _longest_history(grid: Combinations) -> int:
     """Bars that the slowest combination needs; combinations that are refused need none."""
     longest = 0
     for row in range(len(grid)):
         with suppress(TraderError):
-            longest = max(longest, grid.build(row).warmup)
+            longest = max(longest, history_bars(grid.build(row)))
     return longest
 
 

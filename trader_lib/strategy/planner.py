@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors.taxonomy import InvariantBroken, Misused
+from ..rules.actions import split_position
 from ..rules.exits import NO_EXITS, update_extreme
 from .exits import ProtectiveExits
 from ..rules.sizing import SizingRules, plan_orders
 from ..rules.folding import fold_fill
-from ..rules.numbers import QTY_DECIMALS, compiled, round_to
+from ..rules.numbers import compiled, round_qty
 
 # %% ../../nbs/strategy/02_planner.ipynb #04d2c740
 Purpose = Literal["entry", "exit"]
@@ -171,14 +172,24 @@ class Planner:
             s, signed_qty, price, purpose == "exit", self.positions, self.avg_entry, self.extreme, self.blocked_sign
         )
         if purpose == "exit":
-            left = round_to(self.exit_qty[s] - abs(signed_qty), QTY_DECIMALS)
+            left = round_qty(self.exit_qty[s] - abs(signed_qty))
             self.exit_qty[s] = max(left, 0.0)
             if left <= 0.0:
                 self.on_order_closed(symbol, "exit")
         else:
-            left = round_to(self.working_qty[s] - signed_qty, QTY_DECIMALS)
+            left = round_qty(self.working_qty[s] - signed_qty)
             self.working_qty[s] = left if left * self.working_qty[s] > 0.0 else 0.0
         return realized
+
+    def on_split(self, symbol: str, ratio: float, price: float) -> float:
+        """A position was split, ratio shares for each; nothing rests any more. Returns what was paid for the odd part, USD.
+
+        price: USD a share after it.
+        """
+        s = self._place(symbol)
+        self.positions[s], self.avg_entry[s], paid = split_position(self.positions[s], self.avg_entry[s], ratio, price)
+        self.extreme[s] = self.extreme[s] / ratio if self.positions[s] != 0.0 else math.nan
+        return paid
 
     def on_close(self, close: NDArray[np.float64]) -> None:
         """A bar has closed (USD [symbol], NaN where there is none): moves the best close since the entry."""

@@ -15,7 +15,8 @@ from pydantic import Field, model_validator
 
 from ..market.bars import Bars
 from .contract import Strategy
-from .signals import CompiledSignal, Signal, mean_begins, mean_of, mean_with, mean_without
+from .signals import CompiledSignal, Signal, sum_of_windows
+from .windows import window_mean
 
 # %% ../../nbs/strategy/10_sma_cross.ipynb #a3b4cc2a
 def _crossed(
@@ -29,16 +30,15 @@ def _crossed(
     out: NDArray[np.float64],
 ) -> None:
     fast, slow = int(parameters[0]), int(parameters[1])
-    share = 1.0 / close.shape[1]
+    share, rows = 1.0 / close.shape[1], len(close)
+    figures, quick, lasting = np.empty(rows - first), np.empty(rows - first), np.empty(rows - first)
     for s in range(close.shape[1]):
-        quick, lasting = mean_begins(close[first, s]), mean_begins(close[first, s])
-        for t in range(first, len(close)):
-            if t - first >= fast:
-                quick = mean_without(quick, close[t - fast, s])
-            if t - first >= slow:
-                lasting = mean_without(lasting, close[t - slow, s])
-            quick, lasting = mean_with(quick, close[t, s]), mean_with(lasting, close[t, s])
-            out[t, s] = share if mean_of(quick, fast) > mean_of(lasting, slow) else 0.0
+        figures[:] = close[first:, s]
+        sum_of_windows(figures, fast, quick)
+        figures[:] = close[first:, s]
+        sum_of_windows(figures, slow, lasting)
+        for t in range(rows - first):
+            out[first + t, s] = share if quick[t] / fast > lasting[t] / slow else 0.0
 
 
 CROSSED = CompiledSignal(_crossed)
@@ -68,11 +68,15 @@ class SmaCross(Strategy):
 
     @property
     def compiled_weights(self) -> Signal:
-        """The two averages as running sums."""
+        """The two averages, summed in the same order as `window_sum` does."""
         return Signal(CROSSED, (self.fast, self.slow))
+
+    @property
+    def lookback_max(self) -> int:
+        """The slow average's length."""
+        return self.slow
 
     def targets(self, bars: Bars) -> pd.DataFrame:
         """1/N of the equity in each of the N symbols whose fast average is above its slow one."""
-        close = bars.frame("close")
-        rising = close.rolling(self.fast).mean() > close.rolling(self.slow).mean()
-        return rising.astype(float) / len(bars.symbols)
+        rising = window_mean(bars.close, self.fast) > window_mean(bars.close, self.slow)
+        return pd.DataFrame(rising / len(bars.symbols), bars.index, list(bars.symbols))
