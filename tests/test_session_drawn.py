@@ -72,7 +72,7 @@ def test_draws_reach_what_the_comparison_is_for() -> None:
 
 def test_a_difference_is_told() -> None:
     """The comparison itself notices a session that ordered something else."""
-    drawn = configuration(2)
+    drawn = configuration(4)
     result = backtest(drawn.strategy, drawn.bars, cash=drawn.cash, sizing=drawn.sizing, **drawn.account)
     other = SessionResult.__new__(SessionResult)
     other.__dict__["orders"] = result.orders[1:]
