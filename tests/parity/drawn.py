@@ -98,7 +98,7 @@ def market(rng: np.random.Generator, timeframe: str) -> Bars:
             for array in arrays:
                 array[: rows // 5, s] = math.nan
     stamps = TradingCalendar().bar_stamps(date(2025, 11, 24), date(2026, 6, 1), timeframe)[:rows]
-    origin = Provenance("drawn", "none", Timeframe(timeframe), "raw", synthetic=True)
+    origin = Provenance("drawn", "none", Timeframe(timeframe), "split", synthetic=True)  # no split hides in a jump
     return Bars(*arrays, pd.DatetimeIndex(stamps, tz="UTC"), SYMBOLS[:n], origin)
 
 
