@@ -32,7 +32,7 @@ def _quiet() -> Iterator[None]:
     logger.enable("trader_lib")
 
 
-WIRED = {"_bus", "_clock", "_broker", "_commit", "_handlers", "_is_stopped", "_commission", "_patience", "_strategy"}
+WIRED = {"_bus", "_clock", "_broker", "_commit", "_reactions", "_is_stopped", "_commission", "_patience", "_strategy"}
 METRICS = (
     "trader_equity_usd",
     "trader_profit_usd",
@@ -46,7 +46,7 @@ PASSING = {
     "_open",  # empty drawers; what is in the others is compared by itself
     "_cancel_exit", "_cancel_working", "_qty", "_stop", "_limit",  # of the last plan, and overwritten by the next
     "_parents",  # of orders that have ended, too
-    "_last_event_at",  # of the restart itself
+    "last_event_at",  # of the restart itself
     "absent",  # a look-up without an answer is not journalled: the snapshot knows it, whoever lives through it does not
 }  # fmt: skip
 

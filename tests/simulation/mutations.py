@@ -241,10 +241,10 @@ class ForgetsWhatWasAnswered(RecordedBroker):
 class ForgetsTheFills(PortfolioAgent):
     """What is held is known from the fills of this life alone."""
 
-    async def _on_fill(self, event: Event) -> None:
+    def _on_fill(self, fill: Fill) -> None:
         past = self._bus._past  # type: ignore[attr-defined]
         if past is None:
-            await super()._on_fill(event)
+            super()._on_fill(fill)
 
 
 class IgnoresTheFullDisk(WatchedJournal):

@@ -16,7 +16,7 @@ from typing import Literal
 
 from pydantic import TypeAdapter
 
-from .contract import Agent, AgentHealth
+from .contract import AgentHealth, HandlerAgent
 from .tracking import REPAIR, LocalState, OrderBook, OrderTrack
 from ..broker.port import Broker
 from ..bus.bus import Bus, Handler
@@ -121,7 +121,7 @@ class ExecutionMemory:
     outdated: list[tuple[str, str, datetime, str]]  # strategy, symbol: decision that no longer holds, and why
 
 
-class ExecutionAgent(Agent):
+class ExecutionAgent(HandlerAgent):
     """Turns approved decisions into orders at the broker, and the broker's messages into fills.
 
     broker: the port. commit: makes what was published so far survive the process (the journal's). is_stopped: whether an
@@ -130,7 +130,7 @@ class ExecutionAgent(Agent):
 
     name = "execution"
     emits = (OrderIntended, CancelIntended, OrderAcknowledged, OrderFailed, FillRecorded, OrderAdopted)
-    memory = TypeAdapter(ExecutionMemory)  # the orders are in the book, which writes down those alone that changed
+    state_kind = TypeAdapter(ExecutionMemory)  # the orders are in the book, which writes down those alone that changed
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, TypeAdapter
 
-from .contract import Agent
+from .contract import HandlerAgent
 from .strategy import cash_after, last_closes
 from ..bus.bus import Bus, Handler
 from ..clock.clock import Clock
@@ -376,7 +376,7 @@ class RiskMemory:
     closed_at: datetime | None
 
 
-class RiskAgent(Agent):
+class RiskAgent(HandlerAgent):
     """Decides on every proposed order.
 
     limits: the account's bounds. history: the bars before the session's first, for the last closes. shares: the limits
@@ -385,7 +385,7 @@ class RiskAgent(Agent):
 
     name = "risk"
     emits = (RiskDecided, TradingStateChanged)
-    memory = TypeAdapter(RiskMemory)
+    state_kind = TypeAdapter(RiskMemory)
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, TypeAdapter
 
-from .contract import Agent
+from .contract import HandlerAgent
 from ..bus.bus import Bus, Handler
 from ..clock.clock import Clock
 from ..market.bars import Bars
@@ -102,7 +102,7 @@ class StrategyMemory:
     numbers: list[tuple[str, Purpose, int]]
 
 
-class StrategyAgent(Agent):
+class StrategyAgent(HandlerAgent):
     """Decides at every closed bar.
 
     strategy: as in the backtest. history: the bars before the session's first, warm-up included. planner: its memory.
@@ -113,7 +113,7 @@ class StrategyAgent(Agent):
 
     name = "strategy"
     emits = (TargetsDecided, CancelProposed, OrderProposed)
-    memory = TypeAdapter(StrategyMemory)
+    state_kind = TypeAdapter(StrategyMemory)
 
     def __init__(
         self,
@@ -232,14 +232,16 @@ class StrategyAgent(Agent):
         return weights
 
     @property
-    def _is_deaf(self) -> bool:
-        return super()._is_deaf and not (self._running and self.protects_only)
+    def is_listening(self) -> bool:
+        """Whether events are handled."""
+        return self.is_running and (self.tally.state != "down" or self.protects_only)
 
-    async def _recover(self, event: Event, error: Exception) -> None:
+    async def recover(self, event: Event, error: Exception) -> None:
+        """Count a failure; the strategy's last one leaves the exits to us."""
         if self.protects_only:  # now it is not the strategy that fails, but we
-            self._restarts = self._restarts_max
-        self.protects_only = error is self._refused and self._gives_up(error)
-        await super()._recover(event, error)
+            self.tally.restarts = self.policy.restarts_max
+        self.protects_only = error is self._refused and self.policy.gives_up(self.tally, error)
+        await super().recover(event, error)
 
     async def _decide(
         self, event: Event, at: datetime, weights: NDArray[np.float64], close: NDArray[np.float64]

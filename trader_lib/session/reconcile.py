@@ -214,11 +214,11 @@ class Reconciler:
         positions, orders = await self._broker.positions(), await self._broker.orders()
         self._others = tuple(position for position in positions if position.symbol not in self._symbols)
         cash = None if opening else (await self._broker.account()).cash
-        found = position_findings(self._portfolio.portfolio, positions)
+        found = position_findings(self._portfolio.state.folded, positions)
         found += order_findings(self._execution.book, orders, at_rest=opening or closing)
         if cash is not None:
-            tolerance = self._portfolio.cash_tolerance if self._foresees_cash else Decimal(0)
-            found += cash_findings(self._portfolio.portfolio.cash + self._noted, cash, tolerance)
+            tolerance = self._portfolio.state.cash_tolerance if self._foresees_cash else Decimal(0)
+            found += cash_findings(self._portfolio.state.folded.cash + self._noted, cash, tolerance)
         return found
 
     async def _decide(

@@ -39,7 +39,7 @@ from ..telemetry.log import get_logger
 from ..trading.events import BarsClosed, Event, SnapshotTaken
 
 # %% ../../nbs/session/08_snapshots.ipynb #bb5dbb0f
-FORMAT = 1  # of what is written; raised when it changes
+FORMAT = 2  # of what is written; raised when it changes
 
 
 def identity(spec: SessionSpec, strategy: Strategy | Mapping[str, Strategy]) -> str:
