@@ -123,13 +123,17 @@ class Stage:
         self.broker = ScriptedBroker()
         self.commits: list[int] = []  # the last event's number at every commit
         self.events: list[Event] = []
-        self.agent = ExecutionAgent(
-            self.bus,
-            self.clock,
-            self.broker,  # type: ignore[arg-type]
-            lambda: self.commits.append(self.bus.last_seq),
-            PATIENCE,
-        )
+        self.agent = self.build_agent()
+
+    def build_agent(self, **parts: Any) -> ExecutionAgent:
+        given: dict[str, Any] = {"commit": lambda: self.commits.append(self.bus.last_seq), "patience": PATIENCE}
+        return ExecutionAgent(self.bus, self.clock, self.broker, **given | parts)  # type: ignore[arg-type]
+
+    async def replace_agent(self, **parts: Any) -> None:
+        await self.agent.stop()
+        self.agent = self.build_agent(**parts)
+        self.agent.name = "another execution"
+        await self.agent.start()
 
     async def hear(self, event: Event) -> None:
         self.events.append(event)
@@ -209,7 +213,7 @@ async def test_journal_that_cannot_commit_keeps_the_order_off_the_wire(stage: St
     def fail() -> None:
         raise OSError("disk full")
 
-    stage.agent._commit = fail
+    await stage.replace_agent(commit=fail)
     await stage.approve()
     assert not stage.broker.submitted
     track = stage.agent.book.get("c-1")
@@ -574,7 +578,7 @@ async def test_order_approved_before_risk_heard_of_the_halt_is_not_sent(stage: S
 
 async def test_order_is_not_sent_once_an_operator_has_stopped_the_session_from_outside(stage: Stage) -> None:
     stopped = [True, False]
-    stage.agent._is_stopped = lambda: stopped.pop(0)
+    await stage.replace_agent(is_stopped=lambda: stopped.pop(0))
     await stage.approve()
     await stage.approve(request("c-2"))
     assert [order.client_order_id for order in stage.broker.submitted] == ["c-2"]
@@ -615,7 +619,7 @@ async def test_fill_that_the_stream_lost_is_repaired_from_the_record_after_a_gra
     stage.broker.records = [whole]
     await stage.say(ClockTicked(at=NOW))  # sees that the order is no longer open
     assert stage.filled == 4
-    stage.clock.advance_to(stage.clock.now() + PATIENCE.grace)
+    stage.clock.advance_to(stage.clock.now() + timedelta(seconds=PATIENCE.grace_s))
     stage.broker.records = [Retryable("busy")]
     await stage.say(ClockTicked(at=NOW))
     assert stage.filled == 4
@@ -630,7 +634,7 @@ async def test_fill_that_the_stream_lost_is_repaired_from_the_record_after_a_gra
 async def test_repair_finds_nothing_to_repair(stage: Stage) -> None:
     await stage.approve()
     await stage.report("partially_filled", "restated", filled=4)
-    stage.clock.advance_to(stage.clock.now() + PATIENCE.grace)
+    stage.clock.advance_to(stage.clock.now() + timedelta(seconds=PATIENCE.grace_s))
     stage.broker.open = [record(status="partially_filled", filled=4)]
     stage.broker.records = [None]
     await stage.say(ClockTicked(at=NOW))
@@ -672,7 +676,7 @@ async def test_fills_of_an_order_that_arrived_after_it_was_given_up_are_repaired
     whole = record(status="filled", filled=10)
     stage.broker.records = [whole]
     await stage.say(ClockTicked(at=NOW))
-    stage.clock.advance_to(stage.clock.now() + PATIENCE.grace)
+    stage.clock.advance_to(stage.clock.now() + timedelta(seconds=PATIENCE.grace_s))
     stage.broker.records = [whole]
     await stage.say(ClockTicked(at=NOW))
     assert stage.filled == 10 and not stage.broker.canceled
@@ -681,7 +685,7 @@ async def test_fills_of_an_order_that_arrived_after_it_was_given_up_are_repaired
 async def test_message_that_a_repair_has_replaced_does_not_take_the_place_of_a_later_fill(stage: Stage) -> None:
     await stage.approve()
     await stage.report("partially_filled", "restated", filled=4)  # the fills themselves are under way
-    stage.clock.advance_to(stage.clock.now() + PATIENCE.grace)
+    stage.clock.advance_to(stage.clock.now() + timedelta(seconds=PATIENCE.grace_s))
     stage.broker.open = [record(status="partially_filled", filled=4)]
     stage.broker.records = [record(status="partially_filled", filled=4)]
     await stage.say(ClockTicked(at=NOW))
@@ -699,7 +703,7 @@ async def test_repaired_price_is_as_exact_as_the_brokers_average(stage: Stage) -
     whole = record(status="filled", filled=10, filled_avg_price=Decimal("100.333333"), filled_at=NOW)
     stage.broker.records = [whole]
     await stage.say(ClockTicked(at=NOW))
-    stage.clock.advance_to(stage.clock.now() + PATIENCE.grace)
+    stage.clock.advance_to(stage.clock.now() + timedelta(seconds=PATIENCE.grace_s))
     stage.broker.records = [whole]
     await stage.say(ClockTicked(at=NOW))
     assert stage.heard(FillRecorded)[-1].fill.price == Decimal("101.111110")
@@ -802,7 +806,7 @@ async def test_replacement_that_the_stream_lost_is_found_at_a_tick_and_its_fills
     stage.broker.records = [replaced(4), whole]
     await stage.say(ClockTicked(at=NOW))
     assert stage.broker.looked_up == ["c-1", "at-broker-by-hand"]
-    stage.clock.advance_to(stage.clock.now() + PATIENCE.grace)
+    stage.clock.advance_to(stage.clock.now() + timedelta(seconds=PATIENCE.grace_s))
     stage.broker.records = [whole]
     await stage.say(ClockTicked(at=NOW))
     repaired = stage.heard(FillRecorded)[-1].fill
@@ -825,7 +829,7 @@ async def test_successor_that_is_open_is_left_alone(stage: Stage) -> None:
 async def test_fill_of_a_successor_is_not_repaired_before_its_predecessor_is_known_to_have_ended(stage: Stage) -> None:
     await stage.approve()
     await stage.say(TradeUpdated(event="new", order=successor("partially_filled", 4), timestamp=NOW))
-    stage.clock.advance_to(stage.clock.now() + PATIENCE.grace)
+    stage.clock.advance_to(stage.clock.now() + timedelta(seconds=PATIENCE.grace_s))
     stage.broker.open = [record(), successor("partially_filled", 4)]
     stage.broker.records = [successor("partially_filled", 4)]
     await stage.say(ClockTicked(at=NOW))
@@ -833,7 +837,7 @@ async def test_fill_of_a_successor_is_not_repaired_before_its_predecessor_is_kno
     stage.broker.open = [successor("partially_filled", 4)]
     stage.broker.records = [replaced(4), successor("partially_filled", 4), record(status="replaced", filled=4)]
     await stage.say(ClockTicked(at=NOW))
-    stage.clock.advance_to(stage.clock.now() + PATIENCE.grace)
+    stage.clock.advance_to(stage.clock.now() + timedelta(seconds=PATIENCE.grace_s))
     stage.broker.records = [record(status="replaced", filled=4)]
     await stage.say(ClockTicked(at=NOW))
     assert [fill.fill.order_id for fill in stage.heard(FillRecorded)] == ["at-broker-c-1"] and stage.filled == 4
@@ -900,8 +904,8 @@ async def test_pair_of_which_a_person_cancels_a_leg_ends(stage: Stage) -> None:
 
 
 async def test_patience_doubles_up_to_its_cap_and_obeys_the_broker() -> None:
-    assert [PATIENCE.pause(attempt) for attempt in range(3)] == [1.0, 2.0, 2.0]
-    assert PATIENCE.pause(0, 9.0) == 9.0
+    assert [PATIENCE.pause(attempt).seconds for attempt in range(3)] == [1.0, 2.0, 2.0]
+    assert PATIENCE.pause(0, 9.0).seconds == 9.0
 
 
 async def test_an_agent_that_does_not_reach_the_broker_is_degraded(stage: Stage) -> None:

@@ -41,7 +41,7 @@ METRICS = (
     "trader_cash_usd",
 )
 PASSING = {
-    "_handed_out",  # what changed since somebody asked
+    "_touched",  # what changed since somebody asked
     "_buffer",  # room for more bars
     "_open",  # empty drawers; what is in the others is compared by itself
     "_cancel_exit", "_cancel_working", "_qty", "_stop", "_limit",  # of the last plan, and overwritten by the next
@@ -159,7 +159,7 @@ def test_comparison_of_agents_sees_what_a_snapshot_forgets(monkeypatch: pytest.M
 
 def _damage(state: Path) -> None:
     if state.is_file():
-        state.write_bytes(state.read_bytes().replace(b'"halted":false', b'"halted":true', 1))
+        state.write_bytes(state.read_bytes().replace(b'"state":"ok"', b'"state":"down"', 1))
 
 
 def test_damaged_snapshot_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['T', 'Steps', 'HealthState', 'FloatArray', 'WITH_NAN', 'AS_PAIRS', 'FROM_PAIRS', 'Reaction', 'Effect', 'Pause',
-           'AgentHealth', 'Tally', 'RestartPolicy', 'count_failure', 'write_state', 'read_state', 'Shell', 'Subscriber',
-           'Agent', 'HandlerAgent']
+           'drive', 'AgentHealth', 'Tally', 'RestartPolicy', 'count_failure', 'write_state', 'read_state', 'Shell',
+           'Subscriber', 'Agent', 'HandlerAgent']
 
 # %% ../../nbs/agents/00_contract.ipynb #7e5605e9
 import abc
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import numpy as np
@@ -48,6 +50,23 @@ class Pause(Effect):
 
 T = TypeVar("T")
 Steps: TypeAlias = Generator[Payload | Effect, Any, T]  # payloads to publish and effects to perform, then a result
+
+# %% ../../nbs/agents/00_contract.ipynb #13668746
+def drive(steps: Steps[Any], outcomes: Mapping[type[Effect], Sequence[Any]] = MappingProxyType({})) -> list[Any]:
+    """Return every step of a function, for tests and examples.
+
+    outcomes: what the effects of a type return, in order, None where there are no more; exceptions are raised there.
+    """
+    waiting = {kind: list(values) for kind, values in outcomes.items()}
+    taken: list[Any] = []
+    outcome: Any = None
+    with suppress(StopIteration):
+        while True:
+            failed = isinstance(outcome, BaseException)
+            taken.append(steps.throw(outcome) if failed else steps.send(outcome))
+            values = waiting.get(type(taken[-1]))
+            outcome = values.pop(0) if values else None
+    return taken
 
 # %% ../../nbs/agents/00_contract.ipynb #408f1cef
 HealthState = Literal["ok", "degraded", "down"]

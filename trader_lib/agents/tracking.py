@@ -127,7 +127,7 @@ class OrderTrack:
         return self.predecessor.reported_qty if self.predecessor is not None and self.carries else Decimal(0)
 
     @property
-    def untold_qty(self) -> Decimal:
+    def unrecorded_qty(self) -> Decimal:
         """Shares, signed, that the broker says it, its successors and its legs have filled, and that no fill has told."""
         untold = Decimal(0)
         for member in self.family():
@@ -264,16 +264,16 @@ class OrderBook:
         self._by_id: dict[str, OrderTrack] = {}
         self._open: defaultdict[tuple[str, str], dict[str, OrderTrack]] = defaultdict(dict)  # by strategy and symbol
         self._adopted: dict[str, OrderTrack] = {}
-        self._missed: dict[str, OrderTrack] = {}  # looked for, and not found
-        self._handed_out: dict[OrderTrack, None] = {}  # since `changed` was asked last
+        self._absent: dict[str, OrderTrack] = {}  # looked for, and not found
+        self._touched: dict[OrderTrack, None] = {}  # since `changed` was asked last
 
     def __len__(self) -> int:
         return len(self._tracks) + len(self._adopted)
 
     def changed(self) -> list[OrderTrack]:
         """The orders that may have changed since this was asked last, each with its family, in order of planning."""
-        roots = dict.fromkeys(track.root for track in self._handed_out)
-        self._handed_out.clear()
+        roots = dict.fromkeys(track.root for track in self._touched)
+        self._touched.clear()
         return sorted(roots, key=lambda root: (root.external, root.number, root.order_id or ""))
 
     def restore(self, families: Iterable[OrderTrack]) -> None:
@@ -295,15 +295,15 @@ class OrderBook:
         for track in self._tracks.values():
             if _has_life(track):
                 self._enter(track)
-        self._missed = {key: track for key, track in self._tracks.items() if track.absent}
+        self._absent = {key: track for key, track in self._tracks.items() if track.absent}
 
     def correlations(self) -> dict[str, str]:
         """The correlation id of every order of ours and of its legs, by client order id."""
         ours = (member for root in self._tracks.values() for member in root.family())
         return {member.client_order_id: member.correlation_id for member in ours}
 
-    def _hand_out(self, track: OrderTrack) -> OrderTrack:
-        self._handed_out[track] = None
+    def _touch(self, track: OrderTrack) -> OrderTrack:
+        self._touched[track] = None
         return track
 
     def __contains__(self, client_order_id: str) -> bool:
@@ -322,7 +322,7 @@ class OrderBook:
         )
         self._tracks[track.client_order_id] = track
         self._enter(track)
-        return self._hand_out(track)
+        return self._touch(track)
 
     def _enter(self, track: OrderTrack) -> None:
         self._open[track.strategy, track.symbol][track.client_order_id] = track
@@ -345,22 +345,22 @@ class OrderBook:
                 member.filled_qty, member.filled_value = member.reported_qty, member.reported_value
                 member.repaired_qty = member.reported_qty
                 member.mark_behind(now)
-        return self._hand_out(track)
+        return self._touch(track)
 
     def get(self, client_order_id: str) -> OrderTrack | None:
         """The order under one of our ids."""
         track = self._tracks.get(client_order_id)
-        return None if track is None else self._hand_out(track)
+        return None if track is None else self._touch(track)
 
     def find(self, order: Order) -> OrderTrack | None:
         """The order, or leg, that a record of the broker's is about; None for one that is not known."""
         track = self._by_id.get(order.id) or self._tracks.get(order.client_order_id)
-        return None if track is None else self._hand_out(track)
+        return None if track is None else self._touch(track)
 
     def replaced(self, order: Order) -> OrderTrack | None:
         """The order of ours that a record's order took the place of; None where it did not."""
         before = None if order.replaces is None else self._by_id.get(order.replaces)
-        return None if before is None or before.external else self._hand_out(before)
+        return None if before is None or before.external else self._touch(before)
 
     def follow(self, order: Order) -> OrderTrack | None:
         """As `find`, but an order that took the place of one of ours is entered as its successor."""
@@ -369,12 +369,12 @@ class OrderBook:
             track = self._by_id[order.id] = before.succeed(order)
         return track
 
-    def miss(self, track: OrderTrack, times: int = 1) -> None:
+    def note_absent(self, track: OrderTrack, times: int = 1) -> None:
         """The broker was asked for an order of ours, so many times, and does not have it."""
         track.absent += times
         ours = self._tracks.get(track.known_as)
         if ours is not None:
-            self._missed[ours.client_order_id] = ours
+            self._absent[ours.client_order_id] = ours
 
     def observe(self, track: OrderTrack, order: Order, now: datetime) -> None:
         """Take in a record about a tracked order and remember the ids that it brings."""
@@ -391,19 +391,19 @@ class OrderBook:
         if ours is not None:
             self._enter(ours)
 
-    def suspects(self, looks_max: int) -> list[OrderTrack]:
+    def absent_orders(self, looks_max: int) -> list[OrderTrack]:
         """Orders that the broker did not have when they were looked for, fewer times than looks_max, and may yet get."""
-        tracks = sorted(self._missed.values(), key=lambda track: track.number)
+        tracks = sorted(self._absent.values(), key=lambda track: track.number)
         missed = (track for track in tracks if track.state is LocalState.NOT_SENT and 0 < track.absent < looks_max)
-        return [self._hand_out(track) for track in missed]
+        return [self._touch(track) for track in missed]
 
     def externals(self) -> list[OrderTrack]:
         """Orders of others that may still fill."""
-        return [self._hand_out(track) for track in self._adopted.values() if track.is_open]
+        return [self._touch(track) for track in self._adopted.values() if track.is_open]
 
     def working(self) -> list[OrderTrack]:
         """Orders that may still fill, or whose fills are not all recorded, in the order of their planning."""
-        alive = [self._hand_out(track) for key in tuple(self._open) for track in self._alive(*key)]
+        alive = [self._touch(track) for key in tuple(self._open) for track in self._alive(*key)]
         return sorted(alive, key=lambda track: track.number)
 
     @property
@@ -411,11 +411,11 @@ class OrderBook:
         """Whether the broker reports more filled than is recorded, of any order."""
         return any(member.behind_since is not None for track in self.working() for member in track.family())
 
-    def untold_qty(self, strategy: str, symbol: str) -> Decimal:
+    def unrecorded_qty(self, strategy: str, symbol: str) -> Decimal:
         """Shares, signed, that the broker says are filled of a strategy's orders in a symbol, and that no fill has told."""
-        return sum((track.untold_qty for track in self._alive(strategy, symbol)), Decimal(0))
+        return sum((track.unrecorded_qty for track in self._alive(strategy, symbol)), Decimal(0))
 
-    def leaving(self, strategy: str, symbol: str) -> list[OrderTrack]:
+    def canceling(self, strategy: str, symbol: str) -> list[OrderTrack]:
         """A strategy's orders in a symbol that are being taken back, and may fill until the broker says otherwise."""
         return [track for track in self._alive(strategy, symbol) if track.cancel_wanted and track.is_open]
 
