@@ -324,13 +324,18 @@ async def test_what_is_on_its_way_counts_until_it_is_closed(stage: Stage) -> Non
     ack = OrderAcknowledged(client_order_id="c-1", order=order_of(first.request, "accepted"))
     part = TradeUpdated(event="fill", order=order_of(first.request, "filled", filled_qty=10), timestamp=NOW)
     await stage.say(ack, part, fill_of(first.request, "x-1", Decimal(4)))
-    assert agent._account.qty.tolist() == [0.0, 4.0] and agent._account.working["c-1"].remaining == 6
+    book = agent.state.books[""]
+    assert book.qty.tolist() == [0.0, 4.0] and book.working["c-1"].remaining == 6
     await stage.say(fill_of(first.request, "x-2", Decimal(6)), fill_of(first.request, "x-3", Decimal(1), symbol="GOOG"))
-    assert not agent._account.working and agent._account.qty.tolist() == [0.0, 10.0, 1.0]  # of others' symbols, too
+    assert not book.working and book.qty.tolist() == [
+        0.0,
+        10.0,
+        1.0,
+    ]  # others' symbols too
     for number, end in enumerate(("not_sent", "rejected", "acknowledged", "updated")):
         order = propose(f"e-{number}", 5)
         (decided,) = await stage.say(order)
-        assert decided.approved and agent._account.working
+        assert decided.approved and book.working
         name = order.request.client_order_id
         gone: Payload
         if end == "acknowledged":
@@ -340,14 +345,14 @@ async def test_what_is_on_its_way_counts_until_it_is_closed(stage: Stage) -> Non
         else:
             gone = OrderFailed.model_validate({"client_order_id": name, "reason": "test", "outcome": end})
         await stage.say(gone)
-        assert not agent._account.working
+        assert not book.working
 
 
 async def test_exit_is_approved_and_not_counted_as_on_its_way(stage: Stage) -> None:
     agent = await judge(stage)
     await stage.say(closed(3), fill_of(propose("c-1").request, "x-1", Decimal(10)))
     (decided,) = await stage.say(propose("c-2", side=OrderSide.SELL, purpose="exit"))
-    assert decided.approved and not agent._account.working
+    assert decided.approved and not agent.state.books[""].working
 
 
 async def test_operator_who_only_cancels_changes_no_state(stage: Stage) -> None:
@@ -358,12 +363,12 @@ async def test_operator_who_only_cancels_changes_no_state(stage: Stage) -> None:
 async def test_day_start_moves_with_the_session(stage: Stage) -> None:
     agent = await judge(stage)
     await stage.say(closed(3), fill_of(propose("c-1").request, "x-1", Decimal(100)), account(90_000))
-    assert agent._account.day_start == 100_000
+    assert agent.state.books[""].day_start == 100_000
     await stage.say(closed(4))
-    assert agent._account.day_start == 100_000 and agent._account.equity < 100_000
-    equity = agent._account.equity
+    assert agent.state.books[""].day_start == 100_000 and agent.state.books[""].equity < 100_000
+    equity = agent.state.books[""].equity
     await stage.say(closed(5))
-    assert agent._account.day_start == equity
+    assert agent.state.books[""].day_start == equity
 
 
 async def test_order_of_somebody_else_counts_as_on_its_way_until_it_is_closed(stage: Stage) -> None:
@@ -373,7 +378,7 @@ async def test_order_of_somebody_else_counts_as_on_its_way_until_it_is_closed(st
     await stage.say(OrderAdopted(order=theirs, remaining=Decimal(10)))
     (decided,) = await stage.say(propose("c-1"))
     assert [check.name for check in decided.checks if not check.passed] == ["POSITION_QTY"]
-    assert agent._account.working["by hand"].cost > 0
+    assert agent.state.books[""].working["by hand"].cost > 0
     await stage.say(OrderAdopted(order=theirs, remaining=Decimal(0)))
     (decided,) = await stage.say(propose("c-2"))
     assert decided.approved
@@ -386,11 +391,11 @@ async def test_order_of_somebody_else_over_an_amount_counts_by_the_last_close(st
     theirs = order_of(request, "new", qty=None, notional=Decimal(1000))
     await stage.say(OrderAdopted(order=theirs, remaining=None))
     close = float(BARS.close[3, 1])
-    assert agent._account.working["by hand"].remaining == pytest.approx(1000 / close)
+    assert agent.state.books[""].working["by hand"].remaining == pytest.approx(1000 / close)
     elsewhere = order_of(request, "new", symbol="FB", client_order_id="elsewhere")
     unpriced = order_of(request, "new", qty=None, client_order_id="unpriced")
     await stage.say(OrderAdopted(order=elsewhere, remaining=Decimal(1)), OrderAdopted(order=unpriced, remaining=None))
-    assert list(agent._account.working) == ["by hand", "elsewhere"]
+    assert list(agent.state.books[""].working) == ["by hand", "elsewhere"]
 
 
 async def test_order_that_was_replaced_is_on_its_way_until_its_line_has_ended(stage: Stage) -> None:
@@ -399,9 +404,9 @@ async def test_order_that_was_replaced_is_on_its_way_until_its_line_has_ended(st
     request = propose("c-1").request
     gone = order_of(request, "replaced", replaced_by="o-2")
     await stage.say(TradeUpdated(event="replaced", order=gone, timestamp=NOW))
-    assert "c-1" in agent._account.working
+    assert "c-1" in agent.state.books[""].working
     follower = order_of(request, "filled", id="o-2", client_order_id="by hand", replaces=gone.id, filled_qty=6)
     await stage.say(OrderAcknowledged(client_order_id="c-1", order=follower))
-    assert "c-1" in agent._account.working
+    assert "c-1" in agent.state.books[""].working
     await stage.say(OrderAcknowledged(client_order_id="c-1", order=follower, settled=True))
-    assert not agent._account.working
+    assert not agent.state.books[""].working

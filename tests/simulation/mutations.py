@@ -15,7 +15,7 @@ from trader_lib.agents import execution
 from trader_lib.agents.contract import Effect, Reaction, Steps
 from trader_lib.agents.execution import ExecutionAgent
 from trader_lib.agents.portfolio import PortfolioAgent
-from trader_lib.agents.risk import RiskAgent, RiskMemory
+from trader_lib.agents.risk import RiskAgent
 from trader_lib.agents.tracking import LocalState, OrderBook, OrderTrack
 from trader_lib.bus.bus import InProcessBus
 from trader_lib.errors.taxonomy import Misconfigured, OutcomeUnknown, Rejected, Retryable, TraderError
@@ -314,9 +314,10 @@ class SnapshotsInTheMiddle(InProcessBus):
 class SnapshotsWithoutTheOpenOrders(RiskAgent):
     """Risk forgets over a restart what is on its way."""
 
-    def _recall(self, memory: RiskMemory) -> None:
-        books = {owner: replace(book, working={}, leaving={}, open={}) for owner, book in memory.books.items()}
-        super()._recall(replace(memory, books=books))
+    def restore(self, snapshot: bytes) -> None:
+        super().restore(snapshot)
+        for book in self.state.books.values():
+            book.working, book.canceling, book.open = {}, {}, {}
 
 
 @dataclass(frozen=True)
