@@ -193,7 +193,7 @@ async def test_strategy_that_gave_up_is_not_asked_again_and_its_position_is_prot
     await stage.say(*approved(*first))
     (failure,) = await stage.say(closed(1))
     assert isinstance(failure, AgentFailed) and "lost its way" in failure.error
-    assert agent.health().state == "down" and agent.protects_only
+    assert agent.health().state == "down" and agent.state.protects_only
     assert first[0].qty is not None
     await stage.say(fill_of(first[0], "x-1", first[0].qty, price=Decimal(str(round(BARS.close[1, 0], 2)))))
     answers = await stage.say(closed(2))
@@ -205,7 +205,7 @@ async def test_strategy_that_gave_up_is_not_asked_again_and_its_position_is_prot
 
     monkeypatch.setattr(planner, "plan", lost)
     (failure,) = await stage.say(closed(3))
-    assert "our own books" in failure.error and not agent.protects_only
+    assert "our own books" in failure.error and not agent.state.protects_only
     missed = agent.health().missed
     assert not await stage.say(closed(4)) and agent.health().missed == missed + 1
 
@@ -255,7 +255,7 @@ async def test_exit_that_is_due_already_does_not_come_back(stage: Stage) -> None
     agent = await strategist(stage)
     await protected(stage)
     aapl, _ = requests(await stage.say(closed(2)))
-    agent._planner.avg_entry[0] = 2 * float(BARS.close[2, 0])  # the stop would lie above the market
+    agent.rules.planner.avg_entry[0] = 2 * float(BARS.close[2, 0])  # the stop would lie above the market
     assert not await stage.say(RiskDecided(request=aapl, decided_at=NOW, approved=False))
 
 
@@ -263,7 +263,7 @@ async def test_fills_of_strangers_and_of_orders_past_move_positions_only(stage: 
     agent = await strategist(stage, stop=False)
     first = requests(await stage.say(closed(0)))
     await stage.say(*approved(*first))
-    planner = agent._planner
+    planner = agent.rules.planner
     at_work = planner.working_qty.copy()
     stranger = first[0].model_copy(update={"client_order_id": "somebody else's"})
     await stage.say(fill_of(stranger, "x-1", Decimal(5)))
@@ -278,7 +278,7 @@ async def test_leg_of_a_pair_counts_for_the_pair(stage: Stage) -> None:
     parent = OrderAcknowledged(client_order_id=pair.client_order_id, order=order_of(pair, "accepted", legs=(leg,)))
     part = fill_of(other, "x-8", Decimal(1))
     await stage.say(parent, fill_of(pair, "x-9", pair.qty, client_order_id="theirs"), part)
-    planner = agent._planner
+    planner = agent.rules.planner
     assert planner.positions[0] == 0 and planner.exit_qty[0] == 0 and planner.blocked_sign[0] == 1
     assert other.qty is not None and planner.exit_qty[1] == other.qty - 1
 

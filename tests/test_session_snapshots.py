@@ -45,7 +45,6 @@ PASSING = {
     "_buffer",  # room for more bars
     "_open",  # empty drawers; what is in the others is compared by itself
     "_cancel_exit", "_cancel_working", "_qty", "_stop", "_limit",  # of the last plan, and overwritten by the next
-    "_parents",  # of orders that have ended, too
     "last_event_at",  # of the restart itself
     "absent",  # a look-up without an answer is not journalled: the snapshot knows it, whoever lives through it does not
 }  # fmt: skip

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['T', 'Steps', 'HealthState', 'FloatArray', 'WITH_NAN', 'AS_PAIRS', 'FROM_PAIRS', 'Reaction', 'Effect', 'Pause',
            'drive', 'AgentHealth', 'Tally', 'RestartPolicy', 'count_failure', 'write_state', 'read_state', 'Shell',
-           'Subscriber', 'Agent', 'HandlerAgent']
+           'Subscriber', 'Agent']
 
 # %% ../../nbs/agents/00_contract.ipynb #7e5605e9
 import abc
@@ -277,38 +277,3 @@ class Agent(Subscriber):
     def restore(self, snapshot: bytes) -> None:
         """Take over another one's tally and state; raises BadData where they cannot be read, and changes nothing."""
         self.tally, self.state = read_state(self.state_kind, self.name, snapshot)
-
-# %% ../../nbs/agents/00_contract.ipynb #b6d0f791
-class HandlerAgent(Agent):
-    """An agent whose handlers still await and publish by themselves."""
-
-    def handlers(self) -> Mapping[type[Payload], Any]:
-        """Return the handler of each type of event."""
-        raise NotImplementedError
-
-    def reactions(self) -> Mapping[type[Payload], Reaction]:
-        """Return the handlers."""
-        return self.handlers()
-
-    async def run(self, steps: Any, event: Event) -> None:
-        """Await the handler."""
-        await steps
-
-    async def publish(self, payload: Payload, cause: Any = None, causation_id: str | None = None) -> Event:
-        """Publish what follows from an event."""
-        return await super().publish(payload, cause.correlation_id, cause.id)
-
-    def snapshot(self) -> bytes:
-        """Return what it knows as JSON."""
-        return write_state(self.state_kind, Agent.health(self), self._remember())
-
-    def restore(self, snapshot: bytes) -> None:
-        """Take over what another one knew."""
-        self.tally, memory = read_state(self.state_kind, self.name, snapshot)
-        self._recall(memory)
-
-    def _remember(self) -> Any:
-        """Return what it knows."""
-
-    def _recall(self, memory: Any) -> None:
-        """Take over what `_remember` gave."""

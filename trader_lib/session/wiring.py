@@ -450,7 +450,7 @@ def strategist(
         history,
         planner,
         session_id,
-        carry=carry,
+        forward_fill=carry,
         label=one.label,
         capital=one.capital,
         commission=commission,
