@@ -41,9 +41,9 @@ METRICS = (
     "trader_cash_usd",
 )
 PASSING = {
-    "_touched",  # what changed since somebody asked
+    "touched",  # what changed since somebody asked
     "_buffer",  # room for more bars
-    "_open",  # empty drawers; what is in the others is compared by itself
+    "alive",  # empty drawers; what is in the others is compared by itself
     "_cancel_exit", "_cancel_working", "_qty", "_stop", "_limit",  # of the last plan, and overwritten by the next
     "last_event_at",  # of the restart itself
     "absent",  # a look-up without an answer is not journalled: the snapshot knows it, whoever lives through it does not

@@ -77,7 +77,7 @@ def drops_unknowns(state: Any, patience: Any, track: OrderTrack, event: Event, r
     """What was not answered is reported as unknown, and forgotten."""
     track.state = LocalState.UNKNOWN
     yield OrderFailed(client_order_id=track.client_order_id, reason=reason, outcome="unknown")
-    state.book._open[track.strategy, track.symbol].pop(track.client_order_id, None)
+    state.book.alive[track.strategy, track.symbol].pop(track.client_order_id, None)
 
 
 class GivesUpLateOrders(ExecutionAgent):
@@ -101,9 +101,8 @@ class GivesUpLateOrders(ExecutionAgent):
 class SkipsTheWriteAhead(ExecutionAgent):
     """The intent is published, and reaches the disk whenever it happens to."""
 
-    def __init__(self, *parts, **more) -> None:  # type: ignore[no-untyped-def]
-        super().__init__(*parts, **more)
-        self._commit = lambda: None
+    def __init__(self, bus, clock, broker, commit, *parts, **more) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(bus, clock, broker, lambda: None, *parts, **more)
 
 
 class IntendsAfterwards(ExecutionAgent):
@@ -171,7 +170,7 @@ def cancels_and_forgets(state: Any, patience: Any, track: OrderTrack, event: Eve
         with suppress(TraderError):
             yield execution.Cancel(track.order_id)
     track.state = OrderStatus.CANCELED
-    state.book._open[track.strategy, track.symbol].pop(track.client_order_id, None)
+    state.book.alive[track.strategy, track.symbol].pop(track.client_order_id, None)
 
 
 def trades_blindly(book: OrderBook, request: OrderRequest) -> bool:
@@ -195,7 +194,7 @@ def turns_time_back(state: Any, patience: Any, update: TradeUpdated, event: Even
     track = state.book.find(update.order)
     if track is not None:
         track.state = update.order.status
-        state.book._enter(track)
+        state.book.enter(track)
 
 
 def looks_up_unknown_orders_only(

@@ -21,7 +21,15 @@ from typing import Annotated, Any, ClassVar
 from pydantic import ConfigDict, Field, PlainSerializer, TypeAdapter
 
 from .contract import AS_PAIRS, FROM_PAIRS, Agent, AgentHealth, Effect, Pause, Reaction, Steps
-from .tracking import REPAIR, LocalState, OrderBook, OrderTrack
+from trader_lib.agents.tracking import (
+    REPAIR,
+    LocalState,
+    OrderBook,
+    OrderTrack,
+    admit_fill,
+    is_settled,
+    missing_fill,
+)
 
 # %% ../../nbs/agents/05_execution.ipynb #6bad4db2
 from ..broker.port import Broker
@@ -143,7 +151,7 @@ class Patience:
 # %% ../../nbs/agents/05_execution.ipynb #70a598f7
 def confirmed(track: OrderTrack, order: Order) -> OrderAcknowledged:
     """Return the broker's record of an order of ours, as the others know the order."""
-    return OrderAcknowledged(client_order_id=track.known_as, order=order, settled=track.is_settled)
+    return OrderAcknowledged(client_order_id=track.known_as, order=order, settled=is_settled(track))
 
 
 def adopted(track: OrderTrack, order: Order) -> OrderAdopted:
@@ -394,7 +402,7 @@ def on_trade_update(state: ExecutionState, patience: Patience, update: TradeUpda
     state.book.observe(track, order, now)
     if update.qty is not None and update.price is not None:
         execution_id = update.execution_id or f"{order.id}:{decimal_text(order.filled_qty)}"
-        if track.admit(execution_id, update.qty, update.price, now, order.filled_qty):
+        if admit_fill(track, execution_id, update.qty, update.price, now, order.filled_qty):
             yield recorded(track, order.id, execution_id, (update.qty, update.price), update.timestamp)
     if track.external:
         yield adopted(track, order)
@@ -411,14 +419,14 @@ def is_unexpected(track: OrderTrack) -> bool:
 # %% ../../nbs/agents/05_execution.ipynb #8f09c4ac
 def catch_up(track: OrderTrack, order: Order, now: datetime) -> Steps[None]:
     """Record what the broker's record of an order has filled and ours has not."""
-    missing = track.missing(order)
+    missing = missing_fill(track, order)
     if missing is None:
         return
     execution_id = f"{REPAIR}{order.id}:{decimal_text(order.filled_qty)}"
-    track.admit(execution_id, *missing, now)
+    admit_fill(track, execution_id, *missing, now)
     track.repaired_qty = order.filled_qty
     yield recorded(track, order.id, execution_id, missing, order.filled_at or now)
-    if track.is_settled:
+    if is_settled(track):
         yield confirmed(track, order)
 
 
@@ -486,7 +494,7 @@ def repair(state: ExecutionState, track: OrderTrack, event: Event) -> Steps[None
         order = yield FindOrder(track.client_order_id)
     except TraderError:
         return
-    if order is None or track.missing(order) is None:
+    if order is None or missing_fill(track, order) is None:
         return
     state.book.observe(track, order, event.recorded_at)
     yield confirmed(track, order)

@@ -14,7 +14,7 @@ from decimal import Decimal
 
 from ..agents.execution import ExecutionAgent
 from ..agents.portfolio import PortfolioAgent
-from ..agents.tracking import OrderBook, OrderTrack
+from ..agents.tracking import OrderBook, OrderTrack, carried_qty, missing_fill
 from ..broker.port import Broker
 from ..bus.bus import Bus
 from ..clock.clock import Clock
@@ -123,7 +123,7 @@ def unrecorded(order: Order, book: OrderBook, since: datetime) -> Decimal:
     """Shares that the broker has filled of an order and that are not recorded."""
     track, before = book.find(order), book.replaced(order)
     if track is not None:
-        missing = track.missing(order)
+        missing = missing_fill(track, order)
         return Decimal(0) if missing is None else missing[0]
     if before is not None:
         carried = before.reported_qty if order.filled_qty >= before.reported_qty else Decimal(0)
@@ -261,7 +261,7 @@ class Reconciler:
 
     def _missed(self, order: Order) -> Discrepancy:
         track = self._execution.book.find(order)
-        ours = Decimal(0) if track is None else track.filled_qty + track.carried_qty
+        ours = Decimal(0) if track is None else track.filled_qty + carried_qty(track)
         whose = "an order of somebody else" if track is None or track.external else "our order"
         return Discrepancy(
             kind="missed_fill",

@@ -104,11 +104,12 @@ class Holdings:
     @classmethod
     def from_lists(cls, lists: Mapping[str, Sequence[float]]) -> "Holdings":
         """Return what `to_lists` gave; raises KeyError where an array is missing."""
-        holdings = cls(*(np.array(lists[each.name], dtype=np.float64) for each in fields(cls)))
-        holdings.blocked_sign = holdings.blocked_sign.astype(np.int8)
+        holdings = cls.flat(len(lists["positions"]))
+        for each in fields(cls):
+            getattr(holdings, each.name)[:] = lists[each.name]
         return holdings
 
-# %% ../../nbs/strategy/02_planner.ipynb #3ee5c507
+# %% ../../nbs/strategy/02_planner.ipynb #f943c827
 class Planner:
     """Positions, working orders and resting exits of a session, and the decision over them.
 
