@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from trader_lib.agents.contract import Agent
 from trader_lib.agents.risk import RiskAgent
-from trader_lib.agents.strategy import StrategyAgent, last_closes
+from trader_lib.agents.strategy import StrategyAgent, StrategyRules, last_closes
 from trader_lib.bus.bus import InProcessBus
 from trader_lib.clock.clock import VirtualClock
 from trader_lib.clock.ids import SeededIds
@@ -136,7 +136,7 @@ class Swing(Strategy):
 async def strategist(stage: Stage, **parameters: Any) -> StrategyAgent:
     strategy = Swing(**parameters)
     planner = Planner(BARS.symbols, exits=strategy.exits)
-    agent = StrategyAgent(stage.bus, VirtualClock(NOW), strategy, BARS.head(0), planner, "stage")
+    agent = StrategyAgent(stage.bus, VirtualClock(NOW), StrategyRules(strategy, planner, "stage"), BARS.head(0))
     await stage.play(agent)
     await stage.say(account())
     return agent
@@ -186,7 +186,7 @@ async def test_strategy_that_gave_up_is_not_asked_again_and_its_position_is_prot
 ) -> None:
     strategy = Broken()
     planner = Planner(BARS.symbols, exits=strategy.exits)
-    agent = StrategyAgent(stage.bus, VirtualClock(NOW), strategy, BARS.head(0), planner, "stage")
+    agent = StrategyAgent(stage.bus, VirtualClock(NOW), StrategyRules(strategy, planner, "stage"), BARS.head(0))
     await stage.play(agent)
     await stage.say(account())
     first = requests(await stage.say(closed(0)))

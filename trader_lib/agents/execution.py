@@ -9,7 +9,7 @@ __all__ = ['REPLACEMENTS_MAX', 'DUPLICATE_CODE', 'NOT_CANCELED', 'Overtaken', 'E
            'submit', 'on_refusal', 'refusal_to_send', 'has_pending_cancel', 'has_unknown_position', 'on_decision',
            'on_cancel_proposed', 'reported_qty', 'on_trade_update', 'is_unexpected', 'catch_up', 'on_report', 'on_tick',
            'check_order', 'has_more_filled', 'repair', 'closing_order', 'closing_orders', 'on_trading_state',
-           'on_command', 'flatten', 'on_fill', 'ask_broker', 'ExecutionAgent']
+           'on_command', 'flatten', 'on_fill', 'ask_broker', 'BrokerAgent', 'ExecutionAgent']
 
 # %% ../../nbs/agents/05_execution.ipynb #7743ab27
 from collections.abc import Callable, Mapping
@@ -592,13 +592,40 @@ async def ask_broker(broker: Broker, effect: BrokerEffect) -> Any:
     assert isinstance(effect, ListOpenOrders)
     return await broker.orders()
 
-# %% ../../nbs/agents/05_execution.ipynb #d31fccaf
-class ExecutionAgent(Agent):
-    """Turns approved decisions into orders at the broker, and the broker's messages into fills.
+# %% ../../nbs/agents/05_execution.ipynb #f6739fbe
+class BrokerAgent(Agent):
+    """An agent that reaches a broker and the journal.
 
     broker: the port. commit: makes what was published so far survive the process (the journal's). is_stopped: whether an
     operator has halted the session from outside, asked right before every order.
     """
+
+    def __init__(
+        self, bus: Bus, clock: Clock, broker: Broker, commit: Callable[[], None], is_stopped: Callable[[], bool]
+    ) -> None:
+        super().__init__(bus, clock)
+        self._broker, self._commit, self._is_stopped = broker, commit, is_stopped
+
+    async def perform(self, step: Payload | Effect, event: Event) -> Any:
+        """Ask the broker, the journal or the operator, or publish."""
+        if isinstance(step, BrokerEffect):
+            return await ask_broker(self._broker, step)
+        if isinstance(step, Commit):
+            return self._commit()
+        if isinstance(step, AskHalted):
+            return self._is_stopped()
+        return await super().perform(step, event)
+
+    def health(self) -> AgentHealth:
+        """Return how the agent is, and whether it reaches the broker."""
+        health, troubles = super().health(), self._broker.troubles()
+        if health.state != "ok" or not troubles:
+            return health
+        return health.model_copy(update={"state": "degraded", "reason": " ".join(troubles)})
+
+# %% ../../nbs/agents/05_execution.ipynb #d7c9edf7
+class ExecutionAgent(BrokerAgent):
+    """Turns approved decisions into orders at the broker, and the broker's messages into fills."""
 
     name = "execution"
     emits = (OrderIntended, CancelIntended, OrderAcknowledged, OrderFailed, FillRecorded, OrderAdopted)
@@ -614,9 +641,8 @@ class ExecutionAgent(Agent):
         patience: Patience | None = None,
         is_stopped: Callable[[], bool] = lambda: False,
     ) -> None:
-        super().__init__(bus, clock)
+        super().__init__(bus, clock, broker, commit, is_stopped)
         self.state, self.patience = ExecutionState(), patience or Patience()
-        self._broker, self._commit, self._is_stopped = broker, commit, is_stopped
 
     @property
     def book(self) -> OrderBook:
@@ -635,23 +661,6 @@ class ExecutionAgent(Agent):
             FillRecorded: lambda event: on_fill(self.state, event.payload.fill),
             ClockTicked: lambda event: on_tick(self.state, self.patience, event),
         }
-
-    async def perform(self, step: Payload | Effect, event: Event) -> Any:
-        """Ask the broker, the journal or the operator, or publish."""
-        if isinstance(step, BrokerEffect):
-            return await ask_broker(self._broker, step)
-        if isinstance(step, Commit):
-            return self._commit()
-        if isinstance(step, AskHalted):
-            return self._is_stopped()
-        return await super().perform(step, event)
-
-    def health(self) -> AgentHealth:
-        """Return how the agent is, and whether it reaches the broker."""
-        health, troubles = super().health(), self._broker.troubles()
-        if health.state != "ok" or not troubles:
-            return health
-        return health.model_copy(update={"state": "degraded", "reason": " ".join(troubles)})
 
     def restore(self, snapshot: bytes) -> None:
         """Take over another one's state; the orders in the book are read by themselves."""

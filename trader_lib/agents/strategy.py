@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OrderKey', 'AsLists', 'FromLists', 'order_request', 'StrategyState', 'StrategyRules', 'last_closes', 'new_state',
            'decide', 'propose_cancel', 'propose', 'forget_order', 'ask', 'on_bars', 'on_risk_decision', 'on_failure',
-           'cover_again', 'protection', 'close_order', 'on_acknowledgement', 'observe_order', 'on_account', 'on_fill',
-           'cash_after', 'StrategyAgent', 'strategy_agent']
+           'cover_again', 'protection', 'close_order', 'on_acknowledgement', 'observe_order', 'on_trade_update',
+           'on_account', 'on_fill', 'cash_after', 'ProtectingAgent', 'StrategyAgent', 'strategy_agent', 'own_columns']
 
 # %% ../../nbs/agents/02_strategy.ipynb #67f00437
 import math
@@ -305,6 +305,11 @@ def observe_order(rules: StrategyRules, state: StrategyState, order_id: str, ord
         close_order(rules, state, order_id)
 
 
+def on_trade_update(rules: StrategyRules, state: StrategyState, order: Order) -> None:
+    """Take in a message of the broker's stream."""
+    observe_order(rules, state, order.client_order_id, order)
+
+
 def on_account(rules: StrategyRules, state: StrategyState, account: AccountReported) -> None:
     """Take the account's cash, unless the strategy has a capital of its own."""
     if not rules.has_capital:
@@ -337,40 +342,51 @@ def cash_after(
     flow = folding.cash_flow(to_float(fill.signed_qty), to_float(fill.price), to_float(fee))
     return round_to(cash + flow, CASH_DECIMALS)
 
-# %% ../../nbs/agents/02_strategy.ipynb #bd686ffd
-class StrategyAgent(Agent):
+# %% ../../nbs/agents/02_strategy.ipynb #a4517cae
+class ProtectingAgent(Agent):
+    """An agent that goes on protecting when its strategy has failed too often."""
+
+    state: StrategyState
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether events are handled."""
+        return super().is_listening or (self.is_running and self.state.protects_only)
+
+    async def recover(self, event: Event, error: Exception) -> None:
+        """Count a failure; after the strategy's last one only protect, after one of our own do nothing more."""
+        if self.state.protects_only:
+            self.tally.restarts = self.policy.restarts_max
+        self.state.protects_only = error is self.state.refused and self.policy.gives_up(self.tally, error)
+        await super().recover(event, error)
+
+# %% ../../nbs/agents/02_strategy.ipynb #510d5800
+class StrategyAgent(ProtectingAgent):
     """Decides at every closed bar.
 
-    history: the bars before the session's first, warm-up included. planner: without positions. forward_fill: a symbol
-    without a bar repeats its last close (for feeds that leave out quiet minutes). capital: USD; None for the account's
-    cash. The rest is as in `StrategyRules`.
+    history: the bars before the session's first, warm-up included. capital: USD; None for the account's cash.
+    forward_fill: a symbol without a bar repeats its last close (for feeds that leave out quiet minutes).
     """
 
     name = "strategy"
     emits = (TargetsDecided, CancelProposed, OrderProposed)
     state_kind = TypeAdapter(StrategyState)
-    state: StrategyState
 
     def __init__(
         self,
         bus: Bus,
         clock: Clock,
-        strategy: Strategy,
+        rules: StrategyRules,
         history: Bars,
-        planner: Planner,
-        session_id: str,
         *,
-        forward_fill: bool = False,
-        label: str = "",
         capital: Decimal | None = None,
-        commission: Commission = no_commission,
+        forward_fill: bool = False,
     ) -> None:
         super().__init__(bus, clock)
-        if label:
-            self.name = strategy_agent(label)
-        self.rules = StrategyRules(strategy, planner, session_id, label, capital is not None, commission)
-        self.state = new_state(self.rules, history, math.nan if capital is None else float(capital))
-        self.bars, self._forward_fill = history, forward_fill
+        if rules.label:
+            self.name = strategy_agent(rules.label)
+        self.rules, self.bars, self._forward_fill = rules, history, forward_fill
+        self.state = new_state(rules, history, math.nan if capital is None else float(capital))
 
     def reactions(self) -> Mapping[type[Payload], Reaction]:
         """Return which function handles which type of event."""
@@ -381,11 +397,8 @@ class StrategyAgent(Agent):
             RiskDecided: lambda event: on_risk_decision(self.rules, self.state, event.payload),
             OrderFailed: lambda event: on_failure(self.rules, self.state, event.payload),
             OrderAcknowledged: lambda event: on_acknowledgement(self.rules, self.state, event.payload),
-            TradeUpdated: lambda event: self._on_order(event.payload.order),
+            TradeUpdated: lambda event: on_trade_update(self.rules, self.state, event.payload.order),
         }
-
-    def _on_order(self, order: Order) -> None:
-        observe_order(self.rules, self.state, order.client_order_id, order)
 
     def _on_bars(self, closed: BarsClosed) -> Steps[None] | None:
         own = {symbol: row for symbol, row in closed.bars.items() if symbol in self.rules.planner.columns}
@@ -395,13 +408,9 @@ class StrategyAgent(Agent):
         return on_bars(self.rules, self.state, self.bars, closed)
 
     def follow(self, symbols: Sequence[str], times_ns: NDArray[np.int64], block: NDArray[np.float64]) -> None:
-        """Add bars that closed, without deciding on them: what was decided then is known from a snapshot.
-
-        symbols: of the columns, ours among them. times_ns: their starts, UTC. block: open … volume [field × time × symbol].
-        """
-        own = block[:, :, [symbols.index(symbol) for symbol in self.bars.symbols]]
-        has_bar = ~np.isnan(own[3]).all(axis=1)
-        self.bars = self.bars.extend(times_ns[has_bar], own[:, has_bar], carry=self._forward_fill)
+        """Add bars that closed before a snapshot, without deciding on them; as in `own_columns`."""
+        times, own = own_columns(self.bars.symbols, symbols, times_ns, block)
+        self.bars = self.bars.extend(times, own, carry=self._forward_fill)
 
     def restore(self, snapshot: bytes) -> None:
         """Take over another one's state; the planner goes on with its holdings."""
@@ -409,19 +418,19 @@ class StrategyAgent(Agent):
         self.rules.planner.load(self.state.holdings)
         self.state.holdings = self.rules.planner.holdings
 
-    @property
-    def is_listening(self) -> bool:
-        """Whether events are handled: an agent whose strategy has given up still protects."""
-        return super().is_listening or (self.is_running and self.state.protects_only)
-
-    async def recover(self, event: Event, error: Exception) -> None:
-        """Count a failure; after the strategy's last one only protect, after one of our own do nothing more."""
-        if self.state.protects_only:
-            self.tally.restarts = self.policy.restarts_max
-        self.state.protects_only = error is self.state.refused and self.policy.gives_up(self.tally, error)
-        await super().recover(event, error)
-
-
+# %% ../../nbs/agents/02_strategy.ipynb #220d89ae
 def strategy_agent(label: str) -> str:
     """Return the name of the agent of one of several strategies."""
     return f"{StrategyAgent.name}:{label}"
+
+
+def own_columns(
+    own: Sequence[str],  # symbols of one strategy
+    symbols: Sequence[str],  # of the columns, the strategy's among them
+    times_ns: NDArray[np.int64],  # starts of the bars, UTC
+    block: NDArray[np.float64],  # open … volume [field × time × symbol], NaN where a symbol has no bar
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return the times and the bars of a strategy's symbols, where at least one of them has a bar."""
+    part = block[:, :, [symbols.index(symbol) for symbol in own]]
+    has_bar = ~np.isnan(part[3]).all(axis=1)
+    return times_ns[has_bar], part[:, has_bar]

@@ -24,7 +24,7 @@ from ..agents.market_data import MarketDataAgent
 from ..agents.monitor import MonitorAgent
 from ..agents.portfolio import PortfolioAgent
 from ..agents.risk import RiskAgent
-from ..agents.strategy import StrategyAgent
+from ..agents.strategy import StrategyAgent, StrategyRules
 from ..broker.alpaca import AlpacaBroker
 from ..broker.connection import AlpacaAccess
 from ..broker.in_process import InProcessBroker
@@ -443,18 +443,9 @@ def strategist(
         history = history.sel(one.symbols)
         history = history.rows_between(max(history.n - one.strategy.warmup, 0), history.n)
     planner = Planner(history.symbols, one.sizing, one.strategy.exits)
-    return kind(
-        bus,
-        clock,
-        one.strategy,
-        history,
-        planner,
-        session_id,
-        forward_fill=carry,
-        label=one.label,
-        capital=one.capital,
-        commission=commission,
-    )
+    has_capital = one.capital is not None
+    rules = StrategyRules(one.strategy, planner, session_id, one.label, has_capital, commission)
+    return kind(bus, clock, rules, history, capital=one.capital, forward_fill=carry)
 
 
 def bounds(assignments: Iterable[Assignment]) -> dict[str, tuple[Limits, Decimal]]:
