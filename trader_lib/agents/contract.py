@@ -116,7 +116,7 @@ class RestartPolicy:
         """Return how long to wait before a restart, seconds; the first has number 1."""
         return min(self.backoff_s * 2.0 ** (restarts - 1), self.backoff_cap_s)
 
-
+# %% ../../nbs/agents/00_contract.ipynb #8cb3ce86
 def count_failure(tally: Tally, reason: str, *, gives_up: bool) -> None:
     """Count a handler that raised."""
     tally.failed += 1

@@ -68,7 +68,7 @@ class Overtaken:
     decided_at: datetime  # stamp of the bar, UTC
     reason: str
 
-
+# %% ../../nbs/agents/05_execution.ipynb #526d09db
 @dataclass(slots=True)
 class ExecutionState:
     """What the execution agent knows."""
@@ -98,7 +98,7 @@ class AskHalted(Effect):
 class BrokerEffect(Effect):
     """A call of the broker's port."""
 
-
+# %% ../../nbs/agents/05_execution.ipynb #e80cf282
 @dataclass(frozen=True, slots=True)
 class Submit(BrokerEffect):
     """Send an order; the outcome is the broker's record of it."""
@@ -112,7 +112,7 @@ class Cancel(BrokerEffect):
 
     order_id: str  # the broker's
 
-
+# %% ../../nbs/agents/05_execution.ipynb #e85ff553
 @dataclass(frozen=True, slots=True)
 class FindOrder(BrokerEffect):
     """Look an order up by our id: the broker's record, or None where it has no such order."""
@@ -159,7 +159,7 @@ def adopted(track: OrderTrack, order: Order) -> OrderAdopted:
     remaining = None if order.qty is None else order.qty - track.filled_qty
     return OrderAdopted(order=order, remaining=remaining if track.is_open else Decimal(0))
 
-
+# %% ../../nbs/agents/05_execution.ipynb #f3d10d6f
 def recorded(
     track: OrderTrack,
     order_id: str,  # the broker's
@@ -206,7 +206,7 @@ def look_up(
     yield confirmed(member, order)
     return order  # type: ignore[no-any-return]
 
-
+# %% ../../nbs/agents/05_execution.ipynb #6d489095
 def refresh(
     state: ExecutionState, patience: Patience, track: OrderTrack, event: Event, reason: str = "looked for often enough"
 ) -> Steps[None]:
@@ -240,7 +240,7 @@ def cancel(state: ExecutionState, patience: Patience, track: OrderTrack, event: 
             return
         yield patience.pause(attempt)
 
-
+# %% ../../nbs/agents/05_execution.ipynb #f60f5118
 def ask_for_cancel(patience: Patience, track: OrderTrack) -> Steps[None]:
     """Send a cancel until the broker answers."""
     assert track.order_id is not None
@@ -283,7 +283,7 @@ def send(
         raise
     yield from submit(state, patience, track, request, event)
 
-
+# %% ../../nbs/agents/05_execution.ipynb #5db3a5ed
 def submit(
     state: ExecutionState, patience: Patience, track: OrderTrack, request: OrderRequest, event: Event
 ) -> Steps[None]:
@@ -312,7 +312,7 @@ def submit(
             return
     yield not_sent(track.client_order_id, reason)
 
-
+# %% ../../nbs/agents/05_execution.ipynb #16b78273
 def on_refusal(
     state: ExecutionState, patience: Patience, track: OrderTrack, refusal: Rejected, event: Event
 ) -> Steps[None]:
@@ -344,7 +344,7 @@ def refusal_to_send(state: ExecutionState, decision: RiskDecided) -> Steps[str]:
         return f"the broker has filled more {request.symbol} than was known when this was decided"
     return ""
 
-
+# %% ../../nbs/agents/05_execution.ipynb #bae75236
 def has_pending_cancel(book: OrderBook, request: OrderRequest) -> bool:
     """Return whether an order that makes way for this one may still fill beside it; an exit may go beside an entry."""
     canceling = book.canceling(request.strategy, request.symbol)
@@ -356,7 +356,7 @@ def has_unknown_position(book: OrderBook, request: OrderRequest) -> bool:
     unrecorded = SIDE_SIGN[request.side] * book.unrecorded_qty(request.strategy, request.symbol)
     return unrecorded > 0 if request.purpose == "exit" else unrecorded != 0
 
-
+# %% ../../nbs/agents/05_execution.ipynb #646600d1
 def on_decision(state: ExecutionState, patience: Patience, decision: RiskDecided, event: Event) -> Steps[None]:
     """Send an approved order, once, or report why it does not go out."""
     request = decision.request
@@ -386,7 +386,7 @@ def on_cancel_proposed(
     elif track.is_open:
         state.overtaken[key] = Overtaken(proposal.decided_at, NOT_CANCELED)
 
-
+# %% ../../nbs/agents/05_execution.ipynb #7b10a81d
 def reported_qty(track: OrderTrack) -> Decimal:
     """Return the shares that the broker reports filled, over an order, its legs and what replaced it."""
     return sum((member.reported_qty for member in track.family()), Decimal(0))
@@ -411,7 +411,7 @@ def on_trade_update(state: ExecutionState, patience: Patience, update: TradeUpda
     if unexpected and track.is_open:
         yield from cancel(state, patience, track, event)
 
-
+# %% ../../nbs/agents/05_execution.ipynb #2179a5fc
 def is_unexpected(track: OrderTrack) -> bool:
     """Return whether nobody waits for an order: it was given up, or is to be canceled as soon as it is known."""
     return track.state is LocalState.NOT_SENT or (track.cancel_wanted and track.order_id is None)
@@ -429,7 +429,7 @@ def catch_up(track: OrderTrack, order: Order, now: datetime) -> Steps[None]:
     if is_settled(track):
         yield confirmed(track, order)
 
-
+# %% ../../nbs/agents/05_execution.ipynb #2b8b1ca2
 def on_report(state: ExecutionState, patience: Patience, report: OrdersReported, event: Event) -> Steps[None]:
     """Take in what a reconciliation found at the broker: fills that were missed, orders that are not ours."""
     book, now = state.book, event.recorded_at
@@ -466,7 +466,7 @@ def on_tick(state: ExecutionState, patience: Patience, event: Event) -> Steps[No
     for track in working:
         yield from check_order(state, patience, track, listed.get(track.current.order_id or ""), event)
 
-
+# %% ../../nbs/agents/05_execution.ipynb #03a1cef3
 def check_order(
     state: ExecutionState, patience: Patience, track: OrderTrack, listed: Order | None, event: Event
 ) -> Steps[None]:
@@ -481,13 +481,13 @@ def check_order(
     if track.cancel_wanted and track.is_open:
         yield from cancel(state, patience, track, event)
 
-
+# %% ../../nbs/agents/05_execution.ipynb #868e2331
 def has_more_filled(track: OrderTrack, order: Order) -> bool:
     """Return whether the broker reports more filled, of an order or a leg, than we know of."""
     known = {member.order_id: member.reported_qty for member in track.family()}
     return any(part.filled_qty > known.get(part.id, Decimal(0)) for part in (order, *order.legs))
 
-
+# %% ../../nbs/agents/05_execution.ipynb #d9c7140d
 def repair(state: ExecutionState, track: OrderTrack, event: Event) -> Steps[None]:
     """Record what the broker has filled and the stream has not reported."""
     try:
@@ -513,7 +513,7 @@ def closing_order(position: Position, command_id: str, strategy: str = "") -> Or
         strategy=strategy,
     )
 
-
+# %% ../../nbs/agents/05_execution.ipynb #21543acf
 def closing_orders(
     position: Position,  # of the account
     held: Mapping[str, Decimal],  # of it, by strategy: shares, signed; "" for what belongs to none
@@ -547,7 +547,7 @@ def on_trading_state(
         state.exits_pass = change.exits_pass and (state.exits_pass or not state.halted)
         state.halted = change.state is TradingState.HALTED
 
-
+# %% ../../nbs/agents/05_execution.ipynb #5ea1943e
 def on_command(state: ExecutionState, patience: Patience, command: OperatorCommand, event: Event) -> Steps[None]:
     """Obey an operator."""
     if command.action in {"halt", "flatten"}:
@@ -560,7 +560,7 @@ def on_command(state: ExecutionState, patience: Patience, command: OperatorComma
         for position in command.positions:
             yield from flatten(state, patience, position, event)
 
-
+# %% ../../nbs/agents/05_execution.ipynb #b1310279
 def flatten(state: ExecutionState, patience: Patience, position: Position, event: Event) -> Steps[None]:
     """Close a position, once a command."""
     command_id = event.correlation_id

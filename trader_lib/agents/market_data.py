@@ -60,7 +60,7 @@ class Feed:
         closed_ns = int(self.calendar.close_times(stamp, self.timeframe)[0])
         return datetime.fromtimestamp(closed_ns / 1e9, UTC)
 
-
+# %% ../../nbs/agents/01_market_data.ipynb #5a81daf9
 def ready(feed: Feed, state: MarketDataState, now: datetime) -> list[datetime]:
     """Return the stamps that can be released at a moment, oldest first."""
     stamps = sorted(state.waiting)
@@ -85,7 +85,7 @@ def release(feed: Feed, state: MarketDataState, at: datetime, *, last: bool = Fa
         late=state.act_from is not None and at < state.act_from,
     )
 
-
+# %% ../../nbs/agents/01_market_data.ipynb #24fa8060
 def act_on_latest_only(state: MarketDataState) -> None:
     """Mark all bars that wait as late, but for the latest: they were fetched after a gap."""
     if state.waiting:

@@ -70,7 +70,7 @@ def describe_order(payload: Payload) -> Record | None:
             )
     return None
 
-
+# %% ../../nbs/agents/07_monitor.ipynb #81d41450
 def _of(strategy: str) -> str:
     return f" of {strategy}" if strategy else ""
 
@@ -123,7 +123,7 @@ class MonitorState:
     alerts: list[str] = field(default_factory=list)  # texts, the newest last, ALERTS_MAX at most
     unanswered: set[str] = field(default_factory=set)  # client order ids whose first answer has not come
 
-
+# %% ../../nbs/agents/07_monitor.ipynb #ff8035df
 def confirms_only(state: MonitorState, payload: Payload) -> bool:
     """Return whether a payload only confirms an order that has its record, and note what it answers."""
     match payload:
@@ -145,7 +145,7 @@ class WriteRecord(Effect):
     level: str
     text: str
 
-
+# %% ../../nbs/agents/07_monitor.ipynb #730c8f48
 def on_event(state: MonitorState, payload: Payload) -> Steps[None]:
     """Count an event and ask for the record that it deserves."""
     state.counts[payload.type] += 1
@@ -173,7 +173,7 @@ WATCHED: tuple[type[Payload], ...] = (
     AgentFailed,
 )
 
-
+# %% ../../nbs/agents/07_monitor.ipynb #79ebe8b2
 class MonitorAgent(Agent):
     """Logs and counts."""
 

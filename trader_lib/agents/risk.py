@@ -101,7 +101,7 @@ class ApprovedOrder:
     cost: float  # buying power at submission, USD
     price: float = math.nan  # USD, of an order of somebody else's where its symbol has none; infinite: not known either
 
-
+# %% ../../nbs/agents/03_risk.ipynb #c8a73be8
 @dataclass(slots=True)
 class OpenOrder:
     """An order that lies at the broker, as far as another one could trade with it."""
@@ -115,7 +115,7 @@ class OpenOrder:
     exempt: bool  # part of a pair or a bracket, or trailing
     remaining: float  # shares
 
-
+# %% ../../nbs/agents/03_risk.ipynb #a458b865
 def open_order(order: OrderRequest | Order, column: int, remaining: float) -> OpenOrder:
     """Return an order as another one sees it. remaining: shares."""
     return OpenOrder(
@@ -148,7 +148,7 @@ class RiskBook:
     )  # of these, taken back and not known to have ended
     open: dict[str, OpenOrder] = field(default_factory=dict)  # targets and exits, by client order id
 
-
+# %% ../../nbs/agents/03_risk.ipynb #c9ad00e0
 @dataclass(slots=True)
 class Market:
     """Prices: last closes; of what the session does not trade, the broker's price or a fill's."""
@@ -160,7 +160,7 @@ class Market:
     multiplier: float = 1.0  # the account's: 1 for cash, 2 and more for margin
     assets: Mapping[str, Asset] = field(default_factory=dict)  # as far as the broker has reported them
 
-
+# %% ../../nbs/agents/03_risk.ipynb #e825335b
 @dataclass(slots=True)
 class RiskState:
     """What the risk agent knows."""
@@ -183,7 +183,7 @@ class BookRules:
     is_account: bool = True  # its cash is what the broker reports
     is_sum: bool = False  # an account of several strategies, in which one's exit may add to another's position
 
-
+# %% ../../nbs/agents/03_risk.ipynb #7c748ef6
 @dataclass(frozen=True, slots=True)
 class RiskRules:
     """What the risk agent is given."""
@@ -198,7 +198,7 @@ def new_book(limits: Limits, columns: int, capital: float = math.nan) -> RiskBoo
     qty, recent = np.zeros(columns), RecentOrders.within(limits)
     return RiskBook(qty, recent, cash=capital, equity=capital, day_start=capital, peak=capital)
 
-
+# %% ../../nbs/agents/03_risk.ipynb #8cf747ab
 def new_state(rules: RiskRules, history: Bars, capital: Mapping[str, float]) -> RiskState:
     """Return the state at the start. history: bars before the session's first, for the last closes. capital: USD."""
     n = len(history.symbols)
@@ -216,7 +216,7 @@ class PendingOrders:
     margin: float  # with positions, USD
     reserved: float  # buying power, USD
 
-
+# %% ../../nbs/agents/03_risk.ipynb #4441f536
 def pending_orders(book: RiskBook, market: Market, column: int) -> PendingOrders:
     """Add up positions and working orders. column: of the symbol whose shares are counted."""
     mark, qty = market.mark, book.qty
@@ -232,7 +232,7 @@ def pending_orders(book: RiskBook, market: Market, column: int) -> PendingOrders
             pending.qty += order.side_sign * order.remaining
     return pending
 
-
+# %% ../../nbs/agents/03_risk.ipynb #2c50ce51
 def open_qty(book: RiskBook, column: int, sign: int) -> float:
     """Return the shares that open orders of one side, exits among them, may still fill."""
     same = (order.remaining for order in book.open.values() if (order.column, order.side_sign) == (column, sign))
@@ -305,7 +305,7 @@ def set_state(
         book.peak = book.equity
     yield TradingStateChanged(state=becomes, reason=reason, exits_pass=exits_pass, strategy=owner)
 
-
+# %% ../../nbs/agents/03_risk.ipynb #1be784c6
 def tighten(
     state: RiskState, becomes: TradingState, reason: str, owner: str = "", *, exits_pass: bool = False
 ) -> Steps[None]:
@@ -315,7 +315,7 @@ def tighten(
     if after > was if becomes is TradingState.HALTED else after[0] > was[0]:
         yield from set_state(state, becomes, reason, owner, exits_pass=exits_pass)
 
-
+# %% ../../nbs/agents/03_risk.ipynb #8497f373
 def breach(rules: BookRules, book: RiskBook) -> tuple[TradingState, str]:
     """Return the state that the figures of a close demand, and why; the present one where no threshold was passed."""
     now, values = SEVERITY.index(book.state), rules.limits.values()
@@ -342,7 +342,7 @@ def on_command(state: RiskState, command: OperatorCommand) -> Steps[None]:
     elif command.action in {"halt", "flatten"}:
         yield from tighten(state, TradingState.HALTED, reason)
 
-
+# %% ../../nbs/agents/03_risk.ipynb #d4ae782e
 def on_agent_failure(state: RiskState, failure: AgentFailed) -> Steps[None]:
     """Let nobody open a position after a vital agent has failed."""
     if failure.agent in VITAL:
@@ -360,7 +360,7 @@ def owners_of(strategy: str) -> tuple[str, ...]:
     """Return whose books an order or a fill of a strategy moves: its own, where it has one, and the account's."""
     return (strategy, "") if strategy else ("",)
 
-
+# %% ../../nbs/agents/03_risk.ipynb #c4c6926e
 def judge(
     rules: RiskRules, state: RiskState, request: OrderRequest, now: datetime
 ) -> tuple[list[CheckOutcome], dict[str, float]]:
@@ -382,7 +382,7 @@ def judge(
         checks.append(room.model_copy(update={"scope": ACCOUNT}))
     return checks, costs
 
-
+# %% ../../nbs/agents/03_risk.ipynb #164a1b57
 def approve(book: RiskBook, request: OrderRequest, column: int, cost: float, now: datetime) -> None:
     """Count an order that goes out. cost: buying power that it takes, USD."""
     book.recent.record(request, now)
@@ -391,7 +391,7 @@ def approve(book: RiskBook, request: OrderRequest, column: int, cost: float, now
     if request.purpose == "entry":
         book.working[request.client_order_id] = ApprovedOrder(column, SIDE_SIGN[request.side], qty, qty, cost)
 
-
+# %% ../../nbs/agents/03_risk.ipynb #cc5a9c91
 def on_proposal(rules: RiskRules, state: RiskState, proposal: OrderProposed) -> Steps[None]:
     """Decide on a proposed order; raises InvariantBroken before the first close."""
     request, now = proposal.request, state.closed_at
@@ -418,7 +418,7 @@ def end_order(book: RiskBook, client_order_id: str) -> None:
     for orders in _orders(book):
         orders.pop(client_order_id, None)
 
-
+# %% ../../nbs/agents/03_risk.ipynb #bae6169f
 def end_short(book: RiskBook, client_order_id: str, filled_qty: float) -> None:
     """Forget an order that ended with so many shares filled, but for those that no fill has recorded yet."""
     order = book.working.get(client_order_id) or book.canceling.get(client_order_id)
@@ -430,7 +430,7 @@ def end_short(book: RiskBook, client_order_id: str, filled_qty: float) -> None:
         cost = order.cost * filled_qty / order.qty
         book.working[client_order_id] = ApprovedOrder(order.column, order.side_sign, filled_qty, unrecorded, cost)
 
-
+# %% ../../nbs/agents/03_risk.ipynb #53d0a168
 def book_fill(rules: BookRules, book: RiskBook, fill: Fill, column: int, fee: Decimal) -> None:
     """Move position, cash and what remains of an order. fee: its commission, USD."""
     book.qty[column] = round_to(book.qty[column] + to_float(fill.signed_qty), QTY_DECIMALS)
@@ -459,7 +459,7 @@ def worst_price(order: Order) -> float:
         return math.inf if order.notional is None else 1.0
     return to_float(known)
 
-
+# %% ../../nbs/agents/03_risk.ipynb #03c6ea08
 def remaining_shares(adopted: OrderAdopted, price: float) -> float:
     """Return the shares that an order of somebody else's may still fill. price: USD, for an order over an amount."""
     order = adopted.order
@@ -469,7 +469,7 @@ def remaining_shares(adopted: OrderAdopted, price: float) -> float:
         return round_to(to_float(order.notional) / price - to_float(order.filled_qty), QTY_DECIMALS)
     return 0.0
 
-
+# %% ../../nbs/agents/03_risk.ipynb #bfda120e
 def adopt_order(book: RiskBook, adopted: OrderAdopted, column: int, market: Market) -> None:
     """Count an order of somebody else's as it stands now."""
     order, mark = adopted.order, float(market.mark[column])
@@ -501,7 +501,7 @@ def on_positions(rules: RiskRules, state: RiskState, report: PositionsReported) 
         if column >= rules.traded and position.market_price is not None:
             state.market.mark[column] = to_float(position.market_price)
 
-
+# %% ../../nbs/agents/03_risk.ipynb #83f45ecf
 def on_fill(rules: RiskRules, state: RiskState, fill: Fill) -> None:
     """Book a fill for its strategy and for the account."""
     column = column_of(state, fill.symbol)
@@ -526,7 +526,7 @@ def value(book: RiskBook, market: Market, *, is_new_day: bool) -> None:
     book.equity = folding.equity(book.cash, book.qty, market.mark)
     book.peak = max(book.peak, book.equity)
 
-
+# %% ../../nbs/agents/03_risk.ipynb #81c59c21
 def on_bars(rules: RiskRules, state: RiskState, closed: BarsClosed) -> Steps[None]:
     """Take the closes of a bar, and tighten the trading state of who has lost too much."""
     day = closed.closed_at.astimezone(NEW_YORK).date()
@@ -555,7 +555,7 @@ def on_acknowledgement(state: RiskState, acknowledged: OrderAcknowledged) -> Non
     if acknowledged.settled:
         end_everywhere(state, acknowledged.client_order_id)
 
-
+# %% ../../nbs/agents/03_risk.ipynb #8968b32e
 def on_failure(state: RiskState, failure: OrderFailed) -> None:
     """Forget an order that failed, unless its outcome is unknown."""
     if failure.outcome != "unknown":
@@ -572,7 +572,7 @@ def on_adoption(state: RiskState, adopted: OrderAdopted) -> None:
     """Count an order of somebody else's on this account, in whatever symbol."""
     adopt_order(state.books[""], adopted, column_of(state, adopted.order.symbol), state.market)
 
-
+# %% ../../nbs/agents/03_risk.ipynb #b7129094
 def on_trade_update(state: RiskState, order: Order) -> None:
     """Take in a message of the broker's stream."""
     observe_order(state, order.client_order_id, order)

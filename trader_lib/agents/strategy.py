@@ -84,7 +84,7 @@ def order_request(action: PlannedAction, order_id: str, strategy: str = "") -> O
         strategy=strategy,
     )
 
-
+# %% ../../nbs/agents/02_strategy.ipynb #0aa98da3
 def _price(price: float) -> Decimal | None:
     return None if math.isnan(price) else to_decimal(price, PRICE_DECIMALS)
 
@@ -138,7 +138,7 @@ class StrategyRules:
         """Return a symbol's column in all arrays; raises KeyError for one that is not traded here."""
         return self.planner.columns[symbol]
 
-
+# %% ../../nbs/agents/02_strategy.ipynb #3a8eb913
 def last_closes(bars: Bars) -> NDArray[np.float64]:
     """Return the last close of every symbol that is not NaN, USD [symbol]; NaN where there is none."""
     marks = np.full(len(bars.symbols), math.nan)
@@ -170,7 +170,7 @@ def decide(rules: StrategyRules, state: StrategyState, at: datetime, weights: ND
         if action.kind in {"order", "exit"}:
             yield propose(rules, state, action, at)
 
-
+# %% ../../nbs/agents/02_strategy.ipynb #e3d667fa
 def propose_cancel(
     rules: StrategyRules, state: StrategyState, key: OrderKey, reason: str, at: datetime
 ) -> CancelProposed:
@@ -179,7 +179,7 @@ def propose_cancel(
     rules.planner.on_order_closed(*key)
     return CancelProposed(client_order_id=order_id, reason=reason, decided_at=at)
 
-
+# %% ../../nbs/agents/02_strategy.ipynb #3dee510c
 def propose(rules: StrategyRules, state: StrategyState, action: PlannedAction, at: datetime) -> OrderProposed:
     """Return the proposal of an order; its id follows from the decision, so that a restart derives the same one."""
     purpose: Purpose = "exit" if action.kind == "exit" else "entry"
@@ -192,7 +192,7 @@ def propose(rules: StrategyRules, state: StrategyState, action: PlannedAction, a
     price = float(state.mark[rules.column(action.symbol)])
     return OrderProposed(request=request, reference_price=price, decided_at=at)
 
-
+# %% ../../nbs/agents/02_strategy.ipynb #9252c298
 def forget_order(state: StrategyState, key: OrderKey) -> str:
     """Take an order from those that work, its legs with it, and return its client order id."""
     order_id = state.working.pop(key)
@@ -212,7 +212,7 @@ def ask(rules: StrategyRules, state: StrategyState, bars: Bars) -> NDArray[np.fl
         return None
     return weights
 
-
+# %% ../../nbs/agents/02_strategy.ipynb #f4d81baf
 def on_bars(rules: StrategyRules, state: StrategyState, bars: Bars, closed: BarsClosed) -> Steps[None]:
     """Decide at a close; raises what the strategy raised, once the exits are kept. bars: with the one that closed."""
     state.close = bars.close[-1].copy()
@@ -249,14 +249,14 @@ def on_risk_decision(rules: StrategyRules, state: StrategyState, decision: RiskD
         limit_price=to_float(request.limit_price),
     )
 
-
+# %% ../../nbs/agents/02_strategy.ipynb #e5666a47
 def on_failure(rules: StrategyRules, state: StrategyState, failure: OrderFailed) -> Steps[None]:
     """Forget an order that failed, unless its outcome is unknown, and put back the exit that made way for it."""
     if failure.outcome != "unknown":
         close_order(rules, state, failure.client_order_id)
         yield from cover_again(rules, state, failure.client_order_id)
 
-
+# %% ../../nbs/agents/02_strategy.ipynb #749c2767
 def cover_again(rules: StrategyRules, state: StrategyState, order_id: str) -> Steps[None]:
     """Put back the exit that made way for an order which is not going out after all."""
     request = state.proposed.get(order_id)
@@ -268,7 +268,7 @@ def cover_again(rules: StrategyRules, state: StrategyState, order_id: str) -> St
     if action is not None:
         yield propose(rules, state, action, state.decided_at)
 
-
+# %% ../../nbs/agents/02_strategy.ipynb #baa52d10
 def protection(rules: StrategyRules, state: StrategyState, symbol: str) -> PlannedAction | None:
     """Return the exit of a position; None where it has none, or where the last close is at or beyond it already."""
     column, held = rules.column(symbol), state.holdings
@@ -298,7 +298,7 @@ def on_acknowledgement(rules: StrategyRules, state: StrategyState, acknowledged:
     if acknowledged.settled:
         close_order(rules, state, order_id)
 
-
+# %% ../../nbs/agents/02_strategy.ipynb #be01991e
 def observe_order(rules: StrategyRules, state: StrategyState, order_id: str, order: Order) -> None:
     """Take in the broker's record of an order."""
     if order.status in ENDED_SHORT:
@@ -332,7 +332,7 @@ def on_fill(rules: StrategyRules, state: StrategyState, fill: Fill) -> None:
     elif not (held.exit_qty if fill.purpose == "exit" else held.working_qty)[column]:
         forget_order(state, key)
 
-
+# %% ../../nbs/agents/02_strategy.ipynb #f37eb016
 def cash_after(
     cash: float,  # USD
     fill: Fill,

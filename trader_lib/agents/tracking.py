@@ -30,7 +30,7 @@ class LocalState(StrEnum):
     UNKNOWN = "unknown"
     NOT_SENT = "not_sent"
 
-
+# %% ../../nbs/agents/04_tracking.ipynb #92d6d9c9
 OrderState = OrderStatus | LocalState
 REPAIR = "repair:"  # begins the execution id of what was taken from the broker's record of an order
 
@@ -55,7 +55,7 @@ RANK: dict[OrderState, int] = {
     **dict.fromkeys(TERMINAL, 6),
 }
 
-
+# %% ../../nbs/agents/04_tracking.ipynb #c52dba3c
 def next_state(current: OrderState, reported: OrderState) -> OrderState:
     """The state after a report: terminal states absorb, and a report that comes late does not turn time back."""
     if current in TERMINAL or RANK[reported] < RANK[current]:
@@ -145,7 +145,7 @@ def unrecorded_qty(track: OrderTrack) -> Decimal:
         unrecorded += ahead if member.side is OrderSide.BUY else -ahead
     return unrecorded
 
-
+# %% ../../nbs/agents/04_tracking.ipynb #ccbab9c0
 def mark_behind(track: OrderTrack, now: datetime) -> None:
     """Note since when the broker reports more than the fills add up to."""
     if track.filled_qty + carried_qty(track) >= track.reported_qty:
@@ -178,7 +178,7 @@ def observe_record(track: OrderTrack, order: Order, now: datetime) -> None:
     for leg in order.legs:
         observe_record(leg_of(track, leg), leg, now)
 
-
+# %% ../../nbs/agents/04_tracking.ipynb #2a712184
 def leg_of(track: OrderTrack, order: Order) -> OrderTrack:
     """Return the leg that a record is about, entered where it is new."""
     known = {member.order_id: member for member in track.family()}
@@ -191,14 +191,14 @@ def leg_of(track: OrderTrack, order: Order) -> OrderTrack:
     track.legs.append(leg)
     return leg
 
-
+# %% ../../nbs/agents/04_tracking.ipynb #83a1ca44
 def enter_successor(track: OrderTrack, order: Order) -> OrderTrack:
     """Enter the order that has replaced one, and return it."""
     track.successor = _related(track, order)
     track.successor.predecessor = track
     return track.successor
 
-
+# %% ../../nbs/agents/04_tracking.ipynb #9f8fa88f
 def _related(track: OrderTrack, order: Order) -> OrderTrack:
     return OrderTrack(
         order.client_order_id,
@@ -232,7 +232,7 @@ def admit_fill(
     mark_behind(track, now)
     return True
 
-
+# %% ../../nbs/agents/04_tracking.ipynb #2328f3f6
 def missing_fill(track: OrderTrack, order: Order) -> tuple[Decimal, Decimal] | None:
     """Return shares and price (USD) of what the broker has filled and we have not; None for nothing.
 
@@ -315,7 +315,7 @@ def has_life(track: OrderTrack) -> bool:
     """Return whether an order, a leg or a successor may still fill, or has a fill that is not recorded."""
     return any(member.is_open or member.behind_since is not None for member in track.family())
 
-
+# %% ../../nbs/agents/04_tracking.ipynb #f90aff7c
 class WorkingOrders(OrderIndex):
     """Orders, and which of them are at work."""
 
