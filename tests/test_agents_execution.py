@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from trader_lib.agents.execution import DUPLICATE_CODE, REPLACEMENTS_MAX, ExecutionAgent, Patience
-from trader_lib.agents.tracking import LocalState
+from trader_lib.agents.tracking import LocalState, is_unresolved
 from trader_lib.bus.bus import InProcessBus
 from trader_lib.clock.clock import VirtualClock
 from trader_lib.clock.ids import SeededIds
@@ -264,7 +264,7 @@ async def test_order_stays_unknown_while_the_broker_does_not_answer_and_is_found
     stage.broker.records = [Retryable("down")] * 3
     await stage.approve()
     track = stage.agent.book.get("c-1")
-    assert track is not None and track.state is LocalState.UNKNOWN and track.is_unresolved
+    assert track is not None and track.state is LocalState.UNKNOWN and is_unresolved(track)
     assert stage.outcomes == ["unknown"]
     stage.broker.records = [record(status="new")]
     await stage.say(ClockTicked(at=NOW))

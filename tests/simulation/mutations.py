@@ -16,7 +16,7 @@ from trader_lib.agents.contract import Effect, Reaction, Steps
 from trader_lib.agents.execution import ExecutionAgent
 from trader_lib.agents.portfolio import PortfolioAgent
 from trader_lib.agents.risk import RiskAgent
-from trader_lib.agents.tracking import LocalState, OrderBook, OrderTrack
+from trader_lib.agents.tracking import LocalState, OrderBook, OrderTrack, is_unresolved
 from trader_lib.bus.bus import InProcessBus
 from trader_lib.errors.taxonomy import Misconfigured, OutcomeUnknown, Rejected, Retryable, TraderError
 from trader_lib.session.recovery import RecordedBroker
@@ -206,7 +206,7 @@ def looks_up_unknown_orders_only(
 
 def believes_the_first_no(state: Any, patience: Any, track: OrderTrack, event: Event, reason: str = "") -> Steps[None]:
     """One "no such order" is proof enough."""
-    if track.is_unresolved:
+    if is_unresolved(track):
         track.absent = patience.attempts
     yield from RIGHT["refresh"](state, patience, track, event, reason)
 

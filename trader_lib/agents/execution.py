@@ -28,6 +28,8 @@ from trader_lib.agents.tracking import (
     OrderTrack,
     admit_fill,
     is_settled,
+    is_unresolved,
+    known_as,
     missing_fill,
 )
 
@@ -151,7 +153,7 @@ class Patience:
 # %% ../../nbs/agents/05_execution.ipynb #70a598f7
 def confirmed(track: OrderTrack, order: Order) -> OrderAcknowledged:
     """Return the broker's record of an order of ours, as the others know the order."""
-    return OrderAcknowledged(client_order_id=track.known_as, order=order, settled=is_settled(track))
+    return OrderAcknowledged(client_order_id=known_as(track), order=order, settled=is_settled(track))
 
 
 def adopted(track: OrderTrack, order: Order) -> OrderAdopted:
@@ -171,7 +173,7 @@ def recorded(
     fill = Fill(
         execution_id=execution_id,
         order_id=order_id,
-        client_order_id=track.known_as,
+        client_order_id=known_as(track),
         symbol=track.symbol,
         side=track.side,
         qty=filled[0],
@@ -197,7 +199,7 @@ def look_up(
         return None
     if order is None:
         state.book.note_absent(track)
-        if track.is_unresolved and track.absent >= patience.attempts:
+        if is_unresolved(track) and track.absent >= patience.attempts:
             track.state = LocalState.NOT_SENT
             yield not_sent(track.client_order_id, f"the broker has no such order ({reason})")
         return None
@@ -261,7 +263,7 @@ def resolve(state: ExecutionState, patience: Patience, track: OrderTrack, event:
     for attempt in range(patience.attempts):
         yield patience.pause(attempt)
         yield from refresh(state, patience, track, event, reason)
-        if not track.is_unresolved:
+        if not is_unresolved(track):
             break
     if track.cancel_wanted and track.is_open:
         yield from cancel(state, patience, track, event)

@@ -14,7 +14,7 @@ from decimal import Decimal
 
 from ..agents.execution import ExecutionAgent
 from ..agents.portfolio import PortfolioAgent
-from ..agents.tracking import OrderBook, OrderTrack, carried_qty, missing_fill
+from ..agents.tracking import OrderBook, OrderTrack, carried_qty, is_unresolved, missing_fill
 from ..broker.port import Broker
 from ..bus.bus import Bus
 from ..clock.clock import Clock
@@ -76,7 +76,7 @@ def order_findings(book: OrderBook, theirs: Sequence[Order], *, at_rest: bool) -
             found.append(_about(order, "external_order", told, None))
     for track in (*book.working(), *book.externals()):
         known = {member.order_id for member in track.family()}
-        if track.is_open and not listed & known and (at_rest or not track.is_unresolved):
+        if track.is_open and not listed & known and (at_rest or not is_unresolved(track)):
             told = (
                 f"missing order: we believe {track.client_order_id} in {track.symbol} to be open, the broker does not"
             )
