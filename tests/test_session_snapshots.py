@@ -21,6 +21,7 @@ from trader_lib.agents.contract import Agent
 from trader_lib.agents.tracking import OrderBook
 from trader_lib.market.bars import Bars
 from trader_lib.observe.metering import Meter
+from trader_lib.session import snapshots
 from trader_lib.session.companions import SessionParts
 from trader_lib.session.snapshots import SnapshotKeeper, snapshot_folder
 
@@ -174,6 +175,19 @@ def test_damaged_snapshot_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(world_module, "World", Damaging)
     outcome = play(plan)
     assert not outcome.broken and not outcome.faults["began with a snapshot"]
+
+
+def test_snapshot_of_another_form_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = next(plan_of(seed) for seed in range(1, 50) if plan_of(seed).deaths and plan_of(seed).snapshot_events == 10)
+
+    class Updating(World):
+        async def session(self, *args: Any, **more: Any) -> Any:
+            monkeypatch.setattr(snapshots, "FORMAT", snapshots.FORMAT + 1)
+            return await super().session(*args, **more)
+
+    monkeypatch.setattr(world_module, "World", Updating)
+    outcome = play(plan)
+    assert not outcome.broken and outcome.faults["died"] and not outcome.faults["began with a snapshot"]
 
 
 def test_disk_that_takes_no_snapshot_costs_the_shortcut_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -351,6 +351,13 @@ class WorkingOrders(OrderIndex):
         found = (track for track in tracks if track.state is LocalState.NOT_SENT and 0 < track.absent < looks_max)
         return [self.touch(track) for track in found]
 
+    def note_absent(self, track: OrderTrack, times: int = 1) -> None:
+        """Note that the broker was asked for an order of ours, so many times, and does not have it."""
+        track.absent += times
+        ours = self.ours.get(known_as(track))
+        if ours is not None:
+            self.absent[ours.client_order_id] = ours
+
     def unrecorded_qty(self, strategy: str, symbol: str) -> Decimal:
         """Return the shares, signed, that the broker reports filled of a strategy in a symbol, and no fill records."""
         return sum((unrecorded_qty(track) for track in self.working_in(strategy, symbol)), Decimal(0))
@@ -406,13 +413,6 @@ class IncomingOrders(WorkingOrders):
         if track is None and before is not None:
             track = self.by_id[order.id] = enter_successor(before, order)
         return track
-
-    def note_absent(self, track: OrderTrack, times: int = 1) -> None:
-        """Note that the broker was asked for an order of ours, so many times, and does not have it."""
-        track.absent += times
-        ours = self.ours.get(known_as(track))
-        if ours is not None:
-            self.absent[ours.client_order_id] = ours
 
     def observe(self, track: OrderTrack, order: Order, now: datetime) -> None:
         """Take in a record about an order and remember the ids that it brings."""
