@@ -268,7 +268,7 @@ def test_doctor_finds_this_installation_well(trader: Trader) -> None:
 def test_doctor_reports_a_broken_configuration(trader: Trader, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRADER_BROKER__KIND", "alpca")
     code, out, _ = trader("doctor", "--json")
-    assert code == 1 and json.loads(out)[-1]["verdict"] == "problem"
+    assert code == 3 and json.loads(out)[-1]["verdict"] == "problem"
 
 
 def test_doctor_names_what_is_missing_or_damaged(trader: Trader, monkeypatch: pytest.MonkeyPatch) -> None:

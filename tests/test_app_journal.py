@@ -318,7 +318,7 @@ class Moody(Strategy):
 @pytest.mark.parametrize("fails_at", [20, 30])
 async def test_failure_of_a_strategy_comes_again(fails_at: int, tmp_path: Path) -> None:
     strategy = Moody(fails_at=fails_at)
-    path = await session(tmp_path, strategy=strategy)
+    path = await session(tmp_path, strategy=strategy, check=False)  # its weights depend on how many bars there are
     result = await replayed(path, strategy=strategy)
     assert result.agrees and result.compared["agent_failed"] == 1, result.sentence()
     fine = await replayed(path, strategy=Moody(fails_at=10_000))

@@ -28,7 +28,7 @@ def histories(draw: st.DrawFn) -> Bars:
         end = draw(st.integers(birth, length))
         prices = st.floats(0.01, 1e5, allow_nan=False)
         close[birth:end, column] = draw(st.lists(prices, min_size=end - birth, max_size=end - birth))
-    steps = draw(st.lists(st.integers(1, 5000), min_size=length, max_size=length))
+    steps = draw(st.lists(st.integers(1, 700), min_size=length, max_size=length))
     index = pd.DatetimeIndex(pd.Timestamp("2024-01-02 14:30", tz="UTC") + pd.to_timedelta(np.cumsum(steps), unit="min"))
     symbols = ["AAA", "BBB", "CCC"][:width]
     return Bars(close * 0.99, close * 1.02, close * 0.98, close, close * 0, index, symbols, MINUTES)

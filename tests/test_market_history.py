@@ -92,7 +92,7 @@ def test_store_in_front_is_widened_and_then_asked_first(
 def test_broken_store_is_reported_not_overwritten(client: StockHistoricalDataClient, tmp_path: Path) -> None:
     store = BarStore(tmp_path)
     load_bars("alpaca", "IBM", start="2005-01-03", end="2005-06-30", client=client, store=store)
-    path = store.file("IBM", "1Day", "sip", "all")
+    path = store.file("IBM", "1Day", "iex", "all")
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(BadData, match="Delete the file"):
         load_bars("alpaca", "IBM", start="2005-01-03", end="2005-06-30", client=client, store=store)

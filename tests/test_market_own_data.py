@@ -48,6 +48,16 @@ class Arrowlike:
         return self._table.__arrow_c_stream__(requested_schema)
 
 
+class LazyFrame:
+    """polars' plan of a frame, which is one once it is collected."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+
+    def collect(self) -> Arrowlike:
+        return Arrowlike(self._table)
+
+
 def bar_set(bars: Bars) -> Any:
     from alpaca.data.models.bars import BarSet
 
@@ -71,6 +81,7 @@ SHAPES: dict[str, Callable[[Bars], Any]] = {
     "a frame a field": lambda bars: {name: bars.frame(name.lower()) for name in WORDS},
     "Arrow": lambda bars: pa.Table.from_pandas(bars.to_frame()),
     "Arrow's protocol": lambda bars: Arrowlike(pa.Table.from_pandas(bars.to_frame())),
+    "polars' LazyFrame": lambda bars: LazyFrame(pa.Table.from_pandas(bars.to_frame())),
     "BarSet": bar_set,
     "BarSet.df": lambda bars: bar_set(bars).df,
 }

@@ -8,7 +8,7 @@ import pytest
 from loguru import logger
 
 from tests.observed import families, observed_session, observed_settings
-from tests.venue import as_alpaca, goes_on, recent_minutes
+from tests.venue import as_alpaca, beside, goes_on, recent_minutes
 from trader_lib.exchange.engine import Exchange
 from trader_lib.exchange.server import ExchangeServer
 from trader_lib.session.spec import SessionSpec
@@ -26,12 +26,8 @@ async def test_a_session_at_alpaca_shows_limits_ages_and_streams(tmp_path: Path)
     spec = SessionSpec(params={"fast": 2, "slow": 4}, symbols=("AAPL", "IBM"), timeframe="1Min", bars_max=10)
     with ExchangeServer(Exchange(bars, bars.n - 60), key_id="key", secret_key="secret") as server:
         settings = observed_settings(broker=as_alpaca(server))
-        feed = asyncio.create_task(goes_on(server))
-        try:
-            async with asyncio.timeout(90):
-                result, seen = await observed_session(tmp_path, settings, spec=spec)
-        finally:
-            feed.cancel()
+        async with asyncio.timeout(90), beside(goes_on(server)):
+            result, seen = await observed_session(tmp_path, settings, spec=spec)
     shown = families(seen.answers["metrics"].text)
 
     def figure(name: str, **labels: str) -> float:

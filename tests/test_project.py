@@ -159,8 +159,8 @@ def test_notebooks_neither_patch_nor_star_import_nor_run_loops() -> None:
                 assert not re.search(r"^\s*(@patch|from \S+ import \*)|asyncio\.run\(", source, re.MULTILINE), path
 
 
-def code_blocks(language: str) -> list[str]:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def code_blocks(language: str, page: str = "README.md") -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
@@ -171,11 +171,12 @@ def test_readme_python_runs(block: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_readme_commands_exist() -> None:
-    """Each `trader` and `make` line in the README names a command that is there, with options that are there."""
+    """Each `trader` and `make` line in the README and docs/commands.md names a command and options that are there."""
     from trader_lib.app.cli import app
 
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    lines = [line.strip() for block in code_blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+    blocks = [block for page in ("README.md", "docs/commands.md") for block in code_blocks("bash", page)]
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     assert any(line.startswith("make demo") for line in lines)
     for line in lines:
         words = line.split()

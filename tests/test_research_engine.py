@@ -26,6 +26,7 @@ from trader_lib.research.ledger import (
     REFUSALS_KEPT,
     Market,
     Rules,
+    plain_market,
 )
 from trader_lib.risk.checks import RecentOrders, decide
 from trader_lib.risk.limits import Limits, SymbolLimits
@@ -306,7 +307,7 @@ def random_market(rng: np.random.Generator) -> Market:
     session = int(rng.choice([1, 5, 13]))
     step = 86_400.0 if session == 1 else 60.0
     closed_s = 1e9 + np.arange(rows) * step
-    return Market(*arrays, closed_s, (np.arange(rows) + 1) % session == 0)
+    return plain_market(*arrays, closed_s, (np.arange(rows) + 1) % session == 0)
 
 
 def random_weights(rng: np.random.Generator, market: Market) -> np.ndarray:
@@ -487,7 +488,7 @@ def test_refusals_beyond_the_bound_are_counted_not_kept() -> None:
     rows = REFUSALS_KEPT + 50
     flat = np.full((rows, 1), 100.0)
     closed_s = 1e9 + 60.0 * np.arange(rows)
-    market = Market(flat, flat, flat, flat, flat, closed_s, np.zeros(rows, np.bool_))
+    market = plain_market(flat, flat, flat, flat, flat, closed_s, np.zeros(rows, np.bool_))
     limits = Limits(max_order_qty=1).table(SYMBOLS[:1])
     never = np.zeros(1, np.bool_)
     rules = Rules(Costs().rates(), limits, SizingRules(), NO_EXITS, never, ~never, 2.0)

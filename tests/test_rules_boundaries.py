@@ -25,7 +25,7 @@ from trader_lib.rules.checks import (
     sells_short,
     state_after_close,
 )
-from trader_lib.rules.folding import cash_flow, fold_fill
+from trader_lib.rules.folding import cash_flow, equity, exposure, fold_fill
 from trader_lib.rules.matching import (
     LIMIT,
     MARKET,
@@ -303,3 +303,14 @@ def test_a_fold_that_reduces_keeps_the_average_and_one_that_turns_takes_the_pric
     assert fold_fill(2.0, 50.0, -2.5, 60.0) == (-0.5, 60.0, 20.0)
     assert fold_fill(-2.0, 50.0, 1.5, 60.0) == (-0.5, 50.0, -15.0)
     assert fold_fill(-2.0, 50.0, 2.5, 60.0) == (0.5, 60.0, -20.0)
+    assert fold_fill(0.5, 50.0, -0.25, 60.0) == (0.25, 50.0, 2.5)
+    assert fold_fill(0.5, 50.0, -0.75, 60.0) == (-0.25, 60.0, 5.0)
+
+
+def test_worth_of_an_account_counts_what_is_held_alone() -> None:
+    nothing, halves, prices = np.zeros(2), np.array([0.5, -0.5]), np.array([10.0, 30.0])
+    assert exposure(halves, prices) == (5.0, 15.0, 20.0)
+    assert exposure(nothing, np.array([math.nan, 30.0])) == (0.0, 0.0, 0.0)
+    assert equity(100.0, halves, prices) == 90.0
+    assert equity(100.0, nothing, np.array([math.nan, 30.0])) == 100.0
+    assert math.copysign(1.0, equity(-0.001, nothing, prices)) == 1.0, "no minus before nothing"

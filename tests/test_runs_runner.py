@@ -65,7 +65,9 @@ async def test_runs_inside_a_running_loop(tmp_path: Path) -> None:
 
 def test_a_killed_kernel_is_noticed_and_the_notebook_kept(tmp_path: Path) -> None:
     template = write_template(tmp_path / "t.ipynb", "n = 1", "import os\nos.kill(os.getpid(), 9)")
-    with pytest.raises(RunFailed, match=r"failed in cell 2 \(Tiny\): its kernel was killed") as caught:
+    with pytest.raises(
+        RunFailed, match=r"failed in cell 2 \(Tiny\), which begins `import os`: its kernel was killed"
+    ) as caught:
         run_notebook("backtest", {}, store=RunStore(tmp_path / "runs"), template=template)
     run = caught.value.context["run"]
     assert isinstance(run, RunFolder)

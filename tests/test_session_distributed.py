@@ -14,16 +14,15 @@ from pathlib import Path
 import pytest
 
 from tests.servers import PostgresServer, RedisServer
-from tests.venue import as_alpaca, goes_on, recent_minutes
+from tests.venue import as_alpaca, beside, goes_on_once_agreed, recent_minutes
 from trader_lib.config.settings import Settings, load_settings
 from trader_lib.errors.taxonomy import Misconfigured, Misused
 from trader_lib.exchange.engine import Exchange
 from trader_lib.exchange.server import ExchangeServer
-from trader_lib.journal.opening import journal_exists, open_journal
+from trader_lib.journal.opening import open_journal
 from trader_lib.session.distributed import Supervisor, agent_command, find_session, serve_agent
 from trader_lib.session.session import SessionResult, run_session
 from trader_lib.session.spec import SessionSpec
-from trader_lib.trading.events import Reconciled
 
 NAMES = ("strategy", "risk", "execution")
 SPEC = SessionSpec(params={"fast": 3, "slow": 9}, start=date(2012, 1, 3), end=date(2012, 3, 15))
@@ -136,25 +135,9 @@ async def test_a_session_in_real_time_lives_in_several_processes_too(redis_serve
         )
         spec = SessionSpec(params={"fast": 2, "slow": 4}, symbols=("AAPL", "IBM"), timeframe="1Min", bars_max=10)
 
-        def has_opened() -> bool:
-            if not journal_exists(path):
-                return False
-            with open_journal(path) as journal:
-                return bool(journal.last([Reconciled]))
-
-        async def market() -> None:
-            for _ in range(1000):
-                if has_opened():
-                    break
-                await asyncio.sleep(0.1)
-            await goes_on(server, 0.0)
-
         serving = [asyncio.create_task(serve_agent(name, chosen)) for name in NAMES]
-        feed = asyncio.create_task(market())
-        try:
+        async with beside(goes_on_once_agreed(server, path)):
             result = await asyncio.wait_for(run_session(spec, chosen, journal_path=path), 120)
-        finally:
-            feed.cancel()
         assert await asyncio.gather(*serving) == ["ended"] * 3
     assert result.bars >= 10
     assert result.orders

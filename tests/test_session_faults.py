@@ -22,7 +22,7 @@ import pytest
 from loguru import logger
 
 from tests.test_session_resume import DAILY, check, fresh, resumed, whole
-from tests.venue import as_alpaca, goes_on, recent_minutes
+from tests.venue import as_alpaca, beside, goes_on, recent_minutes
 from trader_lib.clock.sessions import NEW_YORK, TradingCalendar
 from trader_lib.config.settings import load_settings
 from trader_lib.exchange.engine import Exchange
@@ -163,12 +163,8 @@ async def test_a_session_in_a_real_market_is_killed_and_goes_on_from_its_snapsho
             said, errors = process.communicate()
             return process.returncode, said or errors
 
-        plays = asyncio.create_task(goes_on(server, pace_s=0.25))
-        try:
-            async with asyncio.timeout(150):
-                lives = [await asyncio.to_thread(life, rows) for rows in (40, 60, 25, None)]
-        finally:
-            plays.cancel()
+        async with asyncio.timeout(150), beside(goes_on(server, pace_s=0.25)):
+            lives = [await asyncio.to_thread(life, rows) for rows in (40, 60, 25, None)]
     assert [code for code, _ in lives] == [-signal.SIGKILL] * 3 + [0], lives
     assert [said.split("\n")[0] for _, said in lives] == ["without"] + ["with a snapshot"] * 3
     with SqliteJournal(path) as journal:

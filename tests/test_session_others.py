@@ -14,7 +14,7 @@ import pytest
 from loguru import logger
 from numpy.typing import NDArray
 
-from tests.venue import as_alpaca, goes_on, recent_minutes, wait_for
+from tests.venue import as_alpaca, beside, goes_on_once_agreed, recent_minutes
 from trader_lib.bus.bus import InProcessBus
 from trader_lib.clock.clock import VirtualClock
 from trader_lib.clock.ids import SeededIds
@@ -22,7 +22,6 @@ from trader_lib.config.settings import load_settings
 from trader_lib.exchange.engine import Exchange
 from trader_lib.exchange.server import ExchangeServer
 from trader_lib.journal.journal import SqliteJournal
-from trader_lib.journal.opening import open_journal
 from trader_lib.market.bars import Bars
 from trader_lib.market.synthetic import synthetic_bars
 from trader_lib.risk.limits import Limits
@@ -37,7 +36,6 @@ from trader_lib.trading.events import (
     Event,
     OrderAdopted,
     PortfolioChanged,
-    Reconciled,
     RiskDecided,
     TradeUpdated,
 )
@@ -95,18 +93,14 @@ async def test_what_the_account_holds_and_orders_in_other_symbols_counts(
                 dead.set()
 
         async with asyncio.timeout(100):
-            feed = asyncio.create_task(_goes_on_once_agreed(server, path, 1))
-            first = asyncio.create_task(run_session(spec, wire, strategy=held, journal_path=path, progress=die))
-            await dead.wait()
-            first.cancel()
-            await asyncio.gather(first, return_exceptions=True)
-            feed.cancel()
+            async with beside(goes_on_once_agreed(server, path)):
+                first = asyncio.create_task(run_session(spec, wire, strategy=held, journal_path=path, progress=die))
+                await dead.wait()
+                first.cancel()
+                await asyncio.gather(first, return_exceptions=True)
             server.call(lambda: server.exchange.cancel(resting.id))  # while nobody listens
-            feed = asyncio.create_task(_goes_on_once_agreed(server, path, 2))
-            try:
+            async with beside(goes_on_once_agreed(server, path, 2)):
                 result = await run_session(spec, wire, strategy=held, journal_path=path, resume=True)
-            finally:
-                feed.cancel()
     assert all(agent.state == "ok" for agent in result.health), result.health
     assert result.reconciliation.ok, result.reconciliation.differences
     with SqliteJournal(path) as journal:
@@ -124,19 +118,6 @@ async def test_what_the_account_holds_and_orders_in_other_symbols_counts(
     )
     assert abs(told.equity - account.equity) < 200, "what the account holds elsewhere is part of its worth"
     assert {position.symbol for position in result.positions} == {"AAPL", "IBM"}
-
-
-async def _goes_on_once_agreed(server: ExchangeServer, path: Path, times: int) -> None:
-    """Let the market move as soon as the books have agreed so many times."""
-    await asyncio.to_thread(wait_for, lambda: _count(path) >= times)
-    await goes_on(server, after_s=0.0)
-
-
-def _count(path: Path) -> int:
-    if not path.exists():
-        return 0
-    with open_journal(path) as journal:
-        return sum(event.payload.ok for event in journal.read(types=[Reconciled]))  # type: ignore[attr-defined]
 
 
 def _is_gone(event: Event) -> bool:

@@ -22,7 +22,7 @@ from trader_lib.session.spec import SessionSpec
 from trader_lib.trading.order_list import compare_order_lists
 from trader_lib.trading.orders import OrderStatus
 
-DEAR = Costs(commission_per_share=0.005, commission_minimum=1.0, slippage_bps=5, volume_share=0.00005)
+DEAR = Costs(commission_per_share=0.005, commission_minimum=1.0, slippage_bps=5, volume_share=0.000005)
 NARROW = Limits(max_order_qty=900, max_daily_loss=0.02, max_orders=3, max_gross_exposure=0.9)
 
 CRASH = {"start": date(2008, 1, 2), "end": date(2008, 12, 31)}

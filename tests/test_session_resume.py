@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 from loguru import logger
 
-from tests.venue import as_alpaca, goes_on, recent_minutes
+from tests.venue import as_alpaca, beside, goes_on, recent_minutes
 from trader_lib.broker.in_process import InProcessBroker
 from trader_lib.config.settings import Settings, load_settings
 from trader_lib.errors.taxonomy import BadData, InvariantBroken, Misused
@@ -27,11 +27,13 @@ from trader_lib.journal.journal import SqliteJournal
 from trader_lib.market.bars import Bars
 from trader_lib.market.synthetic import synthetic_bars
 from trader_lib.session.drivers import STOPPED
+from trader_lib.session.replay import replay
 from trader_lib.session.session import SessionResult, run_session
 from trader_lib.session.spec import SessionSpec
 from trader_lib.strategy.rsi_reversion import RsiReversion
 from trader_lib.trading.events import (
     AccountReported,
+    BarsClosed,
     CancelIntended,
     OperatorCommand,
     OrderIntended,
@@ -39,6 +41,7 @@ from trader_lib.trading.events import (
     TradeUpdated,
 )
 from trader_lib.trading.order_list import order_list_hash
+from trader_lib.trading.orders import OrderStatus
 
 DAILY = SessionSpec(
     strategy="rsi_reversion",
@@ -122,6 +125,30 @@ async def test_torn_anywhere_a_daily_session_with_exits_gives_the_same_orders(tm
     assert len(one.orders) > 10 and any(order.purpose == "exit" for order in one.orders)
     for rows in torn_rows(one, 41):
         check(one, await resumed(cut(one, rows, tmp_path / "torn"), DAILY), rows)
+
+
+async def test_torn_around_a_split_it_gives_the_same_orders(tmp_path: Path) -> None:
+    """AAPL split 2 for 1 on 28 February 2005: the position, what rests and what is known of it are split once."""
+    spec = DAILY.model_copy(
+        update={
+            "adjustment": "raw",
+            "params": {"period": 3, "entry": 99.0, "exit": 99.5, "stop_loss": 0.2},
+            "start": date(2005, 2, 14),
+            "end": date(2005, 3, 4),
+        }
+    )
+    one = await whole(tmp_path / "whole", spec)
+    assert one.corporate_actions == ("AAPL split 2 for 1 after the close of 2005-02-25.",)
+    with SqliteJournal(one.journal_path, read_only=True) as journal:
+        bars = [event for event in journal.read(types=[BarsClosed]) if isinstance(event.payload, BarsClosed)]
+        split = next(event.seq for event in bars if event.payload.actions)
+        after = next(event.seq for event in bars if event.seq > split)
+    assert any(order.symbol == "AAPL" and order.status is OrderStatus.EXPIRED for order in one.orders)
+    for rows in (split - 1, split, (split + after) // 2):
+        check(one, await resumed(cut(one, rows, tmp_path / "torn"), spec), rows)
+    with SqliteJournal(one.journal_path, read_only=True) as journal:
+        again = await replay(journal)
+    assert again.agrees, again.sentence()
 
 
 async def test_torn_anywhere_in_two_bars_of_decisions_and_fills(tmp_path: Path) -> None:
@@ -314,19 +341,15 @@ async def test_session_at_alpaca_goes_on_where_it_died(tmp_path: Path) -> None:
                 dead.set()
 
         async with asyncio.timeout(100):
-            feed = asyncio.create_task(goes_on(server))
-            first = asyncio.create_task(run_session(spec, wire, journal_path=path, progress=die))
-            await dead.wait()
-            first.cancel()  # no drain, no last word: as if it were killed
-            await asyncio.gather(first, return_exceptions=True)
-            feed.cancel()
+            async with beside(goes_on(server)):
+                first = asyncio.create_task(run_session(spec, wire, journal_path=path, progress=die))
+                await dead.wait()
+                first.cancel()  # no drain, no last word: as if it were killed
+                await asyncio.gather(first, return_exceptions=True)
             for _ in range(3):  # what was open fills, and nobody hears of it
                 await asyncio.to_thread(server.call, server.exchange.advance)
-            feed = asyncio.create_task(goes_on(server))
-            try:
+            async with beside(goes_on(server)):
                 result = await run_session(spec, wire, journal_path=path, resume=True)
-            finally:
-                feed.cancel()
         sent = server.call(lambda: server.exchange.orders(open_only=False))
     assert result.bars >= 14 and result.reconciliation.ok, result.reconciliation.differences
     with SqliteJournal(path) as journal:

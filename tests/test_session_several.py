@@ -16,7 +16,7 @@ import pytest
 from loguru import logger
 from numpy.typing import NDArray
 
-from tests.venue import as_alpaca, goes_on, recent_minutes
+from tests.venue import as_alpaca, beside, goes_on, recent_minutes
 from trader_lib.config.settings import Settings, load_settings
 from trader_lib.errors.taxonomy import Halted, Misused
 from trader_lib.exchange.costs import Costs
@@ -396,12 +396,8 @@ async def market() -> AsyncIterator[Settings]:
         server.call(server.exchange.advance)
         broker = as_alpaca(server)
 
-        feed = asyncio.create_task(goes_on(server))
-        try:
-            async with asyncio.timeout(60):
-                yield load_settings(environ={}, env_file=None, overrides={"broker": broker})
-        finally:
-            feed.cancel()
+        async with asyncio.timeout(60), beside(goes_on(server)):
+            yield load_settings(environ={}, env_file=None, overrides={"broker": broker})
 
 
 def in_real_time(**fields: Any) -> SessionSpec:

@@ -2,16 +2,21 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from trader_lib.clock.sessions import NEW_YORK, TradingCalendar
+from trader_lib.errors.taxonomy import BadData
 from trader_lib.exchange.server import ExchangeServer
+from trader_lib.journal.opening import journal_exists, open_journal
 from trader_lib.market.bars import Bars
 from trader_lib.market.synthetic import synthetic_bars
 from trader_lib.runs.store import RunFolder, RunStore
 from trader_lib.session.status import session_status
+from trader_lib.trading.events import Reconciled
 
 
 def recent_minutes() -> Bars:
@@ -42,6 +47,31 @@ async def goes_on(server: ExchangeServer, after_s: float = 1.0, pace_s: float = 
         await asyncio.sleep(pace_s)
 
 
+async def goes_on_once_agreed(server: ExchangeServer, path: Path, times: int = 1) -> None:
+    """Let the market move as soon as a session's books have agreed with the account's so many times."""
+    await asyncio.to_thread(wait_for, lambda: times_agreed(path) >= times, 120)
+    await goes_on(server, after_s=0.0)
+
+
+def times_agreed(path: Path) -> int:
+    """How many reconciliations a journal holds that found no difference."""
+    if not journal_exists(path):
+        return 0
+    with open_journal(path) as journal:
+        return sum(event.payload.ok for event in journal.read(types=[Reconciled]))  # type: ignore[attr-defined]
+
+
+@asynccontextmanager
+async def beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run work beside what a test awaits, to its end at most; where the work fails, the test fails at once."""
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(work)
+        try:
+            yield
+        finally:
+            task.cancel()
+
+
 def new_session_run(tmp_path: Path) -> RunFolder:
     """The folder of a simulated session that is about to begin."""
     run = RunStore(tmp_path / "runs").create("paper")
@@ -50,9 +80,12 @@ def new_session_run(tmp_path: Path) -> RunFolder:
 
 
 def wait_for(found: Callable[[], object], seconds: float = 60.0) -> None:
-    """Wait until something is so."""
+    """Wait until something is so; a journal whose first page is being written does not say yet."""
     ends = time.monotonic() + seconds
-    while not found():
+    while True:
+        with suppress(BadData):
+            if found():
+                return
         assert time.monotonic() < ends, "it did not happen"
         time.sleep(0.1)
 

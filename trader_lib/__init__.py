@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .strategy.registry import load_strategy, register
     from .strategy.rsi_reversion import RsiReversion
     from .strategy.sma_cross import SmaCross
+    from .strategy.start import check_start
     from .strategy.vol_target import VolTarget
 
 HOMES = {
@@ -45,6 +46,7 @@ HOMES = {
     "VolTarget": "strategy.vol_target",
     "backtest": "research.backtest",
     "check_causal": "strategy.causality",
+    "check_start": "strategy.start",
     "load_settings": "config.settings",
     "load_strategy": "strategy.registry",
     "register": "strategy.registry",

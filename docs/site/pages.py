@@ -67,7 +67,9 @@ KINDS = {
         "How-to guides",
         "One job each, for those who operate a session or work on the package.",
         [
+            "docs/commands",
             "docs/data",
+            "docs/checks",
             "docs/operations",
             "docs/schedule",
             "docs/monitoring",
@@ -82,7 +84,11 @@ KINDS = {
         "How it works and why it is as it is.",
         ["docs/degradation", "docs/simulation", "docs/security", "docs/decisions/"],
     ),
-    "reference": ("Reference", "What is there, complete and dry.", ["api/index", "docs/benchmarks", "CHANGELOG"]),
+    "reference": (
+        "Reference",
+        "What is there, complete and dry.",
+        ["api/index", "docs/figures", "docs/benchmarks", "CHANGELOG"],
+    ),
 }
 
 DROPPED_TYPES = re.compile(r"application/(vnd\.trader|vnd\.jupyter\.widget)")

@@ -25,7 +25,16 @@ NEEDS = {  # all of them, the one that is asked for first at the beginning
     "dashboard": ("observe",),
 }
 # What the commands answer where nothing is missing; 0 unless named. The session of `first_steps` has no result.json.
-CODES = {"agent": 3, "dashboard": 2, "exchange": 4, "live": 3, "notify test": 2, "run": 2, "runs compare": 4}
+CODES = {
+    "agent": 3,
+    "dashboard": 2,
+    "data fetch": 3,
+    "exchange": 4,
+    "live": 3,
+    "notify test": 2,
+    "run": 2,
+    "runs compare": 4,
+}
 CODES |= {"runs show": 4, "status": 7, "watch": 7}
 AFTER_REPORTS = {"runs compare", "runs show"}  # find a whole run where the reports were made before
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.servers import RedisServer
-from tests.venue import as_alpaca, goes_on, recent_minutes
+from tests.venue import as_alpaca, beside, goes_on_once_agreed, recent_minutes
 from trader_lib.agents.execution import ExecutionAgent
 from trader_lib.app.doctor import check_broker
 from trader_lib.broker.alpaca import AlpacaBroker
@@ -27,7 +27,7 @@ from trader_lib.clock.clock import VirtualClock
 from trader_lib.clock.ids import SeededIds
 from trader_lib.config.sections import BrokerSettings, ResilienceSettings
 from trader_lib.config.settings import Settings, load_settings
-from trader_lib.errors.taxonomy import Misconfigured, Misused, TraderError
+from trader_lib.errors.taxonomy import Misconfigured, Misused
 from trader_lib.exchange.engine import Exchange
 from trader_lib.exchange.server import ExchangeServer
 from trader_lib.journal.journal import SqliteJournal
@@ -41,7 +41,7 @@ from trader_lib.session.permit import PERMIT_FD, REAL_MONEY, handed_over, issue_
 from trader_lib.session.session import run_session
 from trader_lib.session.spec import SessionSpec
 from trader_lib.session.steering import kill
-from trader_lib.trading.events import OrderIntended, Reconciled, SessionStarted
+from trader_lib.trading.events import OrderIntended, SessionStarted
 from trader_lib.trading.orders import OrderRequest, OrderSide
 
 Trader = Callable[..., tuple[int, str, str]]
@@ -309,35 +309,20 @@ async def test_agent_with_live_settings_gets_no_client_in_a_paper_session(
     )
     path = tmp_path / "journal.sqlite"
 
-    async def feed() -> None:
-        for _ in range(1000):
-            if journal_exists(path) and _has(path, Reconciled):
-                break
-            await asyncio.sleep(0.1)
-        await goes_on(market, 0.0)
-
     session = asyncio.create_task(run_session(MINUTES, chosen, journal_path=path))
-    moving = asyncio.create_task(feed())
     try:
-        with pytest.raises(Misconfigured, match=r"does not take this process.*stage is paper.*for live"):
-            await asyncio.wait_for(serve_agent("execution", money), 60)
-        serving = [asyncio.create_task(serve_agent(name, chosen)) for name in ("strategy", "risk", "execution")]
-        result = await asyncio.wait_for(session, 120)
-        assert await asyncio.gather(*serving) == ["ended"] * 3
+        async with beside(goes_on_once_agreed(market, path)):
+            with pytest.raises(Misconfigured, match=r"does not take this process.*stage is paper.*for live"):
+                await asyncio.wait_for(serve_agent("execution", money), 60)
+            serving = [asyncio.create_task(serve_agent(name, chosen)) for name in ("strategy", "risk", "execution")]
+            result = await asyncio.wait_for(session, 120)
+            assert await asyncio.gather(*serving) == ["ended"] * 3
     finally:
-        moving.cancel()
         session.cancel()
     assert result.reconciliation.ok
     with open_journal(path) as journal:
         (begun,) = [event.payload for event in journal.last([SessionStarted])]
     assert isinstance(begun, SessionStarted) and (begun.stage, begun.account) == ("paper", "SIMULATED")
-
-
-def _has(path: Path, kind: type[Any]) -> bool:
-    with suppress(TraderError):  # its first page is being written
-        with open_journal(path) as journal:
-            return bool(journal.last([kind]))
-    return False
 
 
 @pytest.mark.parametrize("hub_asks", [True, False])

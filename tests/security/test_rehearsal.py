@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from loguru import logger
 
-from tests.venue import as_alpaca, goes_on, recent_minutes
+from tests.venue import as_alpaca, beside, goes_on, recent_minutes
 from trader_lib.app.cli import main
 from trader_lib.app.live import check_live, rehearsal_refusals
 from trader_lib.bus.bus import InProcessBus
@@ -51,11 +51,8 @@ async def on_paper(spec: SessionSpec, run: RunFolder) -> SessionResult:
     bars = recent_minutes()
     with ExchangeServer(Exchange(bars, bars.n - 80), key_id="key", secret_key="secret") as server:
         settings = load_settings("paper", environ={}, env_file=None, overrides={"broker": as_alpaca(server)})
-        feed = asyncio.create_task(goes_on(server, 0.5))
-        try:
+        async with beside(goes_on(server, 0.5)):
             return await run_session(spec, settings, journal_path=run.journal)
-        finally:
-            feed.cancel()
 
 
 def rehearse(source: str, folder: Path, bars: int = 3) -> tuple[RunStore, SessionSpec]:

@@ -8,8 +8,9 @@ __all__ = ['ACCOUNT', 'SEVERITY', 'VITAL', 'ApprovedOrder', 'OpenOrder', 'open_o
            'washes_with', 'facts', 'set_state', 'tighten', 'breach', 'on_command', 'on_agent_failure',
            'on_reconciliation', 'owners_of', 'judge', 'approve', 'on_proposal', 'start_cancel', 'end_order',
            'end_short', 'book_fill', 'worst_price', 'remaining_shares', 'adopt_order', 'column_of', 'on_positions',
-           'on_fill', 'on_account', 'value', 'on_bars', 'observe_order', 'on_acknowledgement', 'on_failure',
-           'on_cancel', 'on_adoption', 'on_trade_update', 'on_assets', 'end_everywhere', 'RiskAgent']
+           'on_fill', 'on_account', 'value', 'on_action', 'change_shares', 'on_bars', 'observe_order',
+           'on_acknowledgement', 'on_failure', 'on_cancel', 'on_adoption', 'on_trade_update', 'on_assets',
+           'end_everywhere', 'RiskAgent']
 
 # %% ../../nbs/agents/03_risk.ipynb #064ead82
 import math
@@ -40,6 +41,7 @@ from ..risk.checks import About, RecentOrders, decide, describe
 from ..risk.limits import Limits
 from ..risk.netting import netting
 from ..rules import account, folding
+from ..rules.actions import split_position
 from trader_lib.rules.checks import (
     HALTED,
     Check,
@@ -62,6 +64,7 @@ from trader_lib.trading.events import (
     BarsClosed,
     CancelProposed,
     CheckOutcome,
+    CorporateAction,
     FillRecorded,
     OperatorCommand,
     OrderAcknowledged,
@@ -526,6 +529,25 @@ def value(book: RiskBook, market: Market, *, is_new_day: bool) -> None:
     book.equity = folding.equity(book.cash, book.qty, market.mark)
     book.peak = max(book.peak, book.equity)
 
+# %% ../../nbs/agents/03_risk.ipynb #3c0e6a12
+def on_action(rules: RiskRules, state: RiskState, action: CorporateAction) -> None:
+    """Split what every owner holds, or pay it out, and carry the mark over."""
+    column, mark = state.columns[action.symbol], state.market.mark
+    mark[column] = action.close(float(mark[column]))
+    for owner, book in state.books.items():
+        change_shares(rules.books[owner], book, action, column, float(mark[column]))
+
+
+def change_shares(rules: BookRules, book: RiskBook, action: CorporateAction, column: int, price: float) -> None:
+    """Split what one owner holds, or pay it out. price: USD a share after it."""
+    held = float(book.qty[column])
+    if action.kind == "split":
+        book.qty[column], _, paid = split_position(held, 0.0, action.ratio, price)
+    else:
+        book.qty[column], paid = 0.0, folding.cash_flow(-held, action.paid, 0.0)
+    if not rules.is_account:
+        book.cash = round_to(book.cash + paid, CASH_DECIMALS)
+
 # %% ../../nbs/agents/03_risk.ipynb #81c59c21
 def on_bars(rules: RiskRules, state: RiskState, closed: BarsClosed) -> Steps[None]:
     """Take the closes of a bar, and tighten the trading state of who has lost too much."""
@@ -535,6 +557,8 @@ def on_bars(rules: RiskRules, state: RiskState, closed: BarsClosed) -> Steps[Non
     for symbol, row in closed.bars.items():
         column = state.columns[symbol]
         state.market.mark[column], state.market.time_s[column] = row.close, closed.closed_at.timestamp()
+    for action in closed.actions:
+        on_action(rules, state, action)
     for owner, book in state.books.items():
         value(book, state.market, is_new_day=is_new_day)
         if not math.isnan(book.equity):

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['OrderKey', 'AsLists', 'FromLists', 'order_request', 'StrategyState', 'StrategyRules', 'last_closes', 'new_state',
-           'decide', 'propose_cancel', 'propose', 'forget_order', 'ask', 'on_bars', 'on_risk_decision', 'on_failure',
-           'cover_again', 'protection', 'close_order', 'on_acknowledgement', 'observe_order', 'on_trade_update',
-           'on_account', 'on_fill', 'cash_after', 'ProtectingAgent', 'StrategyAgent', 'strategy_agent', 'own_columns']
+           'decide', 'propose_cancel', 'propose', 'forget_order', 'ask', 'is_alive', 'append_bars', 'on_action',
+           'on_bars', 'on_risk_decision', 'on_failure', 'cover_again', 'protection', 'close_order',
+           'on_acknowledgement', 'observe_order', 'on_trade_update', 'on_account', 'on_fill', 'cash_after',
+           'ProtectingAgent', 'StrategyAgent', 'strategy_agent', 'own_columns']
 
 # %% ../../nbs/agents/02_strategy.ipynb #67f00437
 import math
@@ -29,15 +30,17 @@ from ..market.bars import Bars
 from ..rules import folding
 from ..rules.exits import NO_EXITS, ExitRates, exit_due, exit_prices
 from ..rules.numbers import CASH_DECIMALS, PRICE_DECIMALS, QTY_DECIMALS, round_to, to_decimal, to_float
-from ..strategy.contract import Strategy, target_weights
+from ..strategy.contract import Strategy, needed_bars, target_weights
 from ..strategy.planner import Holdings, PlannedAction, PlannedType, Planner
 from ..trading.portfolio import Commission, Fill, no_commission
 
 # %% ../../nbs/agents/02_strategy.ipynb #d2b523be
 from trader_lib.trading.events import (
     AccountReported,
+    BarRow,
     BarsClosed,
     CancelProposed,
+    CorporateAction,
     Event,
     FillRecorded,
     OrderAcknowledged,
@@ -102,7 +105,7 @@ class StrategyState:
 
     holdings: Annotated[Holdings, AsLists, FromLists]
     mark: FloatArray  # last closes, USD [symbol]
-    close: FloatArray  # closes of the last bar, USD [symbol]; NaN where a symbol has none
+    close: FloatArray  # closes of the last bar in shares as held after it, USD [symbol]; NaN where a symbol has none
     cash: float = math.nan  # to work with, USD
     working: Annotated[dict[OrderKey, str], AS_PAIRS, FROM_PAIRS] = field(default_factory=dict)  # client order ids
     parents: dict[str, str] = field(default_factory=dict)  # client order id of a leg: that of its order, while it works
@@ -206,16 +209,50 @@ def ask(rules: StrategyRules, state: StrategyState, bars: Bars) -> NDArray[np.fl
         return None
     state.refused = None
     try:
-        weights: NDArray[np.float64] = target_weights(rules.strategy, bars)[-1]
+        weights: NDArray[np.float64] = target_weights(rules.strategy, needed_bars(rules.strategy, bars))[-1]
     except Exception as error:
         state.refused = error
         return None
     return weights
 
+# %% ../../nbs/agents/02_strategy.ipynb #2a0e6a12
+def is_alive(bars: Bars) -> bool:
+    """Return whether a symbol has a last close."""
+    return bars.n > 0 and not bool(np.isnan(bars.close[-1]).all())
+
+
+def append_bars(bars: Bars, own: Mapping[str, BarRow], closed: BarsClosed, *, forward_fill: bool) -> Bars | None:
+    """Return the bars with those that closed; None where there is no row of theirs. own: rows of their symbols."""
+    repeats = forward_fill and closed.quiet is not None and is_alive(bars)
+    if not own and not repeats:
+        return None
+    if repeats:
+        for at in closed.quiet or ():
+            bars = bars.append(at, {}, carry=True)
+    return bars.append(closed.at, own, carry=forward_fill)
+
+# %% ../../nbs/agents/02_strategy.ipynb #2a0e6a14
+def on_action(rules: StrategyRules, state: StrategyState, action: CorporateAction) -> None:
+    """Split what is held, or close it at what a share is paid with; the close becomes one in shares as held after it."""
+    column = rules.planner.columns.get(action.symbol)
+    if column is None:
+        return
+    price = state.close[column] = action.close(float(state.close[column]))
+    if action.kind == "split":
+        paid = rules.planner.on_split(action.symbol, action.ratio, float(price))
+    else:
+        qty, state.mark[column] = float(state.holdings.positions[column]), math.nan
+        rules.planner.on_fill(action.symbol, -qty, action.paid)
+        paid = folding.cash_flow(-qty, action.paid, 0.0)
+    if rules.has_capital:
+        state.cash = round_to(state.cash + paid, CASH_DECIMALS)
+
 # %% ../../nbs/agents/02_strategy.ipynb #f4d81baf
 def on_bars(rules: StrategyRules, state: StrategyState, bars: Bars, closed: BarsClosed) -> Steps[None]:
     """Decide at a close; raises what the strategy raised, once the exits are kept. bars: with the one that closed."""
     state.close = bars.close[-1].copy()
+    for action in closed.actions:
+        on_action(rules, state, action)
     np.copyto(state.mark, state.close, where=~np.isnan(state.close))
     rules.planner.on_close(state.close)
     if closed.late:
@@ -402,14 +439,17 @@ class StrategyAgent(ProtectingAgent):
 
     def _on_bars(self, closed: BarsClosed) -> Steps[None] | None:
         own = {symbol: row for symbol, row in closed.bars.items() if symbol in self.rules.planner.columns}
-        if not own:
+        bars = append_bars(self.bars, own, closed, forward_fill=self._forward_fill)
+        if bars is None:
             return None
-        self.bars = self.bars.append(closed.at, own, carry=self._forward_fill)
-        return on_bars(self.rules, self.state, self.bars, closed)
+        self.bars = bars
+        return on_bars(self.rules, self.state, bars, closed)
 
-    def follow(self, symbols: Sequence[str], times_ns: NDArray[np.int64], block: NDArray[np.float64]) -> None:
-        """Add bars that closed before a snapshot, without deciding on them; as in `own_columns`."""
-        times, own = own_columns(self.bars.symbols, symbols, times_ns, block)
+    def follow(
+        self, symbols: Sequence[str], times_ns: NDArray[np.int64], block: NDArray[np.float64], whole: NDArray[np.bool_]
+    ) -> None:
+        """Add bars that closed before a snapshot, undecided; as in `own_columns`. whole: who has no bar did not trade."""
+        times, own = own_columns(self.bars, symbols, times_ns, block, whole & self._forward_fill)
         self.bars = self.bars.extend(times, own, carry=self._forward_fill)
 
     def restore(self, snapshot: bytes) -> None:
@@ -425,12 +465,14 @@ def strategy_agent(label: str) -> str:
 
 
 def own_columns(
-    own: Sequence[str],  # symbols of one strategy
+    bars: Bars,  # of one strategy, up to there
     symbols: Sequence[str],  # of the columns, the strategy's among them
     times_ns: NDArray[np.int64],  # starts of the bars, UTC
     block: NDArray[np.float64],  # open … volume [field × time × symbol], NaN where a symbol has no bar
+    repeats: NDArray[np.bool_],  # at which stamps a symbol without a bar repeats its last close [time]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return the times and the bars of a strategy's symbols, where at least one of them has a bar."""
-    part = block[:, :, [symbols.index(symbol) for symbol in own]]
+    """Return the times and the bars of a strategy's symbols, where at least one of them has a bar or repeats a close."""
+    part = block[:, :, [symbols.index(symbol) for symbol in bars.symbols]]
     has_bar = ~np.isnan(part[3]).all(axis=1)
-    return times_ns[has_bar], part[:, has_bar]
+    has_row = has_bar | repeats & (is_alive(bars) | np.logical_or.accumulate(has_bar))
+    return times_ns[has_row], part[:, has_row]

@@ -15,6 +15,7 @@ from ..config.settings import Settings
 from ..exchange.engine import Exchange
 from ..exchange.server import ExchangeServer
 from ..market.bars import window
+from ..strategy.contract import history_bars
 from ..runs.kernel import stop_requests
 from ..runs.parameters import RunParameters
 
@@ -23,8 +24,7 @@ ACCESS = "simulated"  # the key and the secret that clients present; a guard aga
 
 def build_exchange(asked: RunParameters, settings: Settings) -> Exchange:
     """The exchange over the bars that were asked for; raises BadData or Misused where they cannot be had."""
-    warmup = asked.build_strategy().warmup
-    bars, first = window(asked.load_bars(settings), asked.start, asked.end, warmup)
+    bars, first = window(asked.load_bars(settings), asked.start, asked.end, history_bars(asked.build_strategy()))
     return Exchange(
         bars,
         first,

@@ -82,6 +82,7 @@ class TradingCalendar:
         self.name = name
         self._dates, self._stamps, self._ends, self._opens, self._closes = _schedule(name)
         self._days = np.array(self._dates, dtype="datetime64[D]")
+        self._is_overnight = bool((self._opens < self._stamps).any())
 
     @property
     def horizon(self) -> date:
@@ -132,10 +133,15 @@ class TradingCalendar:
     def session_numbers(self, index_ns: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return, for bars stamped index_ns [time], a number that is equal for bars of one session and rises with time.
 
-        Raise BadData for a stamp on a day without a session, such as a holiday.
+        A bar belongs to the session of its New York date; where sessions open on the evening before, as those of futures
+        do, to the one that is open. Raise BadData for a stamp on a day without a session, such as a holiday.
         """
         numbers = np.searchsorted(self._stamps, index_ns, side="right") - 1
         outside = (numbers < 0) | (index_ns >= self._ends[numbers])
+        if self._is_overnight:
+            trading = np.searchsorted(self._opens, index_ns, side="right") - 1
+            is_open = (trading >= 0) & (index_ns < self._closes[trading])
+            numbers, outside = np.where(is_open, trading, numbers), outside & ~is_open
         if outside.any():
             when = _datetime(index_ns[int(np.argmax(outside))])
             raise BadData(
@@ -170,6 +176,30 @@ class TradingCalendar:
         last = np.empty(len(index_ns), dtype=np.bool_)
         last[:-1] = numbers[:-1] != numbers[1:]
         last[-1:] = self.close_times(index_ns[-1:], timeframe) >= self._closes[numbers[-1:]]
+        return last
+
+    def in_regular_hours(self, index_ns: NDArray[np.int64], timeframe: str) -> NDArray[np.bool_]:
+        """Say for each bar stamped index_ns [time] whether any of it lies in its session's regular hours.
+
+        A daily bar does. Orders that are not meant for extended hours wait for such a bar.
+        """
+        numbers = self._checked(index_ns, timeframe)
+        if timeframe == "1Day":
+            return np.ones(len(index_ns), dtype=np.bool_)
+        ends = index_ns + _seconds(timeframe) * _NS
+        inside: NDArray[np.bool_] = (ends > self._opens[numbers]) & (index_ns < self._closes[numbers])
+        return inside
+
+    def last_in_regular_hours(self, index_ns: NDArray[np.int64], timeframe: str) -> NDArray[np.bool_]:
+        """Say for each bar stamped index_ns [time] whether it is the last in its session's regular hours.
+
+        At its close, orders for the day expire. For the last bar of all, the session's close decides.
+        """
+        rows = np.flatnonzero(self.in_regular_hours(index_ns, timeframe))
+        last = np.zeros(len(index_ns), dtype=np.bool_)
+        last[rows] = self.last_of_session(index_ns[rows], timeframe)
+        if len(rows) and rows[-1] + 1 < len(index_ns):
+            last[rows[-1]] = True
         return last
 
     def _checked(self, index_ns: NDArray[np.int64], timeframe: str) -> NDArray[np.int64]:

@@ -171,6 +171,7 @@ class ExchangeSettings(Section):
     commission_minimum: NotNegative = Field(0.0, description="least USD an order's fill")
     slippage_bps: NotNegative = Field(0.0, description="basis points against market and stop orders")
     volume_share: float = Field(0.1, ge=0, le=1, description="share of a bar's volume that may fill; 0: unlimited")
+    delisting_recovery: float = Field(1.0, ge=0, le=1, description="share of its last price that a delisted stock pays")
 
     @field_validator("multiplier")
     @classmethod

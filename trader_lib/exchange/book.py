@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..rules.account import INITIAL_MARGIN, MAINTENANCE_MARGIN, buying_power, reserved_cost
+from ..rules.actions import split_position
 from ..rules.folding import cash_flow, equity, exposure, fold_fill
 from trader_lib.rules.numbers import (
     AVERAGE_PRICE_DECIMALS,
@@ -174,6 +175,19 @@ class Ledger:
         self.realized[column] = round_to(self.realized[column] + realized, CASH_DECIMALS)
         self.cash = round_to(self.cash + cash_flow(signed_qty, price, commission), CASH_DECIMALS)
         return position
+
+    def split(self, column: int, ratio: float, price: float) -> None:
+        """Split a position: ratio shares for each. price: USD a share after it, for what is no whole share."""
+        self.qty[column], self.average[column], odd = split_position(
+            self.qty[column], self.average[column], ratio, price
+        )
+        self.cash = round_to(self.cash + odd, CASH_DECIMALS)
+
+    def pay_out(self, column: int, price: float) -> None:
+        """Close a delisted symbol's position at a price, USD a share, without commission; it has no mark any more."""
+        if self.qty[column] != 0.0:
+            self.fill(column, -float(self.qty[column]), price, 0.0)
+        self.mark[column] = np.nan
 
     def mark_to(self, close: NDArray[np.float64]) -> None:
         """Take the closes of a bar [symbol] as marks; NaN leaves the mark as it was."""

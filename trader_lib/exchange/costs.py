@@ -6,15 +6,19 @@
 __all__ = ['Costs']
 
 # %% ../../nbs/exchange/00_costs.ipynb #064c226f
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..rules.matching import CostRates
+if TYPE_CHECKING:
+    from trader_lib.rules.matching import CostRates
 
 
 class Costs(BaseModel):
-    """Commission, slippage and the share of a bar's volume that may fill; raises ValidationError out of range."""
+    """Commission, slippage, the share of a bar's volume that may fill, and what a delisting leaves.
+
+    Raises ValidationError out of range.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -23,14 +27,23 @@ class Costs(BaseModel):
     commission_minimum: float = Field(default=0.0, ge=0, le=1_000, description="USD an execution at least")
     slippage_bps: float = Field(default=0.0, ge=0, le=1_000, description="basis points, market and stop orders")
     volume_share: float = Field(default=0.1, ge=0, le=1, description="fraction of a bar's volume; 0 for no cap")
+    delisting_recovery: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="fraction of the last price that a delisted share is paid with",
+        exclude_if=lambda fraction: fraction == 1.0,
+    )
 
     @classmethod
     def none(cls) -> Self:
         """No commission, no slippage, no cap on volume."""
         return cls(volume_share=0.0)
 
-    def rates(self) -> CostRates:
+    def rates(self) -> "CostRates":
         """The five floats that the compiled rules take."""
+        from trader_lib.rules.matching import CostRates  # numba, which no refusal of an option should wait for
+
         return CostRates(
             per_share=self.commission_per_share,
             bps=self.commission_bps,

@@ -20,6 +20,7 @@ from . import refusals
 from .book import AccountState, BookOrder, Counts, Ledger, Step
 from .costs import Costs
 from .floor import Floor, OrderListener
+from ..market.actions import action_at
 from ..market.bars import Bars, BarValues
 from ..market.stamps import from_ns, to_ns
 from ..rules.numbers import AVERAGE_PRICE_DECIMALS, CASH_DECIMALS, PRICE_DECIMALS, QTY_DECIMALS, to_decimal
@@ -66,6 +67,10 @@ class Exchange:
         self._opens = self.calendar.open_times(bars.times_ns, bars.timeframe)
         self._closes = self.calendar.close_times(bars.times_ns, bars.timeframe)
         self._session_ends = self.calendar.last_of_session(bars.times_ns, bars.timeframe)
+        self._regular = self.calendar.in_regular_hours(bars.times_ns, bars.timeframe)
+        self._expires = self.calendar.last_in_regular_hours(bars.times_ns, bars.timeframe)
+        costs = costs or Costs()
+        self.taken = bars.run_actions(self.calendar, costs.delisting_recovery)
         self._bar_listeners: list[BarListener] = []
         self._bar_count = 0
         self.index = start_index - 1
@@ -75,13 +80,13 @@ class Exchange:
         self._floor = Floor(
             bars.symbols,
             self._ledger,
-            (costs or Costs()).rates(),
+            costs.rates(),
             ids or SeededIds("exchange"),
             self.opened_at,
             fractional=fractional,
         )
         for row in range(start_index):
-            self._ledger.mark_to(bars.close[row])
+            self._ledger.mark_to(self.taken.close[row])
 
     # ---- time
 
@@ -92,8 +97,8 @@ class Exchange:
 
     @property
     def session_is_open(self) -> bool:
-        """Whether the bar that closed last is followed by another one in its session."""
-        return self.index >= 0 and not self._session_ends[self.index]
+        """Whether the bar that closed last is followed by another one in its session's regular hours."""
+        return self.index >= 0 and bool(self._regular[self.index]) and not self._expires[self.index]
 
     @property
     def is_over(self) -> bool:
@@ -114,15 +119,28 @@ class Exchange:
         row = self.index
         bars, floor = self.bars, self._floor
         floor.now = from_ns(int(self._opens[row]))
-        if floor.working:
+        if floor.working and self._regular[row]:
             floor.open_waiting()
-            floor.match(bars.open[row], bars.high[row], bars.low[row], bars.volume[row])
+            factor = self.taken.factor[row] if len(self.taken.factor) else None
+            floor.match(bars.open[row], bars.high[row], bars.low[row], self.taken.volume[row], factor)
         floor.now = from_ns(int(self._closes[row]))
-        if self._session_ends[row]:
+        if self._expires[row]:
             floor.expire_day_orders()
-        self._ledger.mark_to(self.bars.close[row])
+        if self.taken.changes[row]:
+            self._change_shares(row)
+        self._ledger.mark_to(self.taken.close[row])
         self._publish(row)
         return Step(row, self.bars.at(row), self.now, self.is_over, self._floor.told, self._bar_count)
+
+    def _change_shares(self, row: int) -> None:
+        """Split and pay out positions at a row's close; what is open of their symbols expires."""
+        for action in action_at(self.taken, self.symbols, row):
+            column = self._columns[action.symbol]
+            self._floor.expire_symbol(action.symbol)
+            if action.kind == "split":
+                self._ledger.split(column, action.ratio, float(self.taken.close[row, column]))
+            else:
+                self._ledger.pay_out(column, action.paid)
 
     def close_out(self) -> Counts:
         """Cancel everything that is still open, in the sequence of submission."""
@@ -221,7 +239,7 @@ class Exchange:
     def lastday_close(self, symbol: str) -> Decimal:
         """The last close of the session before this one, USD; the present mark where there was none."""
         ends = np.flatnonzero(self._session_ends[: max(self.index, 0)])
-        close = float(self.bars.close[ends[-1], self._columns[symbol]]) if len(ends) else math.nan
+        close = float(self.taken.close[ends[-1], self._columns[symbol]]) if len(ends) else math.nan
         return self.mark(symbol) if math.isnan(close) else to_decimal(close, PRICE_DECIMALS)
 
     def history(

@@ -18,7 +18,8 @@ from ..clock.ids import Ids
 from . import refusals
 from .admission import Admission
 from .book import BookOrder, Ledger, OrderEvent
-from ..rules.matching import CostRates, commission, fill_price, fill_qty, match_oco, match_price
+from ..rules.actions import commission_as_traded
+from ..rules.matching import CostRates, fill_price, fill_qty, match_oco, match_price
 from ..rules.numbers import PRICE_DECIMALS, QTY_DECIMALS, round_to, to_decimal, to_float
 from ..trading.orders import ORDER_TYPE_CODE, OrderClass, OrderRequest, OrderStatus, OrderType, TimeInForce
 
@@ -95,6 +96,12 @@ class Floor:
             if order.request.time_in_force is TimeInForce.DAY:
                 self._end(order, OrderStatus.EXPIRED)
 
+    def expire_symbol(self, symbol: str) -> None:
+        """End every order of a symbol, in the sequence of submission."""
+        for order in list(self.working):
+            if order.symbol == symbol:
+                self._end(order, OrderStatus.EXPIRED)
+
     def replace(self, order_id: str, changes: Mapping[str, object]) -> BookOrder:
         """Put a new order, with a new id, in the place of an open one.
 
@@ -136,8 +143,12 @@ class Floor:
         highs: NDArray[np.float64],
         lows: NDArray[np.float64],
         volumes: NDArray[np.float64],
+        factors: NDArray[np.float64] | None = None,
     ) -> None:
-        """Let every working order meet the bar [symbol], in the sequence of submission; a symbol's orders share its volume."""
+        """Let every working order meet the bar [symbol], in the sequence of submission; a symbol's orders share its volume.
+
+        factors: price in the bars over the price as traded, for fees a share; None: 1 for all.
+        """
         used = [0.0] * len(opens)
         for order in list(self.working):
             column = order.column
@@ -151,9 +162,9 @@ class Floor:
             if qty <= 0.0:
                 continue
             used[column] = round_to(used[column] + qty, QTY_DECIMALS)
-            self._execute(
-                order, side, qty, fill_price(ORDER_TYPE_CODE[side.type], side.sign, price, self._rates.slippage_bps)
-            )
+            factor = 1.0 if factors is None else float(factors[column])
+            price = fill_price(ORDER_TYPE_CODE[side.type], side.sign, price, self._rates.slippage_bps)
+            self._execute(order, side, qty, price, factor)
 
     def _price(self, order: BookOrder, bar: tuple[float, float, float]) -> tuple[BookOrder, float]:
         """Which side of an order this bar fills, and at what price before slippage (NaN for none)."""
@@ -173,10 +184,10 @@ class Floor:
         )
         return (leg if by_stop else order), price
 
-    def _execute(self, order: BookOrder, side: BookOrder, qty: float, price: float) -> None:
+    def _execute(self, order: BookOrder, side: BookOrder, qty: float, price: float, factor: float) -> None:
         """Book one execution of an order, or of one side of a pair, and end the other side once nothing remains."""
         rates = self._rates
-        fee = commission(qty, price, rates.per_share, rates.bps, rates.minimum)
+        fee = commission_as_traded(qty, price, factor, rates.per_share, rates.bps, rates.minimum)
         self._ledger.fill(order.column, side.sign * qty, price, fee)
         side.fill(qty, price, self.now)
         done = side.status is OrderStatus.FILLED

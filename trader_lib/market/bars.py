@@ -18,10 +18,22 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ..clock.sessions import NEW_YORK
+from ..clock.sessions import NEW_YORK, TradingCalendar
 from ..errors.taxonomy import BadData, Misused, did_you_mean
-from .frames import Gaps, block_of
+from .frames import Gaps, Rows, block_of, columns_beside
+from .lives import Hours
 from .shapes import long_frame, names_of, read_table
+from trader_lib.market.actions import (
+    ACTION_FIELDS,
+    Announced,
+    CorporateActions,
+    RunActions,
+    Volume,
+    actions_from,
+    check_actions,
+    placed,
+    run_actions,
+)
 from .stamps import Timeframe, from_ns, midnight_ns, to_date, to_ns
 from trader_lib.market.validity import (
     FIELDS,
@@ -81,9 +93,10 @@ class Bars:
     Raises BadData, naming symbol, time and remedy, for anything that is not a clean history.
     """
 
-    __slots__ = ("_block", "_buffer", "_hash", "_index", "_origin", "symbols", "times_ns")
+    __slots__ = ("_block", "_buffer", "_hash", "_index", "_origin", "actions", "symbols", "times_ns")
     symbols: tuple[str, ...]
     times_ns: NDArray[np.int64]
+    actions: CorporateActions | None
     _block: NDArray[np.float64]
     _buffer: _Buffer | None
     _hash: str | None
@@ -100,6 +113,7 @@ class Bars:
         index: pd.DatetimeIndex,
         symbols: Iterable[str],
         provenance: Provenance,
+        actions: CorporateActions | None = None,
     ) -> None:
         names = tuple(symbols)
         if not names or len(set(names)) != len(names):
@@ -116,7 +130,9 @@ class Bars:
         check_times(times, provenance.timeframe)
         check_values(block, times, names)
         check_lives(block[3], times, names)
-        self._hold(block, times, names, provenance, None)
+        if actions is not None:
+            check_actions(actions, block[0], block[3], times, names, provenance.adjustment)
+        self._hold(block, times, names, provenance, None, actions)
 
     def _hold(
         self,
@@ -125,6 +141,7 @@ class Bars:
         symbols: tuple[str, ...],
         origin: Provenance,
         buffer: _Buffer | None,
+        actions: CorporateActions | None = None,
     ) -> None:
         block.flags.writeable = False
         times.flags.writeable = False
@@ -134,6 +151,7 @@ class Bars:
         put(self, "symbols", symbols)
         put(self, "_origin", origin)
         put(self, "_buffer", buffer)
+        put(self, "actions", actions)
         put(self, "_index", None)
         put(self, "_hash", None)
 
@@ -145,16 +163,18 @@ class Bars:
         symbols: tuple[str, ...],
         origin: Provenance,
         buffer: _Buffer | None = None,
+        actions: CorporateActions | None = None,
     ) -> Self:
         bars = cls.__new__(cls)
-        bars._hold(block, times, symbols, origin, buffer)
+        bars._hold(block, times, symbols, origin, buffer, actions)
         return bars
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"Bars never change; {name} cannot be set. Build new Bars instead.")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self)._trusted, (np.array(self._block), np.array(self.times_ns), self.symbols, self._origin)
+        block, times = np.array(self._block), np.array(self.times_ns)
+        return type(self)._trusted, (block, times, self.symbols, self._origin, None, self.actions)
 
     def __len__(self) -> int:
         return len(self.times_ns)
@@ -224,6 +244,11 @@ class Bars:
         return self._hash
 
     @property
+    def actions_hash(self) -> str:
+        """sha256 over the corporate actions; "" where there are none."""
+        return "" if self.actions is None else f"sha256:{hashlib.sha256(self.actions.to_bytes()).hexdigest()}"
+
+    @property
     def provenance(self) -> Provenance:
         """Source, feed, time frame and adjustment with the hash of this very content."""
         return replace(self._origin, content_hash=self.content_hash)
@@ -249,11 +274,46 @@ class Bars:
         """The first n bars, as a view: what was known when bar n-1 had closed. Misused unless 0 <= n <= len."""
         if not 0 <= n <= len(self.times_ns):
             raise Misused(f"head({n}) of {len(self)} bars; ask for 0 to {len(self)}.")
-        return self._trusted(self._block[:, :n], self.times_ns[:n], self.symbols, self._origin, self._buffer)
+        known = None if self.actions is None else self.actions.rows(0, n)
+        return self._trusted(self._block[:, :n], self.times_ns[:n], self.symbols, self._origin, self._buffer, known)
 
     def rows_between(self, first: int, stop: int) -> Self:
         """Rows first to stop - 1, as a view."""
-        return self._trusted(self._block[:, first:stop], self.times_ns[first:stop], self.symbols, self._origin)
+        known = None if self.actions is None else self.actions.rows(first, stop)
+        block, times = self._block[:, first:stop], self.times_ns[first:stop]
+        return self._trusted(block, times, self.symbols, self._origin, None, known)
+
+    def without_actions(self) -> Self:
+        """The same bars, as a view, with nothing known of splits, dividends and adjustments: what a strategy sees."""
+        if self.actions is None:
+            return self
+        return self._trusted(self._block[:], self.times_ns[:], self.symbols, self._origin, self._buffer)
+
+    def with_actions(self, known: Iterable[Announced], *, volume: Volume = "traded") -> Self:
+        """The same bars with announced splits and dividends beside them, in the place of any; see `announced`.
+
+        volume: whether the bars' volume counts shares as traded or shares of the bars. Raises BadData where a split
+        contradicts the prices.
+        """
+        beside = placed(known, self.times_ns, self.symbols, volume)
+        columns = {"split": beside.split, "dividend": beside.dividend}
+        actions = actions_from(columns, self._origin.adjustment, volume)
+        assert actions is not None
+        check_actions(actions, self.open, self.close, self.times_ns, self.symbols, self._origin.adjustment)
+        return self._trusted(self._block[:], self.times_ns[:], self.symbols, self._origin, None, actions)
+
+    def run_actions(self, calendar: TradingCalendar, recovery: float = 1.0) -> RunActions:
+        """What a run over these bars takes of them; see `actions.run_actions`."""
+        return run_actions(
+            self.volume,
+            self.close,
+            self.times_ns,
+            self.timeframe,
+            self._origin.adjustment,
+            self.actions,
+            calendar,
+            recovery,
+        )
 
     def sel(self, symbols: Iterable[str]) -> Self:
         """These symbols, in this order; BadData with the symbols there are."""
@@ -265,14 +325,16 @@ class Bars:
         if not names or len(set(names)) != len(names):
             refuse(f"the symbols {list(names)} are none or repeat", "Name each symbol once")
         columns = [self.symbols.index(name) for name in names]
-        return self._trusted(np.ascontiguousarray(self._block[:, :, columns]), self.times_ns[:], names, self._origin)
+        known = None if self.actions is None else self.actions.columns(columns)
+        block = np.ascontiguousarray(self._block[:, :, columns])
+        return self._trusted(block, self.times_ns[:], names, self._origin, None, known)
 
     def between(self, start: date | str | None = None, end: date | str | None = None, warmup: int = 0) -> "Bars":
         """The bars of start to end, both included, New York dates, after up to `warmup` earlier ones; see `window`."""
         return window(self, start, end, warmup)[0]
 
     def append(self, at: datetime, rows: Mapping[str, BarLike], *, carry: bool = False) -> Self:
-        """These bars and one more row; this object stays as it is. Amortised constant time.
+        """These bars and one more row, without corporate actions; this object stays as it is. Amortised constant time.
 
         at: start of the new bar, aware; rows: a bar by symbol; a symbol without one is NaN from here on, or, with
         carry, repeats its last close with no volume. Raises BadData as construction does.
@@ -312,7 +374,7 @@ class Bars:
         return self._trusted(buffer.block[:, : n + 1], buffer.times[: n + 1], self.symbols, self._origin, buffer)
 
     def extend(self, times_ns: NDArray[np.int64], block: NDArray[np.float64], *, carry: bool = False) -> Self:
-        """These bars and many more rows, as if they had been appended one by one.
+        """These bars and many more rows, as if they had been appended one by one; without corporate actions.
 
         times_ns: starts of the new bars, UTC; block: open … volume [field × time × symbol], NaN where a symbol has no bar.
         Raises BadData as construction does.
@@ -334,12 +396,17 @@ class Bars:
             raise Misused(f"Bars have no {field!r}.{did_you_mean(field, FIELDS)} Choose from {', '.join(FIELDS)}.")
         return pd.DataFrame(self._block[FIELDS.index(field)].copy(), index=self.index, columns=_columns(self.symbols))
 
-    def to_frame(self) -> pd.DataFrame:
-        """A row a bar: symbol, timestamp, open, high, low, close, volume; symbol by symbol."""
+    def to_frame(self, *, actions: bool = False) -> pd.DataFrame:
+        """A row a bar: symbol, timestamp, open, high, low, close, volume; symbol by symbol.
+
+        actions: with split, dividend and factor, where these bars know them.
+        """
         parts = []
         for column, symbol in enumerate(self.symbols):
             alive = ~np.isnan(self.close[:, column])
             figures = {name: self._block[i, alive, column] for i, name in enumerate(FIELDS)}
+            if actions and self.actions is not None:
+                figures |= {name: getattr(self.actions, name)[alive, column] for name in ACTION_FIELDS}
             parts.append(pd.DataFrame({"symbol": symbol, "timestamp": self.index[alive], **figures}))
         return pd.concat(parts, ignore_index=True)
 
@@ -357,22 +424,34 @@ class Bars:
         gaps: Gaps = "refuse",
         date_format: str | None = None,
         timezone: str | None = None,
+        calendar: TradingCalendar | str | None = None,
+        hours: Hours | None = None,
+        volume: Volume = "traded",
     ) -> Self:
         """Bars from a row a bar, from a wide frame as yfinance has it, or from a mapping of symbols to frames.
 
         frame: of pandas, polars or Arrow, or alpaca-py's `BarSet`; columns symbol, timestamp (or date), open, high, low,
         close, volume in any case, symbol and time also as index. symbols: order of the columns, else by first
-        appearance; the name of the only symbol where the frame names none. gaps: what to do where a symbol has no bar
-        inside its life, refuse or carry. date_format: of dates that can be read in two ways, such as "%d/%m/%Y", or the
-        unit of epoch numbers; timezone: of intraday times that have none. Raises BadData or Misused with a way out.
+        appearance; the name of the only symbol where the frame names none. gaps: what to do where the calendar expects
+        a bar inside a symbol's life and there is none: "refuse"; "carry" the last close without volume; or a number,
+        which carries and refuses more sessions in a row (see `frames.block_of`). calendar: the exchange's, NYSE if every
+        bar lies on one of its sessions; hours: "regular" leaves out bars outside them, "extended" carries through 4:00
+        to 20:00. date_format: of dates that can be read in two ways, such as "%d/%m/%Y", or the unit of epoch numbers;
+        timezone: of intraday times that have none. Columns split, dividend and factor (also Stock Splits, Dividends)
+        become corporate actions; volume: whether the volume counts shares as traded or, adjusted like the prices, shares
+        of the bars. Raises BadData or Misused with a way out.
         """
         length = Timeframe.parse(timeframe)
+        known = TradingCalendar(calendar) if isinstance(calendar, str) else calendar
+        rows = Rows(length, gaps, known, hours)
         table = long_frame(frame, symbols)
-        block, times, names = block_of(table, length, names_of(symbols), gaps, date_format, timezone)
+        block, times, names = block_of(table, rows, names_of(symbols), date_format, timezone)
         repaired = settle_noise(block)
         origin = Provenance(source, feed, length, adjustment, synthetic=synthetic, repaired=repaired)
         index = pd.DatetimeIndex(times, tz="UTC")
-        return cls(block[0], block[1], block[2], block[3], block[4], index, names, origin)
+        beside = columns_beside(table, ACTION_FIELDS, length, times, names, date_format, timezone)
+        actions = actions_from(beside, adjustment, volume)
+        return cls(block[0], block[1], block[2], block[3], block[4], index, names, origin, actions)
 
     @classmethod
     def read(cls, path: Path | str, **options: Any) -> Self:

@@ -16,7 +16,8 @@ from ..trading.events import HistoryLoaded
 
 # %% ../../nbs/market/08_record.ipynb #01672fdc
 def record_history(bars: Bars) -> HistoryLoaded:
-    """The event that says, in full, which bars a session starts with."""
+    """The event that says, in full, which bars a session starts with, as a strategy sees them."""
+    bars = bars.without_actions()
     origin = bars.provenance
     block = np.stack([bars.open, bars.high, bars.low, bars.close, bars.volume], axis=-1)  # [time × symbol × figure]
     return HistoryLoaded(

@@ -23,7 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors.taxonomy import BadData, Misconfigured, Misused, did_you_mean
+from .actions import ACTION_FIELDS
 from .bars import Bars
+from .frames import Gaps
+from .lives import calendar_of
 from .stamps import Timeframe
 from .validity import FIELDS
 
@@ -118,11 +121,14 @@ class BarStore:
         Raises BadData where stored and new bars do not continue each other, Misconfigured where the disk refuses.
         """
         origin = bars.provenance
-        frame = bars.to_frame()
+        frame = bars.to_frame(actions=True)
         notes: dict[str, object] = {"source": origin.source, "synthetic": origin.synthetic}
+        beside = ACTION_FIELDS if bars.actions is not None else ()
+        if bars.actions is not None and bars.actions.volume != "traded":
+            notes["volume"] = bars.actions.volume
         merged: list[tuple[Path, pd.DataFrame]] = []
         for symbol in bars.symbols:
-            fresh = frame.loc[frame["symbol"] == symbol, ["timestamp", *FIELDS]]
+            fresh = frame.loc[frame["symbol"] == symbol, ["timestamp", *FIELDS, *beside]]
             target = self.file(symbol, origin.timeframe, origin.feed, origin.adjustment)
             if len(fresh) and not replace and target.exists():
                 stored, old_notes = self._load(target)
@@ -151,28 +157,42 @@ class BarStore:
         Raises BadData, naming the file, for what is missing, truncated or not clean.
         """
         names = tuple(name.strip() for name in (symbols.split(",") if isinstance(symbols, str) else symbols))
-        parts, notes = [], []
+        length, parts, notes = Timeframe.parse(timeframe), [], []
         feed, adjustment = self.kind_of(names, timeframe, feed, adjustment)
         for name in names:
             path = self.file(name, timeframe, feed, adjustment)
             table, note = self._load(path)
             try:  # alone first, so that a refusal can name the file
-                Bars.from_frame(table.assign(symbol=name), timeframe=timeframe)
+                Bars.from_frame(
+                    table.assign(symbol=name), timeframe=timeframe, adjustment=adjustment, gaps=_gaps(table, length)
+                )
             except BadData as error:
                 raise BadData(f"{path}: {error} {REMEDY}.", **{**error.context, "path": path}) from error
             parts.append(table.assign(symbol=name))
             notes.append(note)
+        whole = pd.concat(parts, ignore_index=True)
+        volumes = {note.get("volume", "traded") for note, part in zip(notes, parts, strict=True) if "factor" in part}
+        if len(volumes) > 1:
+            raise BadData(
+                f"Of {', '.join(names)}, the store {self.path} has volumes of shares as traded and of adjusted shares. "
+                "Import them again with the same volume."
+            )
         bars = Bars.from_frame(
-            pd.concat(parts, ignore_index=True),
+            whole,
             timeframe=timeframe,
             symbols=names,
             source="+".join(sorted({str(note.get("source", "unknown")) for note in notes})),
             feed=feed,
             adjustment=adjustment,
             synthetic=any(bool(note.get("synthetic")) for note in notes),
-            gaps="carry" if Timeframe.parse(timeframe) is not Timeframe.DAY_1 else "refuse",
+            volume="adjusted" if "adjusted" in volumes else "traded",
+            gaps=_gaps(whole, length),
         )
         return bars.between(start, end, warmup)
+
+    def table(self, entry: StoreEntry) -> pd.DataFrame:
+        """The rows of one file as they are, clean or not: symbol, timestamp, open, high, low, close, volume."""
+        return self._load(entry.path)[0].assign(symbol=entry.symbol)[["symbol", "timestamp", *FIELDS]]
 
     def entries(self) -> list[StoreEntry]:
         """Everything the store holds, sorted by path; BadData for a file that cannot be read."""
@@ -232,6 +252,16 @@ class BarStore:
                 f"The store cannot write {path}: {error}. Choose a folder that can be written to (data.store_path).",
                 path=path,
             ) from error
+
+
+def _gaps(table: pd.DataFrame, timeframe: Timeframe) -> Gaps:
+    """What a read does about bars that are missing: intraday ones are carried along the calendar, where it is known.
+
+    A session without a trade is ordinary for a thin symbol by the minute, and was accepted when the file was written.
+    """
+    stamps = pd.DatetimeIndex(table["timestamp"].unique()).as_unit("ns").asi8
+    daily = timeframe is Timeframe.DAY_1
+    return "refuse" if daily or calendar_of(np.sort(stamps)) is None else "carry"
 
 
 def _merge(stored: pd.DataFrame, fresh: pd.DataFrame, symbol: str, path: Path) -> pd.DataFrame:

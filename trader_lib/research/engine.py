@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..rules.matching import commission, fill_price, fill_qty, match_oco, match_price
+from ..rules.actions import commission_as_traded, odd_shares, split_position
+from ..rules.matching import fill_price, fill_qty, match_oco, match_price
 from trader_lib.research.ledger import (
     CANCELED,
     EXPIRED,
@@ -74,7 +75,9 @@ def _match(t: int, cash: float, market: Market, rules: Rules, book: Book, orders
             continue
         leg = row + 1 if by_stop else row
         price = fill_price(orders[leg]["type"], side, price, rules.costs.slippage_bps)
-        fee = commission(qty, price, rules.costs.per_share, rules.costs.bps, rules.costs.minimum)
+        factor = market.factor[t, s] if len(market.factor) > 0 else 1.0
+        costs = rules.costs
+        fee = commission_as_traded(qty, price, factor, costs.per_share, costs.bps, costs.minimum)
         cash = round_to(cash + cash_flow(side * qty, price, fee), CASH_DECIMALS)
         book_fill(s, side * qty, price, orders[row]["exit"] != 0, book.qty, book.average, book.extreme, book.blocked)
         book.used[s] = round_to(book.used[s] + qty, QTY_DECIMALS)
@@ -116,6 +119,37 @@ def _withdraw(book: Book, orders: Table) -> None:
     sweep_ended(book, orders)
 
 # %% ../../nbs/research/01_engine.ipynb #7d12d3cb
+@compiled_part
+def _change_shares(t: int, cash: float, market: Market, book: Book, orders: Table, fills: Table) -> float:
+    """Split and pay out positions at the close of bar t, where nothing rests any more; returns the cash afterwards."""
+    for s in range(len(book.qty)):
+        ratio = market.ratio[t, s] if len(market.ratio) > 0 else 1.0
+        gone = market.last_row[s] == t
+        if ratio == 1.0 and not gone:
+            continue
+        for k in range(book.counts[WORKING]):
+            if orders[book.working[k]]["symbol"] == s:
+                end_order(orders, book.working[k], EXPIRED)
+        qty = book.qty[s]
+        if gone:
+            book.mark[s] = math.nan
+            if qty != 0.0:
+                price = market.paid[s]
+                cash = round_to(cash + cash_flow(-qty, price, 0.0), CASH_DECIMALS)
+                book_fill(s, -qty, price, False, book.qty, book.average, book.extreme, book.blocked)
+                _write_fill(t, -1, s, -1 if qty > 0.0 else 1, abs(qty), price, 0.0, book, fills)
+        else:
+            price = market.close[t, s]
+            book.qty[s], book.average[s], paid = split_position(qty, book.average[s], ratio, price)
+            book.extreme[s] = book.extreme[s] / ratio if book.qty[s] != 0.0 else math.nan
+            cash = round_to(cash + paid, CASH_DECIMALS)
+            odd = odd_shares(qty, ratio, book.qty[s])
+            if odd != 0.0:
+                _write_fill(t, -1, s, -1 if odd > 0.0 else 1, abs(odd), price * ratio, 0.0, book, fills)
+    sweep_ended(book, orders)
+    return cash
+
+
 @compiled_part
 def _refresh(book: Book, plan: Plan, orders: Table) -> None:
     """Write what is working and resting into the plan's arrays."""
@@ -289,18 +323,23 @@ def simulate(
     limits = limits_at(rules.limits, 0)  # the thresholds are the account's, the same for every symbol
     qty, mark, blocked, close, closed_s = book.qty, book.mark, book.blocked, market.close, market.closed_s
     mark_s, counts = book.mark_s, book.counts
+    regular, expires, changes = market.regular, market.expires, market.changes
     ends_session, sizing, exits = market.ends_session, rules.sizing, rules.exits
     no_stop = math.isnan(exits.stop_loss) and math.isnan(exits.trailing_stop)
     has_exits = not (no_stop and math.isnan(exits.take_profit))
     for t in range(start, rows):
         if counts[ORDERS] + 4 * n > len(orders):
             orders = _longer(orders, counts[ORDERS], 4 * n)
-        if counts[FILLS] + 2 * n > len(fills):
-            fills = _longer(fills, counts[FILLS], 2 * n)
+        if counts[FILLS] + 3 * n > len(fills):
+            fills = _longer(fills, counts[FILLS], 3 * n)
         if counts[WORKING] > 0:
-            cash = _match(t, cash, market, rules, book, orders, fills)
-            if ends_session[t]:
+            if regular[t]:
+                cash = _match(t, cash, market, rules, book, orders, fills)
+            if expires[t]:
                 _expire(book, orders)
+            _refresh(book, plan, orders)
+        if changes[t]:
+            cash = _change_shares(t, cash, market, book, orders, fills)
             _refresh(book, plan, orders)
         for s in range(n):
             if not math.isnan(close[t, s]):

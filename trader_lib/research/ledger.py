@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPEN', 'FILLED', 'CANCELED', 'EXPIRED', 'SIMPLE', 'OCO_LIMIT', 'OCO_STOP', 'REFUSALS_KEPT', 'ORDER_ROW', 'FILL_ROW',
-           'REFUSAL_ROW', 'Table', 'WORKING', 'ORDERS', 'FILLS', 'REFUSALS', 'STATE', 'Market', 'Rules', 'Book', 'Plan',
-           'Money', 'end_order', 'sweep_ended', 'submit']
+           'REFUSAL_ROW', 'Table', 'WORKING', 'ORDERS', 'FILLS', 'REFUSALS', 'STATE', 'Market', 'plain_market', 'Rules',
+           'Book', 'Plan', 'Money', 'end_order', 'sweep_ended', 'submit']
 
 # %% ../../nbs/research/00_ledger.ipynb #7179613a
 import math
@@ -60,15 +60,40 @@ Table = NDArray[np.void]
 
 # %% ../../nbs/research/00_ledger.ipynb #858f9ac8
 class Market(NamedTuple):
-    """Bars as arrays [time × symbol], with the calendar's answers [time]."""
+    """Bars as arrays [time × symbol], with the calendar's answers [time] and what a run takes of corporate actions."""
 
     open: NDArray[np.float64]
     high: NDArray[np.float64]
     low: NDArray[np.float64]
-    close: NDArray[np.float64]
-    volume: NDArray[np.float64]
+    close: NDArray[np.float64]  # in shares as they are held after the bar; NaN from a delisting on
+    volume: NDArray[np.float64]  # in shares of the bars
     closed_s: NDArray[np.float64]  # when the bar is complete, seconds since the epoch
     ends_session: NDArray[np.bool_]  # the bar is the last of its session
+    regular: NDArray[np.bool_]  # [time] in regular hours: orders may fill
+    expires: NDArray[np.bool_]  # [time] the last bar of regular hours: orders for the day expire at its close
+    factor: NDArray[np.float64]  # price in the bars over the price as traded; no rows where it is 1 throughout
+    changes: NDArray[np.bool_]  # [time] shares change at the bar's close
+    ratio: NDArray[np.float64]  # shares after the bar's close for one in it; no rows where it is 1 throughout
+    last_row: NDArray[np.int64]  # [symbol] at whose close the symbol is delisted; -1 for none
+    paid: NDArray[np.float64]  # [symbol] for a delisted share, USD
+
+
+def plain_market(
+    open_: NDArray[np.float64],
+    high: NDArray[np.float64],
+    low: NDArray[np.float64],
+    close: NDArray[np.float64],
+    volume: NDArray[np.float64],
+    closed_s: NDArray[np.float64],
+    ends_session: NDArray[np.bool_],
+) -> Market:
+    """A market without extended hours and corporate actions; arguments as of `Market`."""
+    rows, n = close.shape
+    always, never, none = np.ones(rows, np.bool_), np.zeros(rows, np.bool_), np.empty((0, n))
+    ends, paid = np.full(n, -1, np.int64), np.full(n, np.nan)
+    return Market(
+        open_, high, low, close, volume, closed_s, ends_session, always, ends_session, none, never, none, ends, paid
+    )
 
 
 class Rules(NamedTuple):

@@ -8,12 +8,15 @@ __all__ = ['SymbolLimits', 'Limits']
 # %% ../../nbs/risk/00_limits.ipynb #655cac9b
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ..rules.checks import LimitValues
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from trader_lib.rules.checks import LimitValues
 
 # %% ../../nbs/risk/00_limits.ipynb #81cfc451
 class SymbolLimits(BaseModel):
@@ -82,12 +85,16 @@ class Limits(BaseModel):
         own = self.symbols.get(symbol)
         return self if own is None else self.model_copy(update=own.model_dump(exclude_none=True))
 
-    def table(self, symbols: Sequence[str]) -> NDArray[np.float64]:
+    def table(self, symbols: Sequence[str]) -> "NDArray[np.float64]":
         """The values by symbol, as the compiled engine takes them [symbol × limit]."""
+        import numpy as np
+
         return np.array([self.of(symbol).values() for symbol in symbols], dtype=np.float64)
 
-    def values(self) -> LimitValues:
+    def values(self) -> "LimitValues":
         """The floats that the compiled rules take."""
+        from trader_lib.rules.checks import LimitValues  # numba, which no refusal of an option should wait for
+
         return LimitValues(
             max_order_qty=_or_infinite(self.max_order_qty),
             max_order_notional=_or_infinite(self.max_order_notional),

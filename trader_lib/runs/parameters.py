@@ -6,7 +6,8 @@
 __all__ = ['RunParameters', 'history_client', 'resolved']
 
 # %% ../../nbs/runs/06_parameters.ipynb #e46c5d1a
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
@@ -27,11 +28,24 @@ class RunParameters(SessionSpec):
     """What a backtest and a session are asked for; raises ValidationError for values that make no sense."""
 
     profile: Literal["research", "paper", "live"] | None = Field(None, description="settings profile")
+    check_strategy: bool = Field(True, description="look for look-ahead, before a session for its lookback as well")
 
     @field_validator("symbols", mode="before")
     @classmethod
     def _words(cls, value: object) -> object:
         return tuple(word.strip() for word in value.split(",") if word.strip()) if isinstance(value, str) else value
+
+    @field_validator("cash", mode="before")
+    @classmethod
+    def _amount(cls, value: object) -> object:
+        try:
+            amount = Decimal(str(value))
+            known = amount.is_finite() and amount > 0 and amount == round(amount, 2)
+        except InvalidOperation:  # no number, or one of more digits than a Decimal rounds
+            known = False
+        if not known:
+            raise ValueError("an account starts with an amount above 0 in USD and whole cents, such as 100000")
+        return amount
 
     @field_validator("timeframe")
     @classmethod
@@ -43,12 +57,15 @@ class RunParameters(SessionSpec):
 
     def values(self) -> dict[str, Any]:
         """The parameters as JSON-able values, the way a template takes them."""
-        return super().values() | {"cash": float(self.cash)}
+        values = super().values() | {"cash": float(self.cash)}
+        if self.check_strategy:  # as it is where nobody says otherwise
+            del values["check_strategy"]
+        return values
 
     @property
     def spec(self) -> SessionSpec:
         """The part that a session takes."""
-        return SessionSpec.model_validate(self.model_dump(exclude={"profile"}))
+        return SessionSpec.model_validate(self.model_dump(exclude={"profile", "check_strategy"}))
 
     def load_bars(self, settings: "Settings") -> "Bars":
         """The bars of the run, with as many before its start as the strategy wants to have seen.
@@ -75,18 +92,34 @@ class RunParameters(SessionSpec):
             as_of=WallClock().now() if alpaca else None,
         )
 
-    def check(self, settings: "Settings", *, real_time: bool = False) -> None:
+    def check(
+        self,
+        settings: "Settings",
+        *,
+        real_time: bool = False,
+        session: bool = False,
+        say: Callable[[str], None] = lambda words: None,
+    ) -> None:
         """Refuse what cannot work, as far as it can be seen without running: strategy, symbols, dates, data.
 
-        real_time: the bars are still to come, so there are none to look at.
+        real_time: the bars are still to come, so there are none to look at. session: a strategy that looks ahead, or that
+        depends on more bars than it says, is refused as well. say: told what the user should know of it.
         """
         self.build()
+        bars = None
         if self.source == "alpaca":
             history_client(settings)
             if not real_time and (self.start is None or self.end is None):
                 raise Misused("The source 'alpaca' has no dates of its own; give start and end.")
         elif not real_time:
-            self.load_bars(settings)
+            bars = self.load_bars(settings)
+        if session and self.check_strategy:
+            from trader_lib.strategy.checks import ensure_sound
+
+            for one in self.assignments():
+                own = bars.sel(one.symbols) if bars is not None else None
+                for words in ensure_sound(one.strategy, one.symbols, self.timeframe, own):
+                    say(words)
 
 
 def history_client(settings: "Settings") -> "StockHistoricalDataClient":

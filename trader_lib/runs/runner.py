@@ -21,7 +21,7 @@ from ..config.masking import in_force, masked, refuse_secrets
 from ..config.settings import load_settings
 from ..errors.taxonomy import Interrupted, Misconfigured, Misused, RunFailed, TraderError, did_you_mean
 from .result import AGENT_DOWN, Failure, Kind, RunResult, Status, versions
-from .store import RunFolder, RunStore, write_atomic
+from .store import RunFolder, RunStore, json_value, write_atomic
 from .templates import check_names, template_path
 from ..session.permit import REAL_MONEY, LivePermit, handed_over
 from ..strategy.trust import Trust, environment_of
@@ -180,7 +180,7 @@ def _conclude(
     unsaved = outcome.unsaved or _unwritten_report(run)
     failure = _failure(kind, outcome, left, unsaved)
     status = _status(outcome, left, failure)
-    document = {"parameters": dict(parameters), **left, "kind": kind, "status": status, "failure": failure}
+    document = {"parameters": json_value(dict(parameters)), **left, "kind": kind, "status": status, "failure": failure}
     document |= {"started_at": started, "ended_at": clock.now(), "versions": dict(versions())}
     try:
         result = RunResult.model_validate(document)
@@ -189,7 +189,7 @@ def _conclude(
         status = "failed"
         result = RunResult.model_validate(
             {key: value for key, value in document.items() if key not in left or key in ("kind", "status")}
-            | {"parameters": dict(parameters), "status": status, "failure": failure}
+            | {"parameters": json_value(dict(parameters)), "status": status, "failure": failure}
         )
     try:
         run.write_result(result)
@@ -205,9 +205,8 @@ def _conclude(
         raise RunFailed(
             f"The session ended degraded. {failure.message} Its report is {run.report}.", run=run, result=result
         )
-    where = f" in cell {failure.cell} ({failure.section})" if failure.cell else ""
     way_on = _way_on(run) if unsaved else f"Its notebook is {run.notebook}."
-    raise RunFailed(f"The run failed{where}: {failure.message.rstrip('.')}. {way_on}", run=run, result=result)
+    raise RunFailed(f"The run failed{failure.where}: {failure.message.rstrip('.')}. {way_on}", run=run, result=result)
 
 
 def _drop_empty(log: Path) -> None:
@@ -237,6 +236,7 @@ def _failure(kind: Kind, outcome: Any, left: Mapping[str, Any], unsaved: str) ->
         return Failure(
             cell=outcome.cell,
             section=outcome.section or None,
+            line=masked(outcome.line) or None,
             error=outcome.error or outcome.ending,
             message=_why(outcome),
         )
@@ -289,6 +289,5 @@ def _interrupted(run: RunFolder, failure: Failure | None) -> str:
         return f"Stopped as asked; the session drained. Its report is {run.report}."
     if failure.error == AGENT_DOWN:
         return f"Stopped as asked; the session drained. {failure.message} Its report is {run.report}."
-    where = f" in cell {failure.cell} ({failure.section})" if failure.cell else ""
-    told = f"Stopped as asked{where}, before it had a result. Its notebook is {run.notebook}."
+    told = f"Stopped as asked{failure.where}, before it had a result. Its notebook is {run.notebook}."
     return f"{told} {_resumed_by(run)} goes on." if _resumed_by(run) and run.journal.exists() else told

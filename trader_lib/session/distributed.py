@@ -257,7 +257,7 @@ class Casting:
         """The agent, and the broker that it needs, if any; raises Misused for a name that is none."""
         strategy = recorded_strategy(self.started, self.spec, self.trust)
         casting = self.spec.assignments(strategy)
-        fee = self.spec.commission if self.is_simulated else no_commission
+        fee = self.spec.fees(self.started.factors) if self.is_simulated else no_commission
         if self.name == RiskAgent.name:
             return RiskAgent(self.member, self.clock, self.spec.limits, self.history, bounds(casting), fee), None
         if self.name == ExecutionAgent.name:

@@ -13,13 +13,20 @@ from datetime import datetime
 from decimal import Decimal
 
 from ..agents.execution import ExecutionAgent
-from ..agents.portfolio import PortfolioAgent
+from ..agents.portfolio import PortfolioAgent, after_action
 from ..agents.tracking import OrderBook, OrderTrack, carried_qty, is_unresolved, missing_fill
 from ..broker.port import Broker
 from ..bus.bus import Bus
 from ..clock.clock import Clock
 from ..clock.ids import Ids
-from ..trading.events import Discrepancy, OrdersReported, Payload, PositionsReported, Reconciled
+from trader_lib.trading.events import (
+    CorporateAction,
+    Discrepancy,
+    OrdersReported,
+    Payload,
+    PositionsReported,
+    Reconciled,
+)
 from ..trading.orders import SIDE_SIGN, Order, decimal_text
 from ..trading.portfolio import Portfolio, Position
 
@@ -143,7 +150,8 @@ class Reconciler:
 
     since: when the session began. symbols: those that it trades; what the account holds of others is told at every
     reconciliation, with what it is worth. foresees_cash: whether every change of cash follows from fills, as at the embedded
-    exchange, where nobody pays fees, dividends or transfers that are not in them.
+    exchange, where nobody pays fees, dividends or transfers that are not in them. coming: splits and delistings that the
+    broker has booked and our books have not, since their bars are yet to be let out; each with the price after it.
     """
 
     def __init__(
@@ -158,10 +166,12 @@ class Reconciler:
         since: datetime,
         symbols: Collection[str],
         foresees_cash: bool,
+        coming: Callable[[], Iterable[tuple[CorporateAction, float]]] = tuple,
     ) -> None:
         self._bus, self._broker, self._clock, self._ids = bus, broker, clock, ids
         self._portfolio, self._execution = portfolio, execution
         self._since, self._symbols, self._foresees_cash = since, symbols, foresees_cash
+        self._coming = coming
         self._others: tuple[Position, ...] = ()  # held at the broker, in symbols that the session does not trade
         self._seen: set[tuple[object, ...]] = set()
         self._looks = 0
@@ -214,11 +224,14 @@ class Reconciler:
         positions, orders = await self._broker.positions(), await self._broker.orders()
         self._others = tuple(position for position in positions if position.symbol not in self._symbols)
         cash = None if opening else (await self._broker.account()).cash
-        found = position_findings(self._portfolio.state.folded, positions)
+        ours = self._portfolio.state.folded
+        for action, price in self._coming():
+            ours = after_action(ours, action, price)
+        found = position_findings(ours, positions)
         found += order_findings(self._execution.book, orders, at_rest=opening or closing)
         if cash is not None:
             tolerance = self._portfolio.state.cash_tolerance if self._foresees_cash else Decimal(0)
-            found += cash_findings(self._portfolio.state.folded.cash + self._noted, cash, tolerance)
+            found += cash_findings(ours.cash + self._noted, cash, tolerance)
         return found
 
     async def _decide(

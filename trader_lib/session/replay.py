@@ -26,7 +26,7 @@ from ..errors.taxonomy import BadData, Misused, did_you_mean
 from ..journal.chain import Journal
 from ..market.bars import Bars
 from ..market.record import recorded_history
-from .spec import Assignment, SessionSpec, title
+from .spec import Assignment, Factors, SessionSpec, title
 from .stage import Line, NotingBus, RecordedClock, RecordEnds, ScriptedBroker
 from .wiring import bounds, strategist
 from ..strategy.contract import Strategy
@@ -279,6 +279,7 @@ class _Director:
         self.divergences: list[Divergence] = []
         self.notes: list[str] = []
         self.agents: dict[str, Agent] = {}
+        self._factors: Factors = {}
 
     async def run(self, until: int | datetime | None) -> None:
         for event in self._journal.read(types=SCRIPTED):
@@ -324,6 +325,7 @@ class _Director:
         self.strategy = self._strategy or recorded_strategy(started, spec, self._trust)
         if self._strategy is None:
             self.notes += changed_sources(started, self.strategy)
+        self._factors = started.factors
         for agent in self.cast(spec, spec.assignments(self.strategy), history, started.stage):
             await agent.start()
             self.agents[agent.name] = agent
@@ -333,7 +335,7 @@ class _Director:
     def cast(self, spec: SessionSpec, casting: Sequence[Assignment], history: Bars, stage: str) -> list[Agent]:
         """The agents, as the session wires them."""
         bus, clock = self._bus, self._clock
-        fee = spec.commission if stage == "simulated" else no_commission
+        fee = spec.fees(self._factors) if stage == "simulated" else no_commission
         stakes = {one.label: one.capital for one in casting if one.capital is not None}
         execution = ExecutionAgent(bus, clock, self._broker, self._broker.commit)
         self._broker.book = execution.book
@@ -471,7 +473,12 @@ class _OtherDirector(_Director):
                 f"{strategy.name} wants {strategy.warmup} bars, and {history.n} from before the start are on record: "
                 "until it has them, its targets are zero."
             )
-        fee = spec.commission if stage == "simulated" else no_commission
+        elif strategy.lookback_max is not None and strategy.lookback_max > history.n + 1:
+            self.notes.append(
+                f"The weights of {strategy.name} depend on {strategy.lookback_max} bars, and {history.n} from before the "
+                "start are on record: until it has them, they may be others than in a session of its own."
+            )
+        fee = spec.fees(self._factors) if stage == "simulated" else no_commission
         return [*self.strategists([one for one in casting if one.label == self._of], history, stage, fee)]
 
     def compare(self, event: Event) -> None:

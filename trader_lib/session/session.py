@@ -52,7 +52,9 @@ from ..journal.chain import Journal
 from ..journal.opening import journal_exists, open_journal
 from ..journal.scratch import open_scratch
 from ..market.bars import Bars, Provenance, window
+from ..market.stamps import to_ns
 from ..market.history import load_bars
+from ..market.splits import check_splits
 from ..market.store import BarStore
 from .companions import Companion, SessionParts, accompanied
 from .control import ControlFile
@@ -61,6 +63,7 @@ from .drivers import SOURCE as DESK
 from trader_lib.session.orders import (
     ORDER_EVENTS,
     Refusal,
+    action_sentences,
     equity_curve,
     of_strategy,
     order_records,
@@ -73,7 +76,8 @@ from .recovery import Recollection
 from .snapshots import Snapshot, find_snapshot, identity, snapshot_folder
 from .spec import SessionSpec, session_name, title
 from .wiring import Agents, History, SessionInputs, session_container
-from ..strategy.contract import Strategy
+from ..strategy.checks import ensure_checked
+from ..strategy.contract import Strategy, history_bars
 from ..strategy.source import sources
 from ..telemetry.log import bind_session
 from trader_lib.trading.events import (
@@ -176,6 +180,12 @@ class SessionResult:
         with open_journal(self.journal_path) as journal:
             return order_records(journal.read(types=ORDER_EVENTS))
 
+    @cached_property
+    def corporate_actions(self) -> tuple[str, ...]:
+        """Each split and delisting during the session in a sentence."""
+        with open_journal(self.journal_path) as journal:
+            return action_sentences(journal.read(types=[BarsClosed]))
+
     @property
     def order_list_hash(self) -> str:
         """The fingerprint of the order list."""
@@ -261,6 +271,7 @@ class Session:
                     seed=inputs.spec.seed,
                     account="" if inputs.is_simulated else self._broker.account_number,
                     sources=sources(inputs.strategy),
+                    factors=inputs.factors if inputs.is_simulated else {},
                 )
             )
         if past.history is None:
@@ -412,7 +423,7 @@ def _today(clock: Clock) -> date:
 
 
 def _lookback(spec: SessionSpec, warmup: int, today: date) -> date:
-    """Where the history of a real session has to begin: generously before the warm-up."""
+    """The day from which to ask for the history of a real session: generously before the bars that are wanted."""
     seconds = TIMEFRAME_SECONDS[spec.timeframe]
     sessions = warmup if spec.timeframe == "1Day" else warmup * seconds // 12_600 + 2  # half days all along
     return today - timedelta(days=sessions * 7 // 5 + 10)
@@ -433,7 +444,9 @@ def _cut(spec: SessionSpec, settings: Settings, warmup: int, bars: Bars | None) 
             seed=spec.seed,
             store=BarStore(settings.data.store_path) if spec.source == "store" else None,
         )
-    return window(bars.sel(spec.symbols), spec.start, spec.end, warmup)
+    cut, first = window(bars.sel(spec.symbols), spec.start, spec.end, warmup)
+    check_splits(cut)
+    return cut, first
 
 
 async def _history(inputs: SessionInputs, data: MarketData, clock: Clock) -> Bars:
@@ -458,12 +471,24 @@ async def _history(inputs: SessionInputs, data: MarketData, clock: Clock) -> Bar
         adjustment=spec.adjustment,
         feed=spec.feed or inputs.settings.data.feed,
     )
-    return history if known_history is None else _as_recorded(history, known_history)
+    history = _to_the_end(history)
+    if known_history is not None:
+        return _as_recorded(history, known_history)
+    return history.rows_between(max(history.n - inputs.warmup, 0), history.n)
+
+
+def _to_the_end(history: Bars) -> Bars:
+    """A history in which a symbol that has not traded lately repeats its last close: it may trade again at any moment."""
+    if not history.n or not np.isnan(history.close[-1]).any():
+        return history
+    block = np.stack([history.open, history.high, history.low, history.close, history.volume])
+    return history.head(0).extend(history.times_ns, block, carry=True)
 
 
 def _as_recorded(history: Bars, recorded: HistoryLoaded) -> Bars:
     """The bars that a session began with, out of what the broker gives after a restart; raises BadData for others."""
-    found = history.head(recorded.rows)
+    begin = 0 if recorded.first is None else int(np.searchsorted(history.times_ns, to_ns(recorded.first)))
+    found = history.rows_between(begin, begin + recorded.rows)
     if found.content_hash != recorded.content_hash:
         raise BadData(
             "The broker's history is no longer the one that the session began with, so that its decisions cannot be "
@@ -529,6 +554,7 @@ async def run_session(
     progress: Progress | None = None,  # called after every bar
     resume: bool = False,  # go on with the session that journal_path holds; one that ended gives its result again
     companions: Iterable[Companion] = (),  # what looks at the session from beside it
+    check: bool = True,  # refuse a strategy that looks ahead, or depends on more bars than it says
 ) -> SessionResult:
     """Run a session to its end, or until SIGINT or SIGTERM; raises TraderError where it cannot begin or go on.
 
@@ -539,7 +565,7 @@ async def run_session(
     put_in_force(settings.secrets())
     strategy = strategy or spec.build()
     refuse_secrets(spec.told(strategy))
-    warmup = max(one.strategy.warmup for one in spec.assignments(strategy))
+    warmup = max(history_bars(one.strategy) for one in spec.assignments(strategy))
     simulated = settings.broker.kind == "simulated"
     if bars is not None and not simulated:
         raise Misused("Bars can be played by the embedded exchange only. Leave them out, or set broker.kind=simulated.")
@@ -553,6 +579,10 @@ async def run_session(
             f"{path} holds the session {past.session_id}, and what was asked for is {session_id}: other parameters, or "
             "other bars. Resume with those that began it."
         )
+    if check and past.is_empty:
+        for one in spec.assignments(strategy):
+            own = None if played is None else played.sel(one.symbols)
+            ensure_checked(one.strategy, one.symbols, spec.timeframe, own)
     inputs = SessionInputs(
         spec=spec,
         settings=settings,

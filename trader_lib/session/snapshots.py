@@ -82,16 +82,26 @@ class Snapshot:
             ) from error
         book.changed()
 
-    def bars(self, journal: Journal, symbols: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """The bars that had closed by then: their starts, ns, and open … volume [field × time × symbol], NaN for none.
+    def bars(
+        self, journal: Journal, symbols: Sequence[str]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.bool_]]:
+        """The bars that had closed by then: their starts, ns, open … volume [field × time × symbol], NaN for none, and at
+        which stamps that means that nothing was traded.
 
         They are read without checking each again: there may be many, and the chain says that they are as they were written.
         """
         told = [orjson.loads(payload) for payload in journal.payloads(BarsClosed, self.landmarks.last_seq)]
-        rows = [_row(closed["bars"], symbols) for closed in told]
-        times = pd.DatetimeIndex([closed["at"] for closed in told], tz="UTC").as_unit("ns").asi8
-        block = np.array(rows, dtype=np.float64).reshape(len(told), len(symbols), len(FIELDS))
-        return np.asarray(times, dtype=np.int64), block.transpose(2, 0, 1)
+        stamps = [(at, bars, closed.get("quiet") is not None) for closed in told for at, bars in _stamps(closed)]
+        rows = [_row(bars, symbols) for _, bars, _ in stamps]
+        times = pd.DatetimeIndex([at for at, _, _ in stamps], tz="UTC").as_unit("ns").asi8
+        block = np.array(rows, dtype=np.float64).reshape(len(stamps), len(symbols), len(FIELDS))
+        whole = np.array([known for _, _, known in stamps], dtype=np.bool_)
+        return np.asarray(times, dtype=np.int64), block.transpose(2, 0, 1), whole
+
+
+def _stamps(closed: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Mapping[str, float]]]]:
+    """The stamps that an event names, those at which nobody traded before its own, and the bars of each."""
+    return [*((at, {}) for at in closed.get("quiet") or ()), (closed["at"], closed["bars"])]
 
 
 def _row(bars: Mapping[str, Mapping[str, float]], symbols: Sequence[str]) -> list[tuple[float, ...]]:

@@ -16,11 +16,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, NewType
 
+import numpy as np
 from dishka import AsyncContainer, Provider, Scope, from_context, make_async_container, provide
 
 from ..agents.contract import Agent
 from ..agents.execution import ExecutionAgent
-from ..agents.market_data import MarketDataAgent
+from ..agents.market_data import MarketDataAgent, actions_ahead
 from ..agents.monitor import MonitorAgent
 from ..agents.portfolio import PortfolioAgent
 from ..agents.risk import RiskAgent
@@ -42,6 +43,7 @@ from ..exchange.engine import Exchange
 from ..exchange.server import ExchangeServer
 from ..journal.chain import Journal
 from ..journal.opening import open_journal
+from ..market.actions import actions_by_stamp
 from ..market.bars import Bars
 from ..resilience.cache import TtlCache
 from ..risk.limits import Limits
@@ -52,10 +54,10 @@ from .rebuild import REBUILDS, NamesAhead, Standing, rebuild
 from .reconcile import Reconciler
 from .recovery import Recollection, RecordedBroker, Summary
 from .snapshots import Knowing, Snapshot, SnapshotKeeper, identity, snapshot_folder
-from .spec import Assignment, SessionSpec
-from ..strategy.contract import Strategy
+from .spec import Assignment, Factors, SessionSpec, factor_at, factors_of
+from ..strategy.contract import Strategy, history_bars
 from ..strategy.planner import Planner
-from ..trading.events import AccountReported, TradeUpdated
+from ..trading.events import AccountReported, CorporateAction, TradeUpdated
 from ..trading.portfolio import Commission, Fill, Position, no_commission
 
 # %% ../../nbs/session/01_wiring.ipynb #c600e721
@@ -100,17 +102,39 @@ class SessionInputs:
 
     @property
     def warmup(self) -> int:
-        """Bars that the strategies want to have seen before the first."""
-        return max(one.strategy.warmup for one in self.assignments)
+        """Bars that the strategies are given from before the first."""
+        return max(history_bars(one.strategy) for one in self.assignments)
 
     @property
     def capital(self) -> dict[str, Decimal]:
         """Of each of several strategies, USD; empty for one, which has the account's cash."""
         return {one.label: one.capital for one in self.assignments if one.capital is not None}
 
+    def actions(self, calendar: TradingCalendar) -> dict[datetime, tuple[CorporateAction, ...]]:
+        """What happens to shares at the close of which bars, by their stamps: as the embedded exchange has it.
+
+        Raises Misused where several strategies would have to share out what a split leaves of their odd shares.
+        """
+        if self.bars is None:
+            return {}
+        taken = self.bars.run_actions(calendar, self.spec.costs.delisting_recovery)
+        if self.capital and (taken.ratio % 1.0 != 0.0).any():
+            raise Misused(
+                "Several strategies cannot share one account across a split that leaves fractions of a share. "
+                "Use split-adjusted prices, or run each strategy by itself."
+            )
+        return actions_by_stamp(taken, self.bars.symbols, self.bars.times_ns)
+
     def commission(self, fill: Fill) -> Decimal:
         """What a fill costs at the embedded exchange, USD; Alpaca charges nothing that is known beforehand."""
-        return self.spec.commission(fill) if self.is_simulated else no_commission(fill)
+        if not self.is_simulated:
+            return no_commission(fill)
+        return self.spec.commission(fill, factor_at(self.factors, fill.symbol, fill.timestamp))
+
+    @cached_property
+    def factors(self) -> Factors:
+        """Where the factors of the bars change, by symbol; nothing where no fee depends on them."""
+        return factors_of(self.bars, TradingCalendar()) if self.bars and self.spec.costs.commission_per_share else {}
 
 # %% ../../nbs/session/01_wiring.ipynb #3b4c3d36
 class CoreProvider(Provider):
@@ -441,7 +465,7 @@ def strategist(
     """The agent that carries a strategy."""
     if one.label:
         history = history.sel(one.symbols)
-        history = history.rows_between(max(history.n - one.strategy.warmup, 0), history.n)
+        history = history.rows_between(max(history.n - history_bars(one.strategy), 0), history.n)
     planner = Planner(history.symbols, one.sizing, one.strategy.exits)
     has_capital = one.capital is not None
     rules = StrategyRules(one.strategy, planner, session_id, one.label, has_capital, commission)
@@ -491,7 +515,11 @@ class AgentProvider(Provider):
         self, inputs: SessionInputs, bus: InProcessBus, clock: Clock, calendar: TradingCalendar, history: History
     ) -> MarketDataAgent:
         """Bars in."""
-        return MarketDataAgent(bus, clock, calendar, history.symbols, inputs.spec.timeframe)
+        actions = inputs.actions(calendar) if inputs.is_simulated else {}
+        names_quiet, timeframe = not inputs.is_simulated, inputs.spec.timeframe
+        return MarketDataAgent(
+            bus, clock, calendar, history.symbols, timeframe, actions=actions, names_quiet=names_quiet
+        )
 
     @provide
     def strategies(self, inputs: SessionInputs, bus: InProcessBus, clock: Clock, history: History) -> Strategists:
@@ -567,12 +595,22 @@ class AgentProvider(Provider):
         ids: Ids,
         portfolio: PortfolioAgent,
         execution: ExecutionAgent,
+        market_data: MarketDataAgent,
     ) -> Reconciler:
         """Our books beside the broker's."""
         since = inputs.past.started_at or clock.now()
         foresees, symbols = inputs.is_simulated, inputs.spec.symbols
         return Reconciler(
-            bus, broker, clock, ids, portfolio, execution, since=since, symbols=symbols, foresees_cash=foresees
+            bus,
+            broker,
+            clock,
+            ids,
+            portfolio,
+            execution,
+            since=since,
+            symbols=symbols,
+            foresees_cash=foresees,
+            coming=lambda: actions_ahead(market_data.feed, market_data.state),
         )
 
 # %% ../../nbs/session/01_wiring.ipynb #c5cc4aca

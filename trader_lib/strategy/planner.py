@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors.taxonomy import InvariantBroken, Misused
+from ..rules.actions import split_position
 from ..rules.exits import NO_EXITS, update_extreme
 from .exits import ProtectiveExits
 from ..rules.sizing import SizingRules, plan_orders
@@ -195,6 +196,16 @@ class Planner:
             left = round_to(self.working_qty[s] - signed_qty, QTY_DECIMALS)
             self.working_qty[s] = left if left * self.working_qty[s] > 0.0 else 0.0
         return realized
+
+    def on_split(self, symbol: str, ratio: float, price: float) -> float:
+        """A position was split, ratio shares for each; nothing rests any more. Returns what was paid for the odd part, USD.
+
+        price: USD a share after it.
+        """
+        s = self._place(symbol)
+        self.positions[s], self.avg_entry[s], paid = split_position(self.positions[s], self.avg_entry[s], ratio, price)
+        self.extreme[s] = self.extreme[s] / ratio if self.positions[s] != 0.0 else math.nan
+        return paid
 
     def on_close(self, close: NDArray[np.float64]) -> None:
         """A bar has closed (USD [symbol], NaN where there is none): moves the best close since the entry."""

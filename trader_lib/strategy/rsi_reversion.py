@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from ..market.bars import Bars
 from .contract import Strategy
 from .exits import ProtectiveExits
+from .windows import window_mean
 
 # %% ../../nbs/strategy/11_rsi_reversion.ipynb #03bc852f
 def rsi(close: pd.DataFrame, period: int) -> pd.DataFrame:
@@ -24,17 +25,18 @@ def rsi(close: pd.DataFrame, period: int) -> pd.DataFrame:
     simple averages.
     """
     move = close.diff()
-    up = move.clip(lower=0.0).rolling(period).mean().clip(lower=0.0)
-    down = (-move).clip(lower=0.0).rolling(period).mean().clip(lower=0.0)
-    total = up + down
-    return (100.0 * up / total).mask(total == 0.0, 50.0)
+    up = window_mean(move.clip(lower=0.0).to_numpy(), period)
+    total = up + window_mean((-move).clip(lower=0.0).to_numpy(), period)
+    with np.errstate(invalid="ignore"):
+        index = np.where(total == 0.0, 50.0, 100.0 * up / total)
+    return pd.DataFrame(index, close.index, close.columns)
 
 # %% ../../nbs/strategy/11_rsi_reversion.ipynb #d456e352
 class RsiReversion(Strategy):
     """Long from the bar whose RSI is at or below `entry` until the one whose RSI is at or above `exit`.
 
     period: bars. entry, exit: index levels, 0 to 100, entry < exit. stop_loss, take_profit: fractions of the entry
-    price, None for none.
+    price, None for none. patience: bars after which a position is given up whose RSI has stayed between the two.
     """
 
     name: ClassVar[str] = "rsi_reversion"
@@ -44,6 +46,7 @@ class RsiReversion(Strategy):
     exit: float = Field(default=55.0, ge=0.0, le=100.0)
     stop_loss: float | None = Field(default=0.08, gt=0.0, lt=1.0)
     take_profit: float | None = Field(default=0.15, gt=0.0, le=10.0)
+    patience: int = Field(default=63, ge=1, le=10_000)
 
     @model_validator(mode="after")
     def _entry_below_exit(self) -> Self:
@@ -57,6 +60,11 @@ class RsiReversion(Strategy):
         return self.period + 1
 
     @property
+    def lookback_max(self) -> int:
+        """The warm-up of the oldest opinion that still counts."""
+        return self.period + 1 + self.patience
+
+    @property
     def exits(self) -> ProtectiveExits | None:
         """Stop loss and take profit, as far as they are given."""
         if self.stop_loss is None and self.take_profit is None:
@@ -67,4 +75,5 @@ class RsiReversion(Strategy):
         """1/N of the equity in each of the N symbols that is cheap, or was and has not recovered yet."""
         index = rsi(bars.frame("close"), self.period)
         opinion = np.select([index <= self.entry, index >= self.exit], [1.0, 0.0], np.nan)
-        return pd.DataFrame(opinion, index.index, index.columns).ffill().fillna(0.0) / len(bars.symbols)
+        carried = pd.DataFrame(opinion, index.index, index.columns).ffill(limit=self.patience)
+        return carried.fillna(0.0) / len(bars.symbols)

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from ..market.bars import Bars
 from .contract import Strategy
+from .windows import window_mean
 
 # %% ../../nbs/strategy/10_sma_cross.ipynb #d2929efc
 class SmaCross(Strategy):
@@ -37,8 +38,12 @@ class SmaCross(Strategy):
         """The slow average's length."""
         return self.slow
 
+    @property
+    def lookback_max(self) -> int:
+        """The slow average's length."""
+        return self.slow
+
     def targets(self, bars: Bars) -> pd.DataFrame:
         """1/N of the equity in each of the N symbols whose fast average is above its slow one."""
-        close = bars.frame("close")
-        rising = close.rolling(self.fast).mean() > close.rolling(self.slow).mean()
-        return rising.astype(float) / len(bars.symbols)
+        rising = window_mean(bars.close, self.fast) > window_mean(bars.close, self.slow)
+        return pd.DataFrame(rising / len(bars.symbols), bars.index, list(bars.symbols))

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from ..market.bars import Bars
 from .contract import Strategy
+from .windows import window_std
 
 # %% ../../nbs/strategy/13_vol_target.ipynb #f01b4887
 class VolTarget(Strategy):
@@ -35,10 +36,18 @@ class VolTarget(Strategy):
         """One bar more than the window: returns lie between bars."""
         return self.window + 1
 
+    @property
+    def lookback_max(self) -> int:
+        """The same: what lies before the window is forgotten."""
+        return self.window + 1
+
     def targets(self, bars: Bars) -> pd.DataFrame:
         """Up to 1/N of the equity in each of the N symbols, less while it is volatile."""
-        returns = bars.frame("close").pct_change(fill_method=None)
-        volatility = returns.rolling(self.window).std() * np.sqrt(self.bars_per_year)
-        exposure: pd.DataFrame = (self.target / volatility).clip(upper=1.0)
-        steps = (exposure / self.step + 1e-9).apply(np.floor)  # 0.3 / 0.1 is three steps, not 2.9999…
-        return (steps * self.step).clip(upper=1.0).fillna(0.0) / len(bars.symbols)
+        returns = np.full_like(bars.close, np.nan)
+        returns[1:] = bars.close[1:] / bars.close[:-1] - 1.0
+        volatility = window_std(returns, self.window) * np.sqrt(self.bars_per_year)
+        with np.errstate(divide="ignore"):  # a price that does not move has no volatility
+            exposure = np.minimum(self.target / volatility, 1.0)
+        steps = np.floor(exposure / self.step + 1e-9)  # 0.3 / 0.1 is three steps, not 2.9999…
+        weights = np.nan_to_num(np.minimum(steps * self.step, 1.0)) / len(bars.symbols)
+        return pd.DataFrame(weights, bars.index, list(bars.symbols))

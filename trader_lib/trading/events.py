@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['Finite', 'Figure', 'Kind', 'PAYLOADS', 'PROBLEMS_MAX', 'SYMBOLS_MAX', 'BarFigures', 'BarRows', 'DiscrepancyKind',
-           'Resolution', 'ENVELOPE', 'utc_text', 'Payload', 'Input', 'Output', 'payload_from_json', 'SessionStarted',
-           'BarRow', 'BarsClosed', 'HistoryLoaded', 'TradeUpdated', 'AssetsReported', 'AccountReported',
-           'PositionsReported', 'OrdersReported', 'OrderAcknowledged', 'OrderFailed', 'OperatorCommand',
-           'SnapshotTaken', 'ClockTicked', 'TradingState', 'TargetsDecided', 'OrderProposed', 'CancelProposed',
-           'CheckOutcome', 'RiskDecided', 'OrderIntended', 'CancelIntended', 'FillRecorded', 'StrategyHoldings',
-           'PortfolioChanged', 'TradingStateChanged', 'OrderAdopted', 'Discrepancy', 'Reconciled', 'AgentFailed',
-           'SessionEnded', 'degraded_sentence', 'Event', 'canonical_row']
+           'Resolution', 'ENVELOPE', 'utc_text', 'Payload', 'Input', 'Output', 'payload_from_json', 'FactorFrom',
+           'SessionStarted', 'BarRow', 'CorporateAction', 'BarsClosed', 'HistoryLoaded', 'TradeUpdated',
+           'AssetsReported', 'AccountReported', 'PositionsReported', 'OrdersReported', 'OrderAcknowledged',
+           'OrderFailed', 'OperatorCommand', 'SnapshotTaken', 'ClockTicked', 'TradingState', 'TargetsDecided',
+           'OrderProposed', 'CancelProposed', 'CheckOutcome', 'RiskDecided', 'OrderIntended', 'CancelIntended',
+           'FillRecorded', 'StrategyHoldings', 'PortfolioChanged', 'TradingStateChanged', 'OrderAdopted', 'Discrepancy',
+           'Reconciled', 'AgentFailed', 'SessionEnded', 'degraded_sentence', 'Event', 'canonical_row']
 
 # %% ../../nbs/trading/04_events.ipynb #23a33cd0
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -33,6 +33,7 @@ from pydantic import (
 
 from ..config.masking import masked_bytes
 from ..errors.taxonomy import BadData, did_you_mean
+from ..rules.actions import split_position
 from .capability import Asset
 from .orders import Label, Number, Order, OrderRequest, Utc
 from .portfolio import Fill, FrozenMap, Position
@@ -112,6 +113,15 @@ def _problems(error: ValidationError) -> str:
     return str(error) if count <= PROBLEMS_MAX else f"there are {count:,} things wrong with it"
 
 # %% ../../nbs/trading/04_events.ipynb #47f92aca
+class FactorFrom(BaseModel):
+    """From a moment on, prices in the bars are so many times those as traded."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    at: Utc
+    factor: Finite
+
+
 class SessionStarted(Input):
     """A session begins: everything it was started with, secrets excluded."""
 
@@ -127,6 +137,9 @@ class SessionStarted(Input):
     sources: FrozenMap[str, str] = Field(
         default_factory=dict, exclude_if=lambda known: not known
     )  # hashes, by strategy
+    factors: FrozenMap[str, tuple[FactorFrom, ...]] = Field(
+        default_factory=dict, exclude_if=lambda known: not known
+    )  # by symbol, from which moment on; only where fees depend on it
 
 
 class BarRow(BaseModel):
@@ -141,6 +154,38 @@ class BarRow(BaseModel):
     volume: Finite
 
 
+class CorporateAction(BaseModel):
+    """What happens to the shares of a symbol at the close of a bar, before anything is decided at it.
+
+    split: `ratio` shares are held after it for one before, and nothing rests any more. delisted: a share is paid with
+    `paid`, USD, and no longer traded.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    symbol: str
+    kind: Literal["split", "delisted"]
+    ratio: Finite = 1.0
+    paid: Finite = 0.0
+
+    def close(self, close: float) -> float:
+        """A bar's close, USD, in the shares that are held after it; NaN where none is traded any more."""
+        return close / self.ratio if self.kind == "split" else float("nan")
+
+    def sentence(self, day: date, held: float | None = None) -> str:
+        """What happened. day: of the bar's close, New York. held: shares before it, unsigned; None: not known."""
+        if self.kind == "split":
+            what = f"{self.symbol} split {self.ratio:g} for 1 after the close of {day}"
+            if not held:
+                return f"{what}."
+            after, _, _ = split_position(held, 0.0, self.ratio, 0.0)
+            return f"{what}: {held:,.9g} shares became {after:,.9g}."
+        what = f"{self.symbol} was delisted at the close of {day}, its last"
+        if held is None:
+            return f"{what}: a share is paid with {self.paid:g} USD."
+        return f"{what}: {held:,.9g} shares were closed at {self.paid:g} USD." if held else f"{what}; none was held."
+
+
 class BarsClosed(Input):
     """All symbols' bars of one stamp, closed; a symbol without a bar is left out."""
 
@@ -150,6 +195,10 @@ class BarsClosed(Input):
     bars: FrozenMap[str, BarRow] = Field(max_length=SYMBOLS_MAX)
     last: bool = False  # of the session's data
     late: bool = False  # fetched after a gap, and followed by later ones: known, and not acted upon
+    quiet: tuple[Utc, ...] | None = Field(
+        None, exclude_if=lambda known: known is None
+    )  # the calendar's stamps before it at which nobody traded; None: not looked for, as in journals of before
+    actions: Annotated[tuple[CorporateAction, ...], Field(exclude_if=lambda actions: not actions)] = ()
 
 
 BarFigures = Annotated[tuple[Finite | None, ...], Field(fail_fast=True)]  # open … volume

@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, WrapSerializer
 
 from ..rules import folding
+from ..rules.actions import split_position
 from ..rules.numbers import AVERAGE_PRICE_DECIMALS, CASH_DECIMALS, QTY_DECIMALS, to_decimal, to_float
 from .orders import SIDE_SIGN, Label, Number, OrderSide, Purpose, Utc
 
@@ -121,6 +122,28 @@ class Portfolio(BaseModel):
             cash=self.cash + to_decimal(flow, CASH_DECIMALS),
             positions={**self.positions, fill.symbol: self.position(fill.symbol).apply(fill)},
         )
+
+    def split(self, symbol: str, ratio: float, price: float) -> Self:
+        """The portfolio after a split, ratio shares for each. price: USD a share after it, for what is no whole share."""
+        held = self.position(symbol)
+        qty, average, paid = split_position(to_float(held.qty), to_float(held.avg_entry_price), ratio, price)
+        after = held.model_copy(
+            update={
+                "qty": to_decimal(qty, QTY_DECIMALS),
+                "avg_entry_price": to_decimal(average, AVERAGE_PRICE_DECIMALS),
+            }
+        )
+        cash = self.cash + to_decimal(paid, CASH_DECIMALS)
+        return type(self)(cash=cash, positions={**self.positions, symbol: after})
+
+    def pay_out(self, symbol: str, price: float) -> Self:
+        """The portfolio after a position was closed at a price, USD a share, without commission."""
+        held = self.position(symbol)
+        qty, average = to_float(held.qty), to_float(held.avg_entry_price)
+        _, _, realized = folding.fold_fill(qty, average, -qty, price)
+        cash = self.cash + to_decimal(folding.cash_flow(-qty, price, 0.0), CASH_DECIMALS)
+        after = Position(symbol=symbol, realized_pl=held.realized_pl + to_decimal(realized, CASH_DECIMALS))
+        return type(self)(cash=cash, positions={**self.positions, symbol: after})
 
     def with_cash(self, cash: Decimal) -> Self:
         """The same positions with the cash that the broker reports (USD)."""
