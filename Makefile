@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 DOCS_INSTALLED := $(VENV)/.installed-docs
 export PYTHONWARNINGS ?= ignore::DeprecationWarning:alpaca,ignore::DeprecationWarning:websockets
 
-.PHONY: help install demo test verify lint types coverage fmt notebook export docs docs-serve bench simulate constraints clean
+.PHONY: help install demo test verify lint types coverage fmt notebook export docs docs-serve bench simulate parity constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -93,6 +93,9 @@ bench: install ## measured figures: import time, engines, order path
 
 simulate: install ## play SEEDS sessions behind a bad connection (300), and report what broke
 	@$(BIN)/python -m tests.simulation --seeds $(or $(SEEDS),300)
+
+parity: install ## play SEEDS drawn configurations in both engines (500), and report where they disagree
+	@$(BIN)/python -m tests.parity --seeds $(or $(SEEDS),500)
 
 constraints: ## resolve everything anew and pin it
 	rm -rf $(VENV)

@@ -66,6 +66,7 @@ def test_nobody_else_reads_the_environment():
         "runs/runner.py",
         "session/distributed.py",
         "session/permit.py",  # the number of a descriptor that it inherits, which is no setting
+        "strategy/fresh.py",  # pass it on to the process that asks a strategy anew
         "strategy/trust.py",  # what a kernel may run, from the process that started it; no setting either
         "app/cli.py",  # asks for TRADER_DEBUG when settings could not be loaded
     }

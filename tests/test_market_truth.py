@@ -121,7 +121,8 @@ def test_without_a_known_calendar_only_a_long_silence_is_a_hole() -> None:
 
 def apple(adjustment: Any) -> Bars:
     """Across the split of 2:1 on 28 February 2005: 88.99 the evening before, 44.68 in the morning."""
-    return sample_bars("AAPL", start="2005-02-01", end="2005-03-31", adjustment=adjustment)
+    bars = sample_bars("AAPL", start="2005-02-01", end="2005-03-31", adjustment=adjustment)
+    return Bars.from_frame(bars.to_frame(), adjustment=adjustment)  # prices alone: the sample knows of its split
 
 
 def test_raw_bars_across_a_split_are_refused_and_adjusted_ones_earn_what_was_earned() -> None:
@@ -140,6 +141,7 @@ async def test_a_session_refuses_what_a_backtest_refuses(tmp_path: Path) -> None
         await run_session(
             spec.model_copy(update=dates),
             load_settings(environ={}, env_file=None, overrides={"broker": {"transport": "in_process"}}),
+            bars=apple("raw"),
             journal_path=tmp_path / "journal.sqlite",
         )
 

@@ -190,7 +190,8 @@ async def test_adjusted_bars_with_known_splits(tmp_path: Path) -> None:
 def leaving(recovery: float = 1.0) -> tuple[Bars, Costs]:
     """AAA falls to 4 and is gone after the fourth day; BBB goes on."""
     table = pd.concat([frame([10.0, 10.0, 8.0, 4.0], "AAA"), frame([50.0] * 8, "BBB")])
-    return Bars.from_frame(table), Costs(volume_share=0.0, delisting_recovery=recovery)
+    bars = Bars.from_frame(table, adjustment="split")  # it fell; it was not split
+    return bars, Costs(volume_share=0.0, delisting_recovery=recovery)
 
 
 @pytest.mark.parametrize(("recovery", "equity"), [(1.0, 7_000.0), (0.5, 6_000.0), (0.0, 5_000.0)])
@@ -291,7 +292,7 @@ def test_cheap_prices_that_a_tick_comes_near_are_right(price: float) -> None:
 
 async def test_more_shares_than_a_whole_number_of_billionths_holds(tmp_path: Path) -> None:
     """A million USD at 0.0001 are ten billion shares, whole ones, in both engines."""
-    bars = Bars.from_frame(frame([0.0001, 0.0001, 0.0002, 0.0002, 0.0001]))
+    bars = Bars.from_frame(frame([0.0001, 0.0001, 0.0002, 0.0002, 0.0001]), adjustment="split")
     result = backtest(Hold(until=2), bars, cash=1_000_000, costs=FREE)
     assert result.positions["AAA"].tolist() == [0, 1e10, 1e10, 0, 0]
     assert result.equity_end == 2_000_000

@@ -42,7 +42,7 @@ from trader_lib.rules.checks import (
 )
 from trader_lib.rules.exits import NO_EXITS, exit_due, exit_prices
 from trader_lib.rules.folding import cash_flow, equity, exposure, fold_fill
-from trader_lib.rules.matching import commission, fill_price, fill_qty, match_oco, match_price
+from trader_lib.rules.matching import affordable_qty, commission, fill_price, fill_qty, match_oco, match_price
 from trader_lib.rules.numbers import round_to, to_decimal, to_float
 from trader_lib.rules.sizing import SizingRules
 from trader_lib.session.session import SessionResult, run_session
@@ -162,9 +162,11 @@ class Reference:
                 continue
             volume = float(self.market.volume[t, order.s])
             qty = fill_qty(order.remaining, volume, rates.volume_share, used[order.s], self.sizing.fractional)
+            price = fill_price(leg.kind, order.side, price, rates.slippage_bps)
+            if order.side > 0 and self.multiplier == 1:
+                qty = affordable_qty(qty, price, self.cash, rates, self.sizing.fractional)
             if qty <= 0:
                 continue
-            price = fill_price(leg.kind, order.side, price, rates.slippage_bps)
             fee = commission(qty, price, rates.per_share, rates.bps, rates.minimum)
             self.cash = round_to(self.cash + cash_flow(order.side * qty, price, fee), 2)
             self.planner.on_fill(self.symbols[order.s], order.side * qty, price, "exit" if order.exit else "entry")
@@ -368,6 +370,8 @@ def both(seed: int) -> tuple[Reference, object, Market]:
     market = random_market(rng)
     weights = random_weights(rng, market)
     costs, limits, sizing, exits, multiplier = random_rules(rng)
+    if seed % 3 == 0:
+        weights = np.where(rng.random(weights.shape) < 0.5, math.nan, weights)
     start, cash = int(rng.integers(0, 5)), float(some(rng, 100_000.0, 30_000.0, 2_500.0))
     reference = Reference(market, costs, limits, sizing, exits, float(multiplier), cash)
     reference.run(weights, start)

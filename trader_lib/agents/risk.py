@@ -53,7 +53,7 @@ from trader_lib.rules.checks import (
     sells_short,
     state_after_close,
 )
-from ..rules.numbers import CASH_DECIMALS, QTY_DECIMALS, round_to, to_decimal, to_float
+from ..rules.numbers import CASH_DECIMALS, round_qty, round_to, to_float, to_shares
 from ..rules.wash import would_wash
 
 # %% ../../nbs/agents/03_risk.ipynb #1cbc5a14
@@ -329,6 +329,8 @@ def breach(rules: BookRules, book: RiskBook) -> tuple[TradingState, str]:
     nothing = About("", math.nan)
     if becomes == HALTED:
         return TradingState.HALTED, describe(Check.DRAWDOWN, False, drawdown, values.max_drawdown, nothing)
+    if account.is_ruined(book.equity):
+        return TradingState.REDUCING, f"Ruined: the equity is {book.equity:,.2f} USD. What is held is closed."
     return TradingState.REDUCING, describe(Check.DAILY_LOSS, False, daily, values.max_daily_loss, nothing)
 
 # %% ../../nbs/agents/03_risk.ipynb #4392c4c3
@@ -380,8 +382,8 @@ def judge(
         costs[owner] = around.order_cost
     if len(owners) > 1:
         book = state.books[""]
-        closed_already = to_decimal(open_qty(book, column, SIDE_SIGN[request.side]), QTY_DECIMALS)
-        room = netting(request, to_decimal(float(book.qty[column]), QTY_DECIMALS), closed_already)
+        closed_already = to_shares(open_qty(book, column, SIDE_SIGN[request.side]))
+        room = netting(request, to_shares(float(book.qty[column])), closed_already)
         checks.append(room.model_copy(update={"scope": ACCOUNT}))
     return checks, costs
 
@@ -428,7 +430,7 @@ def end_short(book: RiskBook, client_order_id: str, filled_qty: float) -> None:
     end_order(book, client_order_id)
     if order is None:
         return
-    unrecorded = round_to(filled_qty - (order.qty - order.remaining), QTY_DECIMALS)
+    unrecorded = round_qty(filled_qty - (order.qty - order.remaining))
     if unrecorded > 0.0:
         cost = order.cost * filled_qty / order.qty
         book.working[client_order_id] = ApprovedOrder(order.column, order.side_sign, filled_qty, unrecorded, cost)
@@ -436,13 +438,13 @@ def end_short(book: RiskBook, client_order_id: str, filled_qty: float) -> None:
 # %% ../../nbs/agents/03_risk.ipynb #53d0a168
 def book_fill(rules: BookRules, book: RiskBook, fill: Fill, column: int, fee: Decimal) -> None:
     """Move position, cash and what remains of an order. fee: its commission, USD."""
-    book.qty[column] = round_to(book.qty[column] + to_float(fill.signed_qty), QTY_DECIMALS)
+    book.qty[column] = round_qty(book.qty[column] + to_float(fill.signed_qty))
     if not rules.is_account:
         book.cash = cash_after(book.cash, fill, fee)
     for orders in _orders(book):
         order = orders.get(fill.client_order_id)
         if order is not None:
-            order.remaining = round_to(order.remaining - to_float(fill.qty), QTY_DECIMALS)
+            order.remaining = round_qty(order.remaining - to_float(fill.qty))
             if order.remaining <= 0.0:
                 del orders[fill.client_order_id]
 
@@ -469,7 +471,7 @@ def remaining_shares(adopted: OrderAdopted, price: float) -> float:
     if adopted.remaining is not None:
         return to_float(adopted.remaining)
     if order.notional is not None and price > 0.0:
-        return round_to(to_float(order.notional) / price - to_float(order.filled_qty), QTY_DECIMALS)
+        return round_qty(to_float(order.notional) / price - to_float(order.filled_qty))
     return 0.0
 
 # %% ../../nbs/agents/03_risk.ipynb #bfda120e

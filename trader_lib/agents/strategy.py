@@ -29,7 +29,7 @@ from ..clock.clock import Clock
 from ..market.bars import Bars
 from ..rules import folding
 from ..rules.exits import NO_EXITS, ExitRates, exit_due, exit_prices
-from ..rules.numbers import CASH_DECIMALS, PRICE_DECIMALS, QTY_DECIMALS, round_to, to_decimal, to_float
+from ..rules.numbers import CASH_DECIMALS, PRICE_DECIMALS, round_to, to_decimal, to_float, to_shares
 from ..strategy.contract import Strategy, needed_bars, target_weights
 from ..strategy.planner import Holdings, PlannedAction, PlannedType, Planner
 from ..trading.portfolio import Commission, Fill, no_commission
@@ -75,7 +75,7 @@ def order_request(action: PlannedAction, order_id: str, strategy: str = "") -> O
     return OrderRequest(
         symbol=action.symbol,
         side=OrderSide.BUY if action.side_sign > 0 else OrderSide.SELL,
-        qty=to_decimal(action.qty, QTY_DECIMALS),
+        qty=to_shares(action.qty),
         type=OrderType.LIMIT if oco else OrderType(action.order_type),
         limit_price=_price(action.limit_price),
         stop_price=None if oco else _price(action.stop_price),
@@ -261,8 +261,9 @@ def on_bars(rules: StrategyRules, state: StrategyState, bars: Bars, closed: Bars
     if weights is None:
         yield from decide(rules, state, closed.at, np.full(len(state.close), math.nan))
     else:
-        named = {symbol: float(weight) for symbol, weight in zip(bars.symbols, weights, strict=True)}
-        yield TargetsDecided(at=closed.at, weights=named)
+        named = zip(bars.symbols, weights.tolist(), strict=True)
+        wanted = {symbol: weight for symbol, weight in named if not math.isnan(weight)}
+        yield TargetsDecided(at=closed.at, weights=wanted)
         yield from decide(rules, state, closed.at, weights)
     if state.refused is not None and not state.protects_only:
         raise state.refused

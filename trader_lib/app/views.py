@@ -30,6 +30,8 @@ def show_run(run: RunFolder, *, as_json: bool = False, orders: int = 0) -> None:
     print_facts(headline(run, result), title=run.name)
     if result.strategies:
         print_table(STRATEGY_COLUMNS, [strategy_row(row) for row in result.strategies], title="Strategies")
+    for one in result.notes:
+        print_line(one)
     if result.failure is not None and result.failure.error == LOOK_AHEAD:
         print_line(f"Not to be believed: {result.failure.message}")
     elif result.failure is not None:

@@ -95,6 +95,7 @@ class InProcessBroker:
             short_market_value=-state.short_market_value,
             initial_margin=state.initial_margin,
             maintenance_margin=state.maintenance_margin,
+            trading_blocked=state.is_ruined,
             account_number=SIMULATED_NUMBER,
         )
 

@@ -25,7 +25,7 @@ from alpaca.trading.requests import OrderRequest as AlpacaOrderRequest
 
 from .inbox import BarArrived
 from ..trading.events import AccountReported, BarRow, TradeUpdated
-from ..rules.numbers import PRICE_DECIMALS, QTY_DECIMALS, to_decimal
+from ..rules.numbers import PRICE_DECIMALS, to_decimal, to_shares
 from ..trading.orders import Order, OrderClass, OrderRequest, OrderType
 from ..trading.portfolio import Position
 
@@ -103,9 +103,9 @@ def trade_updated(update: TradeUpdate) -> TradeUpdated:
         event=getattr(update.event, "value", update.event),
         order=Order.from_alpaca(update.order),
         execution_id=None if update.execution_id is None else str(update.execution_id),
-        qty=None if update.qty is None else to_decimal(update.qty, QTY_DECIMALS),
+        qty=None if update.qty is None else to_shares(update.qty),
         price=None if update.price is None else to_decimal(update.price, PRICE_DECIMALS),
-        position_qty=None if update.position_qty is None else to_decimal(update.position_qty, QTY_DECIMALS),
+        position_qty=None if update.position_qty is None else to_shares(update.position_qty),
         timestamp=update.timestamp,
     )
 

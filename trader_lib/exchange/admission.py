@@ -13,7 +13,7 @@ from decimal import Decimal
 from . import refusals
 from ..rules.account import may_short, order_cost
 from .book import BookOrder, Ledger
-from ..rules.numbers import CASH_DECIMALS, QTY_DECIMALS, round_to, to_decimal, to_float
+from ..rules.numbers import CASH_DECIMALS, round_to, to_decimal, to_float, to_shares
 from ..trading.capability import capability_refusal
 from ..trading.orders import ORDER_TYPE_CODE, SIDE_SIGN, OrderClass, OrderRequest, TimeInForce
 from ..rules.wash import would_wash
@@ -65,7 +65,7 @@ class Admission:
         """Shares of a position that no open closing order holds."""
         held = sum(
             (
-                to_decimal(order.remaining, QTY_DECIMALS)
+                to_shares(order.remaining)
                 for order in self._working
                 if order.symbol == symbol and order.sign * position < 0
             ),
@@ -83,11 +83,13 @@ class Admission:
     def _check_position(self, request: OrderRequest, column: int) -> None:
         """An order closes at most what is free of the position, never crosses zero, and sells short only if it may."""
         signed = request.signed_qty
-        position = to_decimal(float(self._ledger.qty[column]), QTY_DECIMALS)
+        position = to_shares(float(self._ledger.qty[column]))
         if signed * position < 0:
             available = self.available(request.symbol, position)
             if abs(signed) > available:
                 raise refusals.insufficient_qty(request.symbol, abs(signed), available, abs(position))
+        elif self._ledger.is_ruined:
+            raise refusals.closing_only()
         elif request.order_class is OrderClass.OCO:
             raise refusals.unprocessable("oco orders must be exit orders")
         elif signed < 0:

@@ -13,15 +13,16 @@ from decimal import Decimal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..rules.account import INITIAL_MARGIN, MAINTENANCE_MARGIN, buying_power, reserved_cost
+from ..rules.account import INITIAL_MARGIN, MAINTENANCE_MARGIN, buying_power, is_ruined, reserved_cost
 from ..rules.actions import split_position
 from ..rules.folding import cash_flow, equity, exposure, fold_fill
 from trader_lib.rules.numbers import (
     AVERAGE_PRICE_DECIMALS,
     CASH_DECIMALS,
-    QTY_DECIMALS,
+    round_qty,
     round_to,
     to_decimal,
+    to_shares,
 )
 from ..trading.orders import SIDE_SIGN, TERMINAL, Order, OrderRequest, OrderStatus, OrderType
 
@@ -79,7 +80,7 @@ class BookOrder:
     @property
     def remaining(self) -> float:
         """Shares still to be filled; a pair shares them."""
-        return round_to(self.qty - self.pair_filled, QTY_DECIMALS)
+        return round_qty(self.qty - self.pair_filled)
 
     @property
     def reserved(self) -> float:
@@ -89,7 +90,7 @@ class BookOrder:
     def fill(self, qty: float, price: float, at: datetime) -> None:
         """Count one execution. qty: shares; price: USD."""
         _, self.filled_avg_price, _ = fold_fill(self.filled_qty, self.filled_avg_price, qty, price)
-        self.filled_qty = round_to(self.filled_qty + qty, QTY_DECIMALS)
+        self.filled_qty = round_qty(self.filled_qty + qty)
         self.updated_at = at
         done = self.remaining <= 0.0
         self.status = OrderStatus.FILLED if done else OrderStatus.PARTIALLY_FILLED
@@ -115,9 +116,9 @@ class BookOrder:
             client_order_id=self.client_order_id,
             symbol=self.symbol,
             side=self.request.side,
-            qty=to_decimal(self.qty, QTY_DECIMALS),
+            qty=to_shares(self.qty),
             notional=None,
-            filled_qty=to_decimal(self.filled_qty, QTY_DECIMALS),
+            filled_qty=to_shares(self.filled_qty),
             filled_avg_price=to_decimal(self.filled_avg_price, AVERAGE_PRICE_DECIMALS) if filled else None,
             type=self.type,
             limit_price=self.limit_price,
@@ -149,6 +150,7 @@ class AccountState:
     initial_margin: Decimal
     maintenance_margin: Decimal
     multiplier: int
+    is_ruined: bool = False  # restricted to closing what is held
 
 
 class Ledger:
@@ -158,6 +160,7 @@ class Ledger:
         self.cash = float(cash)
         self.last_equity = self.cash
         self.multiplier = multiplier
+        self.is_ruined = False  # no equity was left at a close: positions may be closed, and none opened
         self.qty: NDArray[np.float64] = np.zeros(symbols)
         self.average: NDArray[np.float64] = np.zeros(symbols)
         self.realized: NDArray[np.float64] = np.zeros(symbols)
@@ -193,6 +196,10 @@ class Ledger:
         """Take the closes of a bar [symbol] as marks; NaN leaves the mark as it was."""
         np.copyto(self.mark, close, where=~np.isnan(close))
 
+    def restrict(self) -> None:
+        """Allow nothing but closing, from now on, where no equity is left."""
+        self.is_ruined = self.is_ruined or is_ruined(self.equity)
+
     def buying_power(self, reserved: float) -> float:
         """What may still be bought, USD. reserved: held back by open orders, USD."""
         long_value, short_value, _ = exposure(self.qty, self.mark)
@@ -216,6 +223,7 @@ class Ledger:
             initial_margin=usd(round_to(INITIAL_MARGIN * held, CASH_DECIMALS)),
             maintenance_margin=usd(round_to(MAINTENANCE_MARGIN * held, CASH_DECIMALS)),
             multiplier=self.multiplier,
+            is_ruined=self.is_ruined,
         )
 
 # %% ../../nbs/exchange/02_book.ipynb #36543a2a

@@ -23,7 +23,14 @@ from .floor import Floor, OrderListener
 from ..market.actions import action_at
 from ..market.bars import Bars, BarValues
 from ..market.stamps import from_ns, to_ns
-from ..rules.numbers import AVERAGE_PRICE_DECIMALS, CASH_DECIMALS, PRICE_DECIMALS, QTY_DECIMALS, to_decimal
+from trader_lib.rules.numbers import (
+    AVERAGE_PRICE_DECIMALS,
+    CASH_DECIMALS,
+    CASH_MAX,
+    PRICE_DECIMALS,
+    to_decimal,
+    to_shares,
+)
 from ..trading.orders import Order, OrderRequest, OrderStatus
 from ..trading.portfolio import Position
 
@@ -58,8 +65,8 @@ class Exchange:
             raise Misused(f"The exchange cannot start at bar {start_index} of {bars.n}. Choose one of the bars.")
         if multiplier not in MULTIPLIERS:
             raise Misused(f"An account multiplier is 1, 2 or 4, not {multiplier}. Choose one of them.")
-        if starting_cash <= 0:
-            raise Misused(f"An account cannot start with {starting_cash} USD. Give it some cash.")
+        if not (starting_cash.is_finite() and 0 < starting_cash <= CASH_MAX):
+            raise Misused(f"An account cannot start with {starting_cash} USD. Give an amount in USD, such as 100000.")
         self.bars = bars
         self.calendar = calendar or TradingCalendar()
         self.symbols = bars.symbols
@@ -119,6 +126,9 @@ class Exchange:
         row = self.index
         bars, floor = self.bars, self._floor
         floor.now = from_ns(int(self._opens[row]))
+        factor = self.taken.factor[row] if len(self.taken.factor) else None
+        if self._regular[row]:
+            floor.call_margin(bars.open[row], self.taken.volume[row], factor)
         if floor.working and self._regular[row]:
             floor.open_waiting()
             factor = self.taken.factor[row] if len(self.taken.factor) else None
@@ -129,6 +139,7 @@ class Exchange:
         if self.taken.changes[row]:
             self._change_shares(row)
         self._ledger.mark_to(self.taken.close[row])
+        self._ledger.restrict()
         self._publish(row)
         return Step(row, self.bars.at(row), self.now, self.is_over, self._floor.told, self._bar_count)
 
@@ -220,7 +231,7 @@ class Exchange:
         ledger = self._ledger
         return Position.model_construct(
             symbol=self.symbols[column],
-            qty=to_decimal(float(ledger.qty[column]), QTY_DECIMALS),
+            qty=to_shares(float(ledger.qty[column])),
             avg_entry_price=to_decimal(float(ledger.average[column]), AVERAGE_PRICE_DECIMALS),
             realized_pl=to_decimal(float(ledger.realized[column]), CASH_DECIMALS),
         )

@@ -19,9 +19,19 @@ from . import refusals
 from .admission import Admission
 from .book import BookOrder, Ledger, OrderEvent
 from ..rules.actions import commission_as_traded
-from ..rules.matching import CostRates, fill_price, fill_qty, match_oco, match_price
-from ..rules.numbers import PRICE_DECIMALS, QTY_DECIMALS, round_to, to_decimal, to_float
-from ..trading.orders import ORDER_TYPE_CODE, OrderClass, OrderRequest, OrderStatus, OrderType, TimeInForce
+from ..rules.margin import held_after, liquidation, owes
+from ..rules.matching import CostRates, affordable_qty, fill_price, fill_qty, match_oco, match_price
+from ..rules.numbers import PRICE_DECIMALS, round_qty, to_decimal, to_float, to_shares
+from trader_lib.trading.orders import (
+    MARGIN_CALL,
+    ORDER_TYPE_CODE,
+    OrderClass,
+    OrderRequest,
+    OrderSide,
+    OrderStatus,
+    OrderType,
+    TimeInForce,
+)
 
 OrderListener = Callable[[OrderEvent], None]
 
@@ -42,7 +52,7 @@ class Floor:
         self.told = 0
         columns = {symbol: column for column, symbol in enumerate(symbols)}
         self.admission = Admission(columns, ledger, self.working, self.by_client_id)
-        self._ledger = ledger
+        self._ledger, self._symbols = ledger, tuple(symbols)
         self._rates = rates
         self._fractional = fractional
         self._ids = ids
@@ -118,7 +128,7 @@ class Floor:
             request = OrderRequest.model_validate(fields)
         except ValidationError as error:
             raise refusals.refusal_of(error) from None
-        if request.qty is None or request.qty <= to_decimal(order.filled_qty, QTY_DECIMALS):
+        if request.qty is None or request.qty <= to_shares(order.filled_qty):
             raise refusals.unprocessable("qty must be greater than the quantity filled")
         place = self.working.index(order)
         self.working.remove(order)
@@ -136,6 +146,45 @@ class Floor:
         self._tell("replaced", order)
         self.open(new)
         return new
+
+    def call_margin(
+        self, opens: NDArray[np.float64], volumes: NDArray[np.float64], factors: NDArray[np.float64] | None = None
+    ) -> None:
+        """Meet a margin call at an open [symbol], if there is one: cancel what is open, close what has to go.
+
+        factors: as for `match`.
+        """
+        ledger = self._ledger
+        if not owes(ledger.cash, ledger.qty):
+            return
+        price, share, parts = np.where(np.isnan(opens), ledger.mark, opens), self._rates.volume_share, self._fractional
+        held, wanted = ledger.qty.copy(), np.zeros(len(opens))
+        for order in self.working:
+            s = order.column
+            if order.type is OrderType.MARKET and order.sign * held[s] < 0.0 and not math.isnan(opens[s]):
+                held[s] = held_after(held[s], order.remaining, float(volumes[s]), share, parts)
+        if not liquidation(ledger.qty, held, price, ledger.cash, wanted):
+            return
+        self.cancel_all()
+        for s in np.flatnonzero((wanted != 0.0) & ~np.isnan(opens)).tolist():
+            qty = fill_qty(abs(float(wanted[s])), float(volumes[s]), share, 0.0, parts)
+            if qty > 0.0:
+                side = OrderSide.BUY if wanted[s] > 0.0 else OrderSide.SELL
+                self._liquidate(s, side, qty, float(price[s]), 1.0 if factors is None else float(factors[s]))
+
+    def _liquidate(self, column: int, side: OrderSide, qty: float, price: float, factor: float) -> None:
+        """Close so much of a position on the broker's own account of things. qty: shares, unsigned; price: USD."""
+        request = OrderRequest(
+            symbol=self._symbols[column],
+            side=side,
+            qty=to_shares(qty),
+            client_order_id=f"{MARGIN_CALL}{self._ids.new()}",
+        )
+        order = self._book(request, column, 0.0)
+        self.working.append(order)
+        self.open(order)
+        paid = fill_price(ORDER_TYPE_CODE[order.type], order.sign, price, self._rates.slippage_bps)
+        self._execute(order, order, qty, paid, factor)
 
     def match(
         self,
@@ -159,12 +208,13 @@ class Floor:
             fractional = self._fractional or order.request.is_fractional
             share = self._rates.volume_share
             qty = fill_qty(order.remaining, float(volumes[column]), share, used[column], fractional)
+            price = fill_price(ORDER_TYPE_CODE[side.type], side.sign, price, self._rates.slippage_bps)
+            if side.sign > 0 and self._ledger.multiplier == 1:
+                qty = affordable_qty(qty, price, self._ledger.cash, self._rates, fractional)
             if qty <= 0.0:
                 continue
-            used[column] = round_to(used[column] + qty, QTY_DECIMALS)
-            factor = 1.0 if factors is None else float(factors[column])
-            price = fill_price(ORDER_TYPE_CODE[side.type], side.sign, price, self._rates.slippage_bps)
-            self._execute(order, side, qty, price, factor)
+            used[column] = round_qty(used[column] + qty)
+            self._execute(order, side, qty, price, 1.0 if factors is None else float(factors[column]))
 
     def _price(self, order: BookOrder, bar: tuple[float, float, float]) -> tuple[BookOrder, float]:
         """Which side of an order this bar fills, and at what price before slippage (NaN for none)."""
@@ -255,13 +305,13 @@ class Floor:
     ) -> None:
         self.told += 1
         executed = execution_id is not None
-        position = to_decimal(float(self._ledger.qty[order.column]), QTY_DECIMALS)
+        position = to_shares(float(self._ledger.qty[order.column]))
         told = OrderEvent(
             event,
             order.report(),
             self.now,
             execution_id,
-            to_decimal(qty, QTY_DECIMALS) if executed else None,
+            to_shares(qty) if executed else None,
             to_decimal(price, PRICE_DECIMALS) if executed else None,
             position,
         )

@@ -123,7 +123,7 @@ def account_json(state: AccountState, opened: datetime) -> Json:
         "currency": "USD",
         "multiplier": str(state.multiplier),
         "shorting_enabled": state.multiplier > 1,
-        "trading_blocked": False,
+        "trading_blocked": state.is_ruined,
         "transfers_blocked": False,
         "account_blocked": False,
         "trade_suspended_by_user": False,

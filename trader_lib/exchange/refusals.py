@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FORBIDDEN', 'NOT_FOUND', 'BAD_REQUEST', 'UNPROCESSABLE', 'UNPROCESSABLE_WORDS', 'refusal', 'refusal_status',
            'refusal_body', 'insufficient_buying_power', 'insufficient_qty', 'wash_trade', 'cannot_short',
-           'unknown_asset', 'duplicate_client_order_id', 'order_not_found', 'asset_not_found', 'position_not_found',
-           'order_is_closed', 'unprocessable', 'bad_request', 'refusal_of']
+           'closing_only', 'unknown_asset', 'duplicate_client_order_id', 'order_not_found', 'asset_not_found',
+           'position_not_found', 'order_is_closed', 'unprocessable', 'bad_request', 'refusal_of']
 
 # %% ../../nbs/exchange/01_refusals.ipynb #04ad830e
 from decimal import Decimal
@@ -70,6 +70,11 @@ def wash_trade(order_id: str) -> Rejected:
 def cannot_short(symbol: str) -> Rejected:
     """The account or the order may not sell short."""
     return refusal(422, UNPROCESSABLE, f'asset "{symbol}" cannot be sold short', symbol=symbol)
+
+
+def closing_only() -> Rejected:
+    """The account has no equity left."""
+    return refusal(403, FORBIDDEN, "account is restricted to liquidation")
 
 
 def unknown_asset(symbol: str) -> Rejected:

@@ -82,7 +82,7 @@ def told(payload: Payload) -> str:
         case BarsClosed(at=at, bars=bars):
             return f"{at:%Y-%m-%d %H:%M} " + " ".join(f"{symbol} {row.close:g}" for symbol, row in bars.items())
         case TargetsDecided(weights=weights):
-            return " ".join(f"{symbol} {weight:.4g}" for symbol, weight in weights.items())
+            return " ".join(f"{symbol} {weight:.4g}" for symbol, weight in weights.items()) or "keep what there is"
         case OrderProposed(request=request) | OrderIntended(request=request):
             return _request(request)
         case RiskDecided(request=request, approved=approved, checks=checks):

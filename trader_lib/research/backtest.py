@@ -7,28 +7,29 @@ __all__ = ['SIDES', 'TYPES', 'STATUSES', 'Stated', 'PURPOSES', 'WORTHLESS', 'Loo
            'market_of', 'backtest']
 
 # %% ../../nbs/research/05_backtest.ipynb #a2922632
-from collections.abc import Mapping
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import date, datetime
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from ..clock.sessions import TradingCalendar
+from ..clock.sessions import NEW_YORK, TradingCalendar
 from ..errors.taxonomy import Misused, did_you_mean
 from ..exchange.costs import Costs
 from ..market.actions import RunActions, action_at, shares_in_last
 from ..market.bars import Bars, window
 from ..market.splits import check_splits
 from .engine import Simulation, run
-from .ledger import CANCELED, EXPIRED, FILLED, OCO_LIMIT, Market, Rules
+from .ledger import CANCELED, EXPIRED, FILLED, LIQUIDATION, OCO_LIMIT, Market, Rules
+from .notes import Seen, notes
 from .portfolio import portfolio_of
 from .statistics import Statistics, statistics, trades_of
 from ..risk.checks import About, RiskDecision, outcomes
@@ -42,12 +43,14 @@ from ..rules.sizing import SizingRules
 from trader_lib.rules.numbers import (
     AVERAGE_PRICE_DECIMALS,
     CASH_DECIMALS,
-    PRICE_DECIMALS,
+    CASH_MAX,
     QTY_DECIMALS,
+    PRICE_DECIMALS,
     to_decimal,
+    to_shares,
 )
 from ..trading.order_list import OrderFill, OrderRecord, order_list_hash
-from ..trading.orders import ORDER_TYPE_CODE, OrderSide, OrderStatus, Purpose, TimeInForce
+from ..trading.orders import ORDER_TYPE_CODE, OrderClass, OrderSide, OrderStatus, Purpose, TimeInForce
 
 if TYPE_CHECKING:
     from vectorbt import Portfolio
@@ -56,7 +59,7 @@ SIDES = {1: OrderSide.BUY, -1: OrderSide.SELL}
 TYPES = {code: order_type for order_type, code in ORDER_TYPE_CODE.items()}
 STATUSES = {FILLED: OrderStatus.FILLED, CANCELED: OrderStatus.CANCELED, EXPIRED: OrderStatus.EXPIRED}
 Stated = TypeVar("Stated", Costs, Limits)
-PURPOSES: tuple[Purpose, Purpose] = ("entry", "exit")
+PURPOSES: tuple[Purpose, Purpose, Literal["liquidation"]] = ("entry", "exit", "liquidation")
 WORTHLESS = "The figures of this backtest could not have been had in a market."
 
 
@@ -72,7 +75,7 @@ class Refusal:
     symbol: str
     side: OrderSide
     qty: Decimal
-    purpose: Purpose
+    purpose: Purpose | Literal["liquidation"]
     decision: RiskDecision
 
     @property
@@ -101,6 +104,7 @@ class BacktestResult:
     seed: int
     simulation: Simulation
     taken: RunActions  # what the run took of corporate actions
+    weights: NDArray[np.float64] = field(repr=False)  # [time × symbol], as the strategy gave them
     calendar: str = "XNYS"  # ISO 10383 code of the exchange, by whose sessions years are counted
     look_ahead: str = (
         ""  # where the strategy was seen to use later bars, as a sentence; the figures are then worth nothing
@@ -108,10 +112,12 @@ class BacktestResult:
 
     def __repr__(self) -> str:
         last = self.simulation.equity[-1]
+        ruined = "" if self.ruined_at is None else f", ruined on {self.ruined_at.astimezone(NEW_YORK):%Y-%m-%d}"
         return (
             f"BacktestResult({self.strategy!r}, {self.bars.day(self.start)} to {self.bars.day(-1)}: "
-            f"{len(self.simulation.orders)} orders, {self.refused} refused, equity {last:,.2f} USD"
+            f"{len(self.simulation.orders)} orders, {self.refused} refused, equity {last:,.2f} USD{ruined}"
             f"{', LOOKS AHEAD' if self.look_ahead else ''})"
+            + "".join(f"\n  {one}" for one in ([] if len(self.simulation.orders) else self.notes))
         )
 
     @cached_property
@@ -121,7 +127,7 @@ class BacktestResult:
         stamps = [self.bars.at(row) for row in range(len(self.bars))]
         fills: dict[int, list[OrderFill]] = {}
         for fill in self.simulation.fills:
-            qty, price = to_decimal(fill["qty"], QTY_DECIMALS), to_decimal(fill["price"], PRICE_DECIMALS)
+            qty, price = to_shares(fill["qty"]), to_decimal(fill["price"], PRICE_DECIMALS)
             fills.setdefault(int(fill["order"]), []).append(OrderFill(bar=stamps[fill["bar"]], qty=qty, price=price))
         return [self._order(row, stamps, tuple(fills.get(i, ()))) for i, row in enumerate(table)]
 
@@ -130,14 +136,14 @@ class BacktestResult:
             decided_at=stamps[row["decided"]],
             symbol=self.bars.symbols[row["symbol"]],
             side=SIDES[int(row["side"])],
-            qty=to_decimal(row["qty"], QTY_DECIMALS),
+            qty=to_shares(row["qty"]),
             type=TYPES[int(row["type"])],
             limit_price=_price(row["limit"]),
             stop_price=_price(row["stop"]),
-            time_in_force=TimeInForce.GTC if row["exit"] else TimeInForce.DAY,
+            time_in_force=TimeInForce.GTC if row["exit"] == 1 else TimeInForce.DAY,
             purpose=PURPOSES[row["exit"]],
             status=STATUSES[int(row["status"])],
-            filled_qty=to_decimal(row["filled"], QTY_DECIMALS),
+            filled_qty=to_shares(row["filled"]),
             filled_avg_price=to_decimal(row["average"], AVERAGE_PRICE_DECIMALS) if fills else None,
             fills=fills,
         )
@@ -255,6 +261,37 @@ class BacktestResult:
         return self.bars.frame("close").div(self._last_shares).ffill().to_numpy()[self.start :]
 
     @cached_property
+    def ruined_at(self) -> datetime | None:
+        """Stamp of the first bar at whose close no equity was left, UTC; None where there always was some."""
+        gone = np.flatnonzero(self.simulation.equity[self.start :] <= 0.0)
+        return self.bars.at(self.start + int(gone[0])) if len(gone) else None
+
+    @cached_property
+    def liquidations(self) -> list[OrderRecord]:
+        """What the broker closed on margin calls, in sequence."""
+        return [order for order in self.orders if order.purpose == "liquidation"]
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """Why a symbol was never ordered, what was cut, margin calls and ruin: a sentence each."""
+        simulation, rows, n = self.simulation, slice(self.start, None), len(self.bars.symbols)
+        refused = np.bincount(simulation.refusals["symbol"], minlength=n)
+        seen = Seen(
+            self.bars.symbols,
+            self.weights[rows],
+            np.ascontiguousarray(self.bars.close[rows]),
+            simulation.positions[rows],
+            simulation.equity[rows],
+            simulation.cash[rows],
+            self.sizing,
+            np.bincount(simulation.orders["symbol"], minlength=n),
+            refused,
+        )
+        then = float("nan") if self.ruined_at is None else float(self.equity[self.ruined_at])
+        called = self.liquidations if (simulation.orders["exit"] == LIQUIDATION).any() else []
+        return notes(seen, called, self.ruined_at, then)
+
+    @cached_property
     def equity_end(self) -> Decimal:
         """Equity at the last close, to the cent."""
         return to_decimal(float(self.simulation.equity[-1]), CASH_DECIMALS)
@@ -289,12 +326,18 @@ class BacktestResult:
         facts = RiskFacts(**figures)
         symbol = self.bars.symbols[row["symbol"]]
         check_order(order, facts, self.limits.of(symbol).values(), passed, observed, bound)
-        checks = outcomes(passed, observed, bound, About(symbol, facts.reference_price))
+        pair = row["leg"] == OCO_LIMIT
+        kind = {
+            "type": TYPES[order.order_type].value,
+            "time_in_force": (TimeInForce.GTC if row["exit"] else TimeInForce.DAY).value,
+            "order_class": (OrderClass.OCO if pair else OrderClass.SIMPLE).value,
+        }
+        checks = outcomes(passed, observed, bound, About(symbol, facts.reference_price, kind))
         return Refusal(
             decided_at=self.bars.at(row["decided"]),
             symbol=symbol,
             side=SIDES[order.side_sign],
-            qty=to_decimal(order.qty, QTY_DECIMALS),
+            qty=to_shares(order.qty),
             purpose=PURPOSES[row["exit"]],
             decision=RiskDecision(approved=False, checks=checks),
         )
@@ -362,6 +405,8 @@ class BacktestResult:
         ]
         if self.corporate_actions:
             sections.insert(2, ("Corporate actions", list(self.corporate_actions)))
+        if self.notes:
+            sections.insert(1, ("Notes", [table(["What happened beside the orders"], [(one,) for one in self.notes])]))
         return write_report(path, f"Backtest of {self.strategy.name}", [one for one in sections if one[1]])
 
 
@@ -389,12 +434,17 @@ def market_of(bars: Bars, calendar: TradingCalendar, taken: RunActions) -> Marke
     )
 
 
-def _usd(cash: object) -> float:
-    """An amount as a float; raises Misused for what is none."""
+def _amount(cash: object) -> float:
+    """The cash at the start, USD, whole cents; raises Misused for what is no amount of money."""
     try:
-        return float(str(cash))
+        amount = float(str(cash))  # text, so that None and True are no numbers
     except ValueError:
-        raise Misused(f"cash is an amount in USD, such as 100_000, not {cash!r}.") from None
+        raise Misused(f"The account cannot start with {cash!r}: give an amount in USD, such as 100_000.") from None
+    if not 0.01 <= amount <= CASH_MAX:
+        raise Misused(
+            f"The account cannot start with {cash} USD: give an amount from 0.01 to {CASH_MAX:,.0f} USD, such as 100_000."
+        )
+    return float(to_decimal(amount, CASH_DECIMALS))
 
 
 def _stated(model: type[Stated], name: str, given: Stated | Mapping[str, object] | None) -> Stated:
@@ -425,7 +475,7 @@ def backtest(
     *,
     start: date | str | None = None,  # first trading day, New York; the bars before it serve to warm up
     end: date | str | None = None,  # last trading day
-    cash: Decimal | float = 100_000,  # USD at the start
+    cash: Decimal | float | str = 100_000,  # USD at the start
     costs: Costs | Mapping[str, object] | None = None,
     limits: Limits | Mapping[str, object] | None = None,
     multiplier: int = 2,  # of the account: 1 for cash, 2 or 4 for margin
@@ -446,8 +496,7 @@ def backtest(
         raise Misused(
             f"backtest needs Bars, not a {type(bars).__name__}: make them with Bars.from_frame(frame) or Bars.read(path)."
         )
-    if not _usd(cash) > 0.0:
-        raise Misused(f"The account starts with {cash} USD; it takes more than nothing to trade.")
+    starting_cash = _amount(cash)
     if multiplier not in (1, 2, 4):
         raise Misused(f"An account's multiplier is 1, 2 or 4, not {multiplier}.")
     costs, limits = _stated(Costs, "costs", costs), _stated(Limits, "limits", limits)
@@ -455,7 +504,6 @@ def backtest(
     ensure_placeable(sizing, strategy.exits)
     cut, first = window(bars, start, end, history_bars(strategy))
     check_splits(cut)
-    starting_cash = float(to_decimal(float(cash), CASH_DECIMALS))
     rules = Rules(
         costs=costs.rates(),
         limits=limits.table(cut.symbols),
@@ -470,10 +518,10 @@ def backtest(
     weights, look_ahead = checked_weights(strategy, cut) if check else (target_weights(strategy, cut), "")
     if look_ahead:
         warnings.warn(LookAheadWarning(f"{look_ahead} {WORTHLESS}"), stacklevel=2)
+    weights = np.ascontiguousarray(weights)
     calendar = calendar or TradingCalendar()
     taken = cut.run_actions(calendar, costs.delisting_recovery)
-    market = market_of(cut, calendar, taken)
-    simulation = run(market, np.ascontiguousarray(weights), rules, start=first, starting_cash=starting_cash)
+    simulation = run(market_of(cut, calendar, taken), weights, rules, start=first, starting_cash=starting_cash)
     return BacktestResult(
         strategy,
         cut,
@@ -486,6 +534,7 @@ def backtest(
         seed,
         simulation,
         taken,
+        weights,
         calendar=calendar.name,
         look_ahead=look_ahead,
     )

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..rules.actions import commission_as_traded, odd_shares, split_position
-from ..rules.matching import fill_price, fill_qty, match_oco, match_price
+from ..rules.matching import MARKET, affordable_qty, fill_price, fill_qty, match_oco, match_price
 from trader_lib.research.ledger import (
     CANCELED,
     EXPIRED,
@@ -37,17 +37,25 @@ from trader_lib.research.ledger import (
     end_order,
     submit,
     sweep_ended,
+    write_liquidation,
 )
 from ..rules.checks import limits_at
 from ..rules.checks import CHECK_COUNT, HALTED, margin_of, state_after_close
+from ..rules.margin import held_after, liquidation, owes
 from ..rules.exits import exit_due, exit_prices, update_extreme
 from ..strategy.planner import book_fill
 from ..rules.sizing import desired_order, plan_orders
 from ..rules.folding import cash_flow, exposure, fold_fill
 from ..rules.folding import equity as equity_of
-from ..rules.numbers import CASH_DECIMALS, QTY_DECIMALS, compiled, compiled_part, round_to
+from ..rules.numbers import CASH_DECIMALS, compiled, compiled_part, round_qty, round_to
 
 # %% ../../nbs/research/01_engine.ipynb #23a1aad9
+@compiled_part
+def _factor_at(market: Market, t: int, s: int) -> float:
+    """Price in the bars over the price as traded."""
+    return market.factor[t, s] if len(market.factor) > 0 else 1.0
+
+
 @compiled_part
 def _match(t: int, cash: float, market: Market, rules: Rules, book: Book, orders: Table, fills: Table) -> float:
     """Match every working order against bar t; returns the cash afterwards."""
@@ -71,25 +79,57 @@ def _match(t: int, cash: float, market: Market, rules: Rules, book: Book, orders
         left = orders[row]["remaining"]
         share = rules.costs.volume_share
         qty = fill_qty(left, market.volume[t, s], share, book.used[s], rules.sizing.fractional)
-        if qty <= 0.0:
-            continue
         leg = row + 1 if by_stop else row
         price = fill_price(orders[leg]["type"], side, price, rules.costs.slippage_bps)
-        factor = market.factor[t, s] if len(market.factor) > 0 else 1.0
-        costs = rules.costs
+        if side > 0 and rules.multiplier <= 1.0:
+            qty = affordable_qty(qty, price, cash, rules.costs, rules.sizing.fractional)
+        if qty <= 0.0:
+            continue
+        factor, costs = _factor_at(market, t, s), rules.costs
         fee = commission_as_traded(qty, price, factor, costs.per_share, costs.bps, costs.minimum)
         cash = round_to(cash + cash_flow(side * qty, price, fee), CASH_DECIMALS)
         book_fill(s, side * qty, price, orders[row]["exit"] != 0, book.qty, book.average, book.extreme, book.blocked)
-        book.used[s] = round_to(book.used[s] + qty, QTY_DECIMALS)
+        book.used[s] = round_qty(book.used[s] + qty)
         held, average, _ = fold_fill(orders[leg]["filled"], orders[leg]["average"], qty, price)
         orders[leg]["filled"], orders[leg]["average"] = held, average
-        orders[row]["remaining"] = round_to(left - qty, QTY_DECIMALS)
+        orders[row]["remaining"] = round_qty(left - qty)
         if orders[row]["remaining"] <= 0.0:
             end_order(orders, row, CANCELED)
             orders[leg]["status"] = FILLED
             orders[row]["status"] = FILLED if leg == row else CANCELED
         _write_fill(t, leg, s, side, qty, price, fee, book, fills)
     sweep_ended(book, orders)
+    return cash
+
+
+@compiled_part
+def _liquidate(t: int, cash: float, market: Market, rules: Rules, book: Book, orders: Table, fills: Table) -> float:
+    """Meet a margin call at the open of bar t, if there is one, as the broker does; returns the cash afterwards."""
+    n, costs, parts = len(book.qty), rules.costs, rules.sizing.fractional
+    price, held, wanted = market.open[t].copy(), book.qty.copy(), np.zeros(n)
+    for s in range(n):
+        if math.isnan(price[s]):
+            price[s] = book.mark[s]
+        row = book.target[s]
+        if row >= 0 and orders[row]["side"] * held[s] < 0.0 and not math.isnan(market.open[t, s]):
+            held[s] = held_after(held[s], orders[row]["remaining"], market.volume[t, s], costs.volume_share, parts)
+    if not liquidation(book.qty, held, price, cash, wanted):
+        return cash
+    for k in range(book.counts[WORKING]):
+        end_order(orders, book.working[k], CANCELED)
+    sweep_ended(book, orders)
+    for s in range(n):
+        qty = fill_qty(abs(wanted[s]), market.volume[t, s], costs.volume_share, 0.0, parts)
+        if wanted[s] == 0.0 or math.isnan(market.open[t, s]) or qty <= 0.0:
+            continue
+        side = 1 if wanted[s] > 0.0 else -1
+        paid = fill_price(MARKET, side, price[s], costs.slippage_bps)
+        factor = _factor_at(market, t, s)
+        fee = commission_as_traded(qty, paid, factor, costs.per_share, costs.bps, costs.minimum)
+        cash = round_to(cash + cash_flow(side * qty, paid, fee), CASH_DECIMALS)
+        book_fill(s, side * qty, paid, False, book.qty, book.average, book.extreme, book.blocked)
+        row = write_liquidation(t, s, side, qty, paid, book, orders)
+        _write_fill(t, row, s, side, qty, paid, fee, book, fills)
     return cash
 
 
@@ -328,10 +368,13 @@ def simulate(
     no_stop = math.isnan(exits.stop_loss) and math.isnan(exits.trailing_stop)
     has_exits = not (no_stop and math.isnan(exits.take_profit))
     for t in range(start, rows):
-        if counts[ORDERS] + 4 * n > len(orders):
-            orders = _longer(orders, counts[ORDERS], 4 * n)
-        if counts[FILLS] + 3 * n > len(fills):
-            fills = _longer(fills, counts[FILLS], 3 * n)
+        if counts[ORDERS] + 5 * n > len(orders):
+            orders = _longer(orders, counts[ORDERS], 5 * n)
+        if counts[FILLS] + 4 * n > len(fills):
+            fills = _longer(fills, counts[FILLS], 4 * n)
+        if regular[t] and owes(cash, qty):
+            cash = _liquidate(t, cash, market, rules, book, orders, fills)
+            _refresh(book, plan, orders)
         if counts[WORKING] > 0:
             if regular[t]:
                 cash = _match(t, cash, market, rules, book, orders, fills)

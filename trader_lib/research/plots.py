@@ -109,7 +109,7 @@ def price_figure(
             ]
             if not fills:
                 continue
-            label = side if purpose == "entry" else f"{side} (exit)"
+            label = side if purpose == "entry" else f"{side} ({purpose})"
             figure.add_trace(
                 go.Scatter(
                     x=[fill[0] for fill in fills],
@@ -140,6 +140,8 @@ MARKS = (
     ("sell", "entry", "triangle-down", SELL),
     ("buy", "exit", "triangle-up-open", BUY),
     ("sell", "exit", "triangle-down-open", SELL),
+    ("buy", "liquidation", "x", BUY),
+    ("sell", "liquidation", "x", SELL),
 )
 
 # %% ../../nbs/research/03_plots.ipynb #f4c7c332

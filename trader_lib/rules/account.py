@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INITIAL_MARGIN', 'MAINTENANCE_MARGIN', 'MARGIN_EQUITY_MIN', 'SHORT_MARGIN_MIN', 'SHORT_COLLAR',
            'effective_multiplier', 'may_short', 'buying_power', 'opening_qty', 'order_cost', 'reserved_cost',
-           'maintenance_margin']
+           'is_ruined', 'maintenance_margin']
 
 # %% ../../nbs/rules/02_account.ipynb #08330141
 from .numbers import CASH_DECIMALS, compiled, round_to
@@ -82,6 +82,12 @@ def reserved_cost(cost: float, qty: float, remaining: float) -> float:
     return round_to(cost * (remaining / qty), CASH_DECIMALS)
 
 # %% ../../nbs/rules/02_account.ipynb #dc4ff516
+@compiled
+def is_ruined(equity: float) -> bool:
+    """Whether nothing is left of an account: from that close on it may only close what it holds. equity: USD."""
+    return equity <= 0.0
+
+
 @compiled
 def maintenance_margin(qty: float, price: float) -> float:
     """Equity that a position ties up, USD, whole cents. qty: shares, signed. price: USD."""

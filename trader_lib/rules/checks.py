@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .account import maintenance_margin, opening_qty
+from .account import is_ruined, maintenance_margin, opening_qty
 from .numbers import CASH_DECIMALS, compiled, round_to
 
 # %% ../../nbs/rules/07_checks.ipynb #7cf7782e
@@ -168,13 +168,15 @@ def lost_since(equity: float, before: float) -> float:
 def state_after_close(
     state: int, equity: float, day_start_equity: float, peak_equity: float, limits: LimitValues
 ) -> int:
-    """The trading state after a bar's close: HALTED by the drawdown, REDUCING by the day's loss, never a milder one.
+    """The trading state after a bar's close, never a milder one.
+
+    HALTED by the drawdown, REDUCING by the day's loss or where no equity is left.
 
     equity, day_start_equity, peak_equity: USD.
     """
     if lost_since(equity, peak_equity) > limits.max_drawdown:
         return HALTED
-    if lost_since(equity, day_start_equity) > limits.max_daily_loss:
+    if is_ruined(equity) or lost_since(equity, day_start_equity) > limits.max_daily_loss:
         return max(state, REDUCING)
     return state
 

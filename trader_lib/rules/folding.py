@@ -12,8 +12,8 @@ import numpy as np
 from trader_lib.rules.numbers import (
     AVERAGE_PRICE_DECIMALS,
     CASH_DECIMALS,
-    QTY_DECIMALS,
     compiled,
+    round_qty,
     round_to,
 )
 
@@ -26,7 +26,7 @@ def fold_fill(qty: float, avg_price: float, fill_qty: float, price: float) -> tu
     bought, negative when sold; price: USD a share. Returned: shares (9 decimals), USD a share (6 decimals, 0 when
     flat), and the profit or loss that the fill realized in USD (cents), before commission.
     """
-    held = round_to(qty + fill_qty, QTY_DECIMALS) + 0.0
+    held = round_qty(qty + fill_qty) + 0.0
     if qty == 0.0 or (qty > 0.0) == (fill_qty > 0.0):
         if held == 0.0:
             return 0.0, 0.0, 0.0

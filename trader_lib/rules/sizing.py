@@ -13,15 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .exits import ExitRates, exit_due, exit_prices
-from .numbers import QTY_DECIMALS, compiled, round_down, round_to
+from .numbers import compiled, qty_decimals, round_down, round_qty
 
 # %% ../../nbs/rules/06_sizing.ipynb #f5c72d43
 class SizingRules(NamedTuple):
     """How target weights become quantities.
 
-    fractional: long targets in billionths of a share instead of whole shares. min_trade: smallest trade worth sending,
-    as a fraction of equity. leverage: money that may be bought for, as a multiple of equity. margin: the proceeds of
-    the sells of a decision may be spent in the same decision.
+    fractional: long targets in billionths of a share, or as many decimals as 15 digits leave, instead of whole shares.
+    min_trade: smallest trade worth sending, as a fraction of equity. leverage: money that may be bought for, as a
+    multiple of equity. margin: the proceeds of the sells of a decision may be spent in the same decision.
     """
 
     fractional: bool = False
@@ -37,20 +37,23 @@ def desired_order(
     """Signed quantity, in shares, that would bring one symbol to its target, before the budget is looked at.
 
     weight: share of equity, signed; NaN asks for nothing. position: shares, signed. pending: signed remaining quantity
-    of the working target order. close: USD; NaN asks for nothing. equity: USD at that close.
+    of the working target order. close: USD; NaN asks for nothing. equity: USD at that close; where there is none left,
+    everything is closed, whatever the weight.
     """
-    if math.isnan(weight) or not close > 0.0:
+    if not close > 0.0 or (math.isnan(weight) and not equity <= 0.0):
         return 0.0
     target = 0.0
     if equity > 0.0:
         target = weight * equity / close
-        target = round_down(target, QTY_DECIMALS) if rules.fractional and target > 0.0 else round_down(target, 0)
+        target = round_down(target, qty_decimals(target) if rules.fractional and target > 0.0 else 0)
     held = position if position != 0.0 else pending
     if target * held < 0.0:
         target = 0.0
-    qty = round_to(target - position - pending, QTY_DECIMALS)
+    qty = round_qty(target - position - pending)
     if qty * position < 0.0 and abs(qty) > abs(position):
         qty = -position
+    if qty < 0.0 and position <= 0.0 and pending <= 0.0:  # only whole shares are sold short, whatever has filled before
+        qty = round_down(qty, 0)
     if target != 0.0 and abs(qty) * close < rules.min_trade * equity:
         return 0.0
     return qty
@@ -84,10 +87,10 @@ def fit_to_budget(
     if cost <= max(budget, 0.0):
         return
     share = max(budget, 0.0) / cost
-    decimals = QTY_DECIMALS if rules.fractional else 0
     for s in range(len(out_qty)):
         if out_qty[s] > 0.0 and positions[s] >= 0.0:
-            qty = round_down(out_qty[s] * share, decimals)
+            qty = out_qty[s] * share
+            qty = round_down(qty, qty_decimals(qty) if rules.fractional else 0)
             out_qty[s] = qty if qty * close[s] >= rules.min_trade * equity else 0.0
 
 # %% ../../nbs/rules/06_sizing.ipynb #2683c15e

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEADLINES', 'asked_piece', 'asked_in_words', 'headline_piece', 'look_ahead_failure', 'orders_piece', 'stamp_text',
-           'Refused', 'refusal_rows', 'refusals_piece', 'strategies_piece', 'statistics_piece', 'reconciliation_piece',
-           'data_row', 'provenance_piece', 'publish', 'tell']
+           'Refused', 'refusal_rows', 'refusals_piece', 'notes_piece', 'strategies_piece', 'statistics_piece',
+           'reconciliation_piece', 'data_row', 'provenance_piece', 'publish', 'tell']
 
 # %% ../../nbs/runs/08_cells.ipynb #f9fc5ee1
 from collections.abc import Iterable, Mapping, Sequence
@@ -110,7 +110,7 @@ def orders_piece(orders: Sequence[OrderRecord], rows_max: int = 30) -> Piece:
             order.symbol,
             order.side.value,
             decimal_text(order.qty),
-            order.type.value + (f" ({order.purpose})" if order.purpose == "exit" else ""),
+            order.type.value + (f" ({order.purpose})" if order.purpose != "entry" else ""),
             stamp_text(order.fills[0].bar) if order.fills else None,
             decimal_text(order.filled_qty),
             None if order.filled_avg_price is None else f"{order.filled_avg_price:,.4f}",
@@ -187,6 +187,11 @@ def refusals_piece(
         f"; the last {rows_max}:</p>" if len(refusals) > rows_max else ":</p>"
     )
     return Piece(summary.html + told + table(("Decided", "Symbol", "Side", "Qty#", "Reasons"), rows).html)
+
+
+def notes_piece(notes: Sequence[str]) -> Piece | None:
+    """What happened beside the orders, and why there are none: a sentence each; nothing where there is nothing to say."""
+    return table(("Note",), [(one,) for one in notes]) if notes else None
 
 
 def strategies_piece(rows: Sequence[StrategyRow]) -> Piece | None:
@@ -290,6 +295,8 @@ def publish(
     status: Status = "completed",
     strategies: Sequence[StrategyRow] = (),  # of a session of several
     failure: Failure | None = None,  # of a session whose agents gave up
+    notes: Sequence[str] = (),
+    ruined_at: datetime | None = None,
 ) -> None:
     """Leave the result for the runner, which says when the run was started and ended."""
     from IPython.display import display as show
@@ -313,6 +320,8 @@ def publish(
         strategies=tuple(strategies),
         reconciliation=reconciliation,
         failure=failure,
+        notes=tuple(notes),
+        ruined_at=ruined_at,
     )
     show({RESULT_MIME: result.model_dump(mode="json")}, raw=True)  # type: ignore[no-untyped-call]
 

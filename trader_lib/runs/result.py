@@ -133,6 +133,8 @@ class RunResult(Part):
     strategies: tuple[StrategyRow, ...] = Field(default=(), description="sessions of several strategies only")
     reconciliation: ReconciliationRow | None = Field(default=None, description="sessions only")
     failure: Failure | None = Field(default=None, description="failed and degraded runs only")
+    notes: tuple[str, ...] = Field(default=(), description="why symbols were not ordered, cuts, margin calls, ruin")
+    ruined_at: Moment | None = Field(default=None, description="bar at whose close no equity was left")
 
     def to_json(self) -> str:
         """The document, indented, with a final newline."""

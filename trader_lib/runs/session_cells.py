@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['BOUNDED', 'session_settings', 'bars_to_come', 'progress_teller', 'journal_bars', 'equity_by_bar', 'with_actions',
-           'charged', 'session_fills', 'exposure_by_bar', 'session_statistics', 'strategy_rows', 'ending_note',
-           'ending_failure', 'price_piece', 'worth_piece', 'health_piece', 'risk_piece']
+           'charged', 'session_fills', 'exposure_by_bar', 'session_statistics', 'session_notes', 'strategy_rows',
+           'ending_note', 'ending_failure', 'price_piece', 'worth_piece', 'health_piece', 'risk_piece']
 
 # %% ../../nbs/runs/09_session_cells.ipynb #f909a526
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from ..agents.contract import AgentHealth
 from ..agents.strategy import strategy_agent
@@ -25,6 +26,7 @@ from ..journal.opening import open_journal
 from ..market.bars import Bars, Provenance, Timeframe, window
 from ..market.validity import FIELDS
 from ..research.plots import equity_figure, price_figure
+from ..research.notes import Seen, account_notes, notes
 from ..research.report import Piece, note, table, words
 from ..rules.actions import odd_shares, split_position
 from ..rules.checks import Check
@@ -39,7 +41,9 @@ from trader_lib.trading.events import (
     BarsClosed,
     CheckOutcome,
     CorporateAction,
+    PortfolioChanged,
     RiskDecided,
+    TargetsDecided,
     TradingState,
     TradingStateChanged,
 )
@@ -198,6 +202,46 @@ def session_statistics(result: SessionResult, bars: Bars | None) -> Statistics:
         orders=orders,
         refused=refused,
     )
+
+
+def _closes(result: SessionResult) -> list[dict[str, Any]]:
+    """The targets, closes, positions, equity and cash at each closed bar that decided, from the session's journal."""
+    rows: list[dict[str, Any]] = []
+    with open_journal(result.journal_path) as journal:
+        for event in journal.read(types=[BarsClosed, TargetsDecided, PortfolioChanged]):
+            match event.payload:
+                case BarsClosed(bars=bars):
+                    rows.append({"close": {symbol: bar.close for symbol, bar in bars.items()}})
+                case TargetsDecided(weights=weights) if rows:
+                    rows[-1]["weights"] = weights
+                case PortfolioChanged(cash=cash, equity=equity, positions=held) if rows and equity is not None:
+                    positions = {one.symbol: float(one.qty) for one in held}
+                    rows[-1] |= {"positions": positions, "equity": float(equity), "cash": float(cash)}
+    return [row for row in rows if "weights" in row and "equity" in row]
+
+
+def session_notes(result: SessionResult) -> tuple[str, ...]:
+    """Why a symbol was never ordered, what was cut, margin calls and ruin, from a session's journal: a sentence each.
+
+    What each of several strategies was not able to order is not looked at.
+    """
+    called = [order for order in result.orders if order.purpose == "liquidation"]
+    at, rows, symbols = result.ruined_at, _closes(result), result.spec.symbols
+    then = float("nan") if at is None else float(equity_by_bar(result)[at])
+    if result.spec.strategies or not rows:
+        return tuple(account_notes(called, at, then))
+
+    def table_of(name: str, missing: float) -> NDArray[np.float64]:
+        return np.array([[row[name].get(symbol, missing) for symbol in symbols] for row in rows], dtype=np.float64)
+
+    def counts(orders: Iterable[Any]) -> NDArray[np.int64]:
+        found = Counter(order.symbol for order in orders)
+        return np.array([found[symbol] for symbol in symbols], dtype=np.int64)
+
+    equity, cash = (np.array([row[name] for row in rows]) for name in ("equity", "cash"))
+    figures = table_of("weights", np.nan), table_of("close", np.nan), table_of("positions", 0.0), equity, cash
+    seen = Seen(symbols, *figures, result.spec.sizing, counts(result.orders), counts(result.refusals))
+    return notes(seen, called, at, then)
 
 
 def strategy_rows(result: SessionResult) -> tuple[StrategyRow, ...]:

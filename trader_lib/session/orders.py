@@ -27,9 +27,9 @@ from trader_lib.trading.events import (
     TradeUpdated,
 )
 from ..rules.folding import fold_fill
-from ..rules.numbers import AVERAGE_PRICE_DECIMALS, QTY_DECIMALS, to_decimal, to_float
+from ..rules.numbers import AVERAGE_PRICE_DECIMALS, to_decimal, to_float, to_shares
 from ..trading.order_list import OrderFill, OrderRecord
-from ..trading.orders import Order, OrderClass, OrderRequest, OrderStatus
+from ..trading.orders import MARGIN_CALL, Order, OrderClass, OrderRequest, OrderStatus
 from ..trading.portfolio import Fill
 
 ORDER_EVENTS = (SessionStarted, BarsClosed, OrderIntended, OrderAcknowledged, TradeUpdated, FillRecorded)
@@ -45,8 +45,8 @@ def bar_stamp(moment: datetime, timeframe: str) -> datetime:
 # %% ../../nbs/session/05_orders.ipynb #66493549
 @dataclass(slots=True)
 class _Row:
-    request: OrderRequest
-    decided_at: datetime
+    request: OrderRequest | None  # None: the broker's own, on a margin call
+    decided_at: datetime | None
     order: Order | None = None  # the first record that confirmed it
     status: OrderStatus = OrderStatus.NEW
     fills: list[tuple[Fill, datetime | None]] = field(default_factory=list)
@@ -60,7 +60,8 @@ class _Row:
 
     def record(self, timeframe: str) -> OrderRecord:
         order = self.order
-        assert order is not None and order.qty is not None
+        assert order is not None and order.qty is not None and self.decided_at is not None
+        ours = self.request
         filled, average = 0.0, 0.0
         for fill, _ in self.fills:
             filled, average, _ = fold_fill(filled, average, to_float(fill.qty), to_float(fill.price))
@@ -73,15 +74,15 @@ class _Row:
             limit_price=order.limit_price,
             stop_price=order.stop_price,
             time_in_force=order.time_in_force,
-            purpose=self.request.purpose,
+            purpose="liquidation" if ours is None else ours.purpose,
             status=self.status,
-            filled_qty=to_decimal(filled, QTY_DECIMALS),
+            filled_qty=to_shares(filled),
             filled_avg_price=to_decimal(average, AVERAGE_PRICE_DECIMALS) if filled else None,
             fills=tuple(
                 OrderFill(bar=bar or bar_stamp(fill.timestamp, timeframe), qty=fill.qty, price=fill.price)
                 for fill, bar in self.fills
             ),
-            strategy=self.request.strategy,
+            strategy="" if ours is None else ours.strategy,
         )
 
 
@@ -106,9 +107,12 @@ class _Reader:
             case BarsClosed(at=at):
                 for row, place in self._unplaced:
                     row.fills[place] = row.fills[place][0], at
+                    row.decided_at = row.decided_at or at  # the open of the bar that closes now
                 self._unplaced.clear()
 
     def _observe(self, order: Order) -> None:
+        if order.client_order_id.startswith(MARGIN_CALL):
+            self._rows.setdefault(order.client_order_id, [_Row(None, None)])
         rows = self._rows.get(order.client_order_id, [])
         for row, side in zip(rows, (order, *order.legs), strict=False):
             self._by_id[side.id] = row
@@ -126,7 +130,7 @@ class _Reader:
 
     def records(self) -> list[OrderRecord]:
         rows = [row for rows in self._rows.values() for row in rows if row.order is not None]
-        return [row.record(self.timeframe) for row in rows]
+        return [row.record(self.timeframe) for row in rows if row.decided_at is not None]
 
 
 def order_records(events: Iterable[Event]) -> list[OrderRecord]:

@@ -220,6 +220,12 @@ class SessionResult:
         """Equity at every closed bar, USD."""
         return self.curve["equity"]
 
+    @property
+    def ruined_at(self) -> datetime | None:
+        """Stamp of the first bar at whose close no equity was left, UTC; None where there always was some."""
+        gone = self.equity.index[self.equity <= 0.0]
+        return gone[0].to_pydatetime() if len(gone) else None
+
 # %% ../../nbs/session/03_session.ipynb #0081b0b7
 class Session:
     """One session over wired parts. Use `run_session`."""

@@ -28,7 +28,7 @@ from ..market.stamps import from_ns
 from ..risk.limits import Limits
 from ..strategy.contract import Strategy, build_strategy, history_bars
 from ..rules.sizing import SizingRules
-from ..rules.numbers import CASH_DECIMALS, to_decimal, to_float
+from ..rules.numbers import CASH_DECIMALS, CASH_MAX, to_decimal, to_float
 from ..trading.events import FactorFrom
 from ..trading.orders import decimal_text
 from ..trading.portfolio import Commission, Fill
@@ -133,7 +133,7 @@ class SessionSpec(BaseModel):
     source: Source = Field("sample", description="where the bars come from")
     feed: str | None = Field(None, description="Alpaca's feed; none: the settings'")
     adjustment: str = Field("all", description="what prices are adjusted for")
-    cash: Decimal = Field(Decimal(100_000), gt=0, decimal_places=2, description="at the start, USD")
+    cash: Decimal = Field(Decimal(100_000), gt=0, le=CASH_MAX, decimal_places=2, description="at the start, USD")
     multiplier: Literal[1, 2, 4] = Field(2, description="buying power over equity; 1 is a cash account")
     costs: Costs = Field(default_factory=Costs, description="commission, slippage, share of volume")
     limits: Limits = Field(default_factory=Limits, description="what risk refuses")

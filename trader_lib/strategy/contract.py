@@ -68,7 +68,7 @@ class Strategy(BaseModel, ABC):
 
     @abstractmethod
     def targets(self, bars: Bars) -> "pd.DataFrame | NDArray[np.float64]":
-        """Target weights [time × symbol], shares of equity; row t from bars up to and including t."""
+        """Target weights [time × symbol], shares of equity, NaN to keep what there is; row t from bars up to and including t."""
 
     @property
     def exits(self) -> ProtectiveExits | None:
@@ -102,7 +102,8 @@ def needed_bars(strategy: Strategy, bars: Bars) -> Bars:
 def target_weights(strategy: Strategy, bars: Bars) -> NDArray[np.float64]:
     """Checked target weights [time × symbol], shares of equity; rows before the warm-up are 0.
 
-    Raises Misused where the shape is not the Bars' own, BadData where a weight is not finite.
+    NaN asks for nothing: the symbol keeps what there is of it, and an order at work goes on. Raises Misused where the
+    shape is not the Bars' own, BadData where a weight is infinite.
     """
     shape = (bars.n, len(bars.symbols))
     first = max(strategy.warmup - 1, 0)
@@ -116,12 +117,11 @@ def target_weights(strategy: Strategy, bars: Bars) -> NDArray[np.float64]:
             strategy=strategy.name,
         )
     weights[:first] = 0.0
-    weights[np.isnan(weights) & np.isnan(bars.close)] = 0.0
-    if not np.isfinite(weights).all():
-        row, column = (int(place) for place in np.argwhere(~np.isfinite(weights))[0])
+    if np.isinf(weights).any():
+        row, column = (int(place) for place in np.argwhere(np.isinf(weights))[0])
         raise BadData(
             f"Strategy {strategy.name!r} gives {bars.symbols[column]} the weight {weights[row, column]} at "
-            f"{bars.at(row)}, row {row}: return 0 where there is no opinion, or a warmup greater than {strategy.warmup}.",
+            f"{bars.at(row)}, row {row}: return a share of equity, 0 for no position, or NaN to keep what there is.",
             strategy=strategy.name,
             symbol=bars.symbols[column],
             row=row,

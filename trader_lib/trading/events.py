@@ -330,7 +330,7 @@ class TradingState(StrEnum):
 
 
 class TargetsDecided(Output):
-    """The strategy's target weights at a bar's close, as fractions of equity by symbol."""
+    """The strategy's target weights at a bar's close, as fractions of equity by symbol; one left out keeps what it has."""
 
     type: ClassVar[str] = "targets_decided"
     at: Utc  # the bar's stamp

@@ -46,7 +46,7 @@ class OrderRecord(BaseModel):
     limit_price: Number | None = None  # USD a share
     stop_price: Number | None = None  # USD a share
     time_in_force: TimeInForce = TimeInForce.DAY
-    purpose: Purpose = "entry"
+    purpose: Purpose | Literal["liquidation"] = "entry"  # liquidation: the broker's, on a margin call
     status: OrderStatus  # the last one
     filled_qty: Number  # shares
     filled_avg_price: Number | None = None  # USD a share, None where nothing filled

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAGNITUDE_MAX', 'Number', 'Utc', 'Label', 'SIDE_SIGN', 'ORDER_TYPE_CODE', 'SYMBOL', 'DIGITS_MAX', 'Purpose',
-           'TERMINAL', 'ENDED_SHORT', 'decimal_text', 'decimals_of', 'amount_refusal', 'price_refusal', 'OrderRequest',
-           'Order', 'client_order_id', 'OrderClass', 'OrderSide', 'OrderStatus', 'OrderType', 'TimeInForce',
-           'TradeEvent']
+           'MARGIN_CALL', 'TERMINAL', 'ENDED_SHORT', 'decimal_text', 'decimals_of', 'amount_refusal', 'price_refusal',
+           'OrderRequest', 'Order', 'client_order_id', 'OrderClass', 'OrderSide', 'OrderStatus', 'OrderType',
+           'TimeInForce', 'TradeEvent']
 
 # %% ../../nbs/trading/01_orders.ipynb #e98584db
 import hashlib
@@ -63,6 +63,7 @@ ORDER_TYPE_CODE: dict[OrderType, int] = {
 SYMBOL = re.compile(r"[A-Z][A-Z0-9.]{0,9}")
 DIGITS_MAX = 15
 Purpose = Literal["entry", "exit"]
+MARGIN_CALL = "margin-call:"  # begins the client order id of what the embedded exchange closes on a margin call
 
 
 def decimals_of(value: Decimal) -> int:

@@ -16,7 +16,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SerializerFun
 
 from ..rules import folding
 from ..rules.actions import split_position
-from ..rules.numbers import AVERAGE_PRICE_DECIMALS, CASH_DECIMALS, QTY_DECIMALS, to_decimal, to_float
+from trader_lib.rules.numbers import (
+    AVERAGE_PRICE_DECIMALS,
+    CASH_DECIMALS,
+    QTY_DECIMALS,
+    to_decimal,
+    to_float,
+    to_shares,
+)
 from .orders import SIDE_SIGN, Label, Number, OrderSide, Purpose, Utc
 
 # %% ../../nbs/trading/02_portfolio.ipynb #7387b04e
@@ -92,7 +99,7 @@ class Position(BaseModel):
         )
         return Position(
             symbol=self.symbol,
-            qty=to_decimal(qty, QTY_DECIMALS),
+            qty=to_shares(qty),
             avg_entry_price=to_decimal(average, AVERAGE_PRICE_DECIMALS),
             realized_pl=self.realized_pl + to_decimal(realized, CASH_DECIMALS),
         )
