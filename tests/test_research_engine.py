@@ -103,7 +103,7 @@ class Reference:
         n = self.market.close.shape[1]
         self.symbols = SYMBOLS[:n]
         self.planner = Planner(self.symbols, self.sizing, self.exits)
-        self.recent = RecentOrders(self.limits)
+        self.recent = RecentOrders.within(self.limits)
         self.mark, self.mark_s = np.full(n, math.nan), np.full(n, math.nan)
         self.orders: list[Order] = []
         self.working: list[Order] = []

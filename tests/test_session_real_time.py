@@ -340,7 +340,7 @@ async def test_bars_that_a_stream_left_out_are_fetched_and_only_the_last_is_acte
 
 async def test_bars_of_the_time_in_which_a_session_was_down_are_fetched() -> None:
     stage = Stage(OPEN + timedelta(minutes=3, seconds=20), "1Min", bars_max=2, resumed=True)
-    stage.agent.recall(OPEN, 1)
+    stage.agent.resume(OPEN, 1)
     stage.market.bars = [minutes(3)]
     await stage.driver.run(asyncio.Event())
     assert [bar.late for bar in stage.heard(BarsClosed)] == [True, False]
