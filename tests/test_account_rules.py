@@ -70,7 +70,7 @@ def bars_of(*columns: Sequence[float], volume: Any = 1e12, opens: Sequence[float
     if opens is not None:
         open_[:, 0] = opens
     stamps = TradingCalendar().bar_stamps(date(2024, 1, 2), date(2024, 12, 31), "1Day")[: len(close)]
-    origin = Provenance("example", "none", Timeframe.DAY_1, "raw", synthetic=True)
+    origin = Provenance("example", "none", Timeframe.DAY_1, "split", synthetic=True)
     high, low = np.maximum(open_, close), np.minimum(open_, close)
     volumes = np.broadcast_to(np.asarray(volume, float), close.shape).copy()
     symbols = ("AAA", "BBB", "CCC")[: close.shape[1]]
