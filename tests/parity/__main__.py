@@ -1,7 +1,7 @@
 """Play drawn configurations in both engines: `python -m tests.parity --seeds 500`, or one of them: `--seed 17`.
 
-Seeds that are known to differ, and not yet mended: 52 (a fractional short sale), 268 (decimals of a remaining quantity), 479 and
-1118 (a cent of equity at one bar, the same orders).
+Known to differ, and not yet mended: 52 (a fractional short sale), 268 (decimals of a remaining quantity),
+479 and 1118 (a cent of equity at one bar, the same orders).
 """
 
 from __future__ import annotations
