@@ -16,7 +16,7 @@ from trader_lib.research.backtest import backtest
 from trader_lib.session.session import SessionResult
 
 ROOT = Path(__file__).parent.parent
-SEEDS = 60  # `python -m tests.parity --seeds 500` plays more
+SEEDS = 120  # `python -m tests.parity --seeds 500` plays more
 SUITE_S = 900
 
 

@@ -1,8 +1,4 @@
-"""Play drawn configurations in both engines: `python -m tests.parity --seeds 500`, or one of them: `--seed 17`.
-
-Known to differ, and not yet mended: 52 (a fractional short sale), 268 (decimals of a remaining quantity),
-479 and 1118 (a cent of equity at one bar, the same orders).
-"""
+"""Play drawn configurations in both engines: `python -m tests.parity --seeds 500`, or one of them: `--seed 17`."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ __all__ = ['PortfolioState', 'on_account', 'on_fill', 'on_positions', 'market_pr
 
 # %% ../../nbs/agents/06_portfolio.ipynb #976c5b4f
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from types import MappingProxyType
@@ -39,11 +39,12 @@ from ..trading.portfolio import Commission, Fill, Portfolio, no_commission
 class PortfolioState:
     """What the portfolio agent knows."""
 
+    symbols: tuple[str, ...] = ()  # in the order in which the backtest adds them up; others come after them
     folded: Portfolio = field(default_factory=lambda: Portfolio(cash=Decimal(0)))  # positions and cash by our fills
     books: dict[str, Portfolio] = field(default_factory=dict)  # the same by strategy, where there are several
     reported: AccountReported | None = None  # the broker's last report
     repaired: int = 0  # fills taken from the broker's record of an order
-    marks: dict[str, float] = field(default_factory=dict)  # last closes, USD, in the order of their first bars
+    marks: dict[str, float] = field(default_factory=dict)  # last closes, USD, by symbol
     prices: dict[str, float] = field(default_factory=dict)  # USD, of the last fill or as the broker reports
 
     @property
@@ -85,7 +86,8 @@ def on_positions(state: PortfolioState, report: PositionsReported) -> None:
 
 def market_prices(state: PortfolioState) -> dict[str, float]:
     """Return the price of every symbol, USD: its last close, or where there was none the broker's or a fill's."""
-    return state.marks | {symbol: price for symbol, price in state.prices.items() if symbol not in state.marks}
+    known = state.prices | state.marks
+    return {symbol: known[symbol] for symbol in (*state.symbols, *known) if symbol in known}
 
 # %% ../../nbs/agents/06_portfolio.ipynb #6f0e6a12
 def after_action(held: Portfolio, action: CorporateAction, price: float) -> Portfolio:
@@ -129,6 +131,7 @@ class PortfolioAgent(Agent):
     """Keeps the portfolio and publishes it at every closed bar.
 
     commission: what a fill costs, as far as it is known beforehand, USD. capital: of each of several strategies, USD.
+    symbols: in the order of the Bars.
     """
 
     name = "portfolio"
@@ -142,10 +145,12 @@ class PortfolioAgent(Agent):
         clock: Clock,
         commission: Commission = no_commission,
         capital: Mapping[str, Decimal] = MappingProxyType({}),
+        symbols: Sequence[str] = (),
     ) -> None:
         super().__init__(bus, clock)
         self._commission = commission
-        self.state = PortfolioState(books={label: Portfolio(cash=stake) for label, stake in capital.items()})
+        books = {label: Portfolio(cash=stake) for label, stake in capital.items()}
+        self.state = PortfolioState(tuple(symbols), books=books)
 
     def reactions(self) -> Mapping[type[Payload], Reaction]:
         """Return which function handles which type of event."""

@@ -53,7 +53,7 @@ from trader_lib.rules.checks import (
     sells_short,
     state_after_close,
 )
-from ..rules.numbers import CASH_DECIMALS, round_qty, round_to, to_float, to_shares
+from ..rules.numbers import CASH_DECIMALS, qty_left, round_qty, round_to, to_float, to_shares
 from ..rules.wash import would_wash
 
 # %% ../../nbs/agents/03_risk.ipynb #1cbc5a14
@@ -430,7 +430,7 @@ def end_short(book: RiskBook, client_order_id: str, filled_qty: float) -> None:
     end_order(book, client_order_id)
     if order is None:
         return
-    unrecorded = round_qty(filled_qty - (order.qty - order.remaining))
+    unrecorded = qty_left(filled_qty, qty_left(order.qty, order.remaining))
     if unrecorded > 0.0:
         cost = order.cost * filled_qty / order.qty
         book.working[client_order_id] = ApprovedOrder(order.column, order.side_sign, filled_qty, unrecorded, cost)
@@ -444,7 +444,7 @@ def book_fill(rules: BookRules, book: RiskBook, fill: Fill, column: int, fee: De
     for orders in _orders(book):
         order = orders.get(fill.client_order_id)
         if order is not None:
-            order.remaining = round_qty(order.remaining - to_float(fill.qty))
+            order.remaining = qty_left(order.remaining, to_float(fill.qty))
             if order.remaining <= 0.0:
                 del orders[fill.client_order_id]
 

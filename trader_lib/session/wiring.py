@@ -557,7 +557,7 @@ class AgentProvider(Provider):
     @provide
     def portfolio(self, inputs: SessionInputs, bus: InProcessBus, clock: Clock) -> PortfolioAgent:
         """Holdings."""
-        return PortfolioAgent(bus, clock, inputs.commission, inputs.capital)
+        return PortfolioAgent(bus, clock, inputs.commission, inputs.capital, inputs.spec.symbols)
 
     @provide
     def monitor(self, bus: InProcessBus, clock: Clock) -> MonitorAgent:

@@ -20,7 +20,7 @@ from ..rules.exits import NO_EXITS, update_extreme
 from .exits import ProtectiveExits
 from ..rules.sizing import SizingRules, plan_orders
 from ..rules.folding import fold_fill
-from ..rules.numbers import compiled, round_qty
+from ..rules.numbers import compiled, qty_left, round_qty
 
 # %% ../../nbs/strategy/02_planner.ipynb #04d2c740
 Purpose = Literal["entry", "exit"]
@@ -188,12 +188,12 @@ class Planner:
             s, signed_qty, price, purpose == "exit", self.positions, self.avg_entry, self.extreme, self.blocked_sign
         )
         if purpose == "exit":
-            left = round_qty(self.exit_qty[s] - abs(signed_qty))
+            left = qty_left(float(self.exit_qty[s]), abs(signed_qty))
             self.exit_qty[s] = max(left, 0.0)
             if left <= 0.0:
                 self.on_order_closed(symbol, "exit")
         else:
-            left = round_qty(self.working_qty[s] - signed_qty)
+            left = qty_left(float(self.working_qty[s]), signed_qty)
             self.working_qty[s] = left if left * self.working_qty[s] > 0.0 else 0.0
         return realized
 
