@@ -1,7 +1,7 @@
 """What an account can come to: margin calls, ruin, cash that does not go below zero; the same in both engines."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from loguru import logger
-from numpy.typing import NDArray
 
+from tests.given import Given
 from trader_lib.clock.sessions import TradingCalendar
 from trader_lib.config.settings import load_settings
 from trader_lib.errors.taxonomy import Misused, Rejected
@@ -37,30 +36,7 @@ NAN = float("nan")
 FREE = Limits(max_gross_exposure=None, max_margin_used=None)
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logger.disable("trader_lib")
-    yield
-    logger.enable("trader_lib")
-
-
-class Given(Strategy):
-    """Weights that are given, whatever the bars say; the last one goes on."""
-
-    weights: tuple[tuple[float, ...], ...]
-    protection: ProtectiveExits | None = None
-
-    @property
-    def warmup(self) -> int:
-        return 1
-
-    @property
-    def exits(self) -> ProtectiveExits | None:
-        return self.protection
-
-    def targets(self, bars: Bars) -> NDArray[np.float64]:
-        rows = [self.weights[min(row, len(self.weights) - 1)] for row in range(bars.n)]
-        return np.array(rows, dtype=np.float64)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def bars_of(*columns: Sequence[float], volume: Any = 1e12, opens: Sequence[float] | None = None) -> Bars:

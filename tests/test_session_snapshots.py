@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from loguru import logger
 
 from tests.simulation import world as world_module
 from tests.simulation.plan import plan_of
@@ -25,12 +24,7 @@ from trader_lib.session import snapshots
 from trader_lib.session.companions import SessionParts
 from trader_lib.session.snapshots import SnapshotKeeper, snapshot_folder
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logger.disable("trader_lib")
-    yield
-    logger.enable("trader_lib")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 METRICS = (

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from tests.given import Given
 from trader_lib.clock.sessions import TradingCalendar
 from trader_lib.config.settings import load_settings
 from trader_lib.exchange.costs import Costs
@@ -24,7 +25,6 @@ from trader_lib.risk.limits import Limits, SymbolLimits
 from trader_lib.rules.sizing import SizingRules
 from trader_lib.session.session import SessionResult, run_session
 from trader_lib.session.spec import SessionSpec
-from trader_lib.strategy.contract import Strategy
 from trader_lib.strategy.exits import ProtectiveExits
 from trader_lib.trading.order_list import compare_order_lists
 
@@ -33,30 +33,12 @@ LEVELS = (0.06, 0.37, 0.9, 4.0, 30.0, 150.0, 30_000.0)  # USD a share
 CASH = (1_500.0, 10_000.0, 100_000.0, 5_000_000.0, 400_000_000.0)
 
 
-class Weights(Strategy):
-    """Weights and exits that were drawn, whatever the bars say."""
-
-    weights: tuple[tuple[float, ...], ...]
-    protection: ProtectiveExits | None = None
-
-    @property
-    def warmup(self) -> int:
-        return 1
-
-    @property
-    def exits(self) -> ProtectiveExits | None:
-        return self.protection
-
-    def targets(self, bars: Bars) -> NDArray[np.float64]:
-        return np.array(self.weights[: bars.n])
-
-
 @dataclass(frozen=True)
 class Configuration:
     """Everything that both engines are given."""
 
     bars: Bars
-    strategy: Weights
+    strategy: Given
     cash: float
     sizing: SizingRules
     account: dict[str, Any]  # costs, limits, multiplier
@@ -148,7 +130,7 @@ def configuration(seed: int) -> Configuration:
         "limits": Limits(**pick(rng, wide, wide, narrow, {})),
         "multiplier": pick(rng, 1, 2, 2, 4),
     }
-    strategy = Weights(weights=weights(rng, bars.n, len(bars.symbols)), protection=exits)
+    strategy = Given(weights=weights(rng, bars.n, len(bars.symbols)), protection=exits)
     return Configuration(bars, strategy, pick(rng, *CASH), sizing, account)
 
 

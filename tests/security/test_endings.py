@@ -22,7 +22,6 @@ from typing import Any
 import nbformat
 import numpy as np
 import pytest
-from loguru import logger
 from numpy.typing import NDArray
 
 from trader_lib.agents.execution import ExecutionAgent
@@ -88,11 +87,7 @@ SPEC = SessionSpec(
 SETTINGS: Settings = load_settings(environ={}, env_file=None, overrides={"broker": {"transport": "in_process"}})
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logger.disable("trader_lib")
-    yield
-    logger.enable("trader_lib")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 async def session(folder: Path, spec: SessionSpec = SPEC, **more: Any) -> SessionResult:
