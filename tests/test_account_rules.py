@@ -263,7 +263,7 @@ async def test_notes_of_a_called_and_cut_account_are_the_same_in_both_engines() 
     result, session = await in_both(strategy, bars, sizing=SizingRules(leverage=2.0))
     called, cut = result.notes
     assert called.startswith("Margin was called at 1 open") and "on 2024-01-04, 69 AAA were sold at 50" in called
-    assert cut.startswith("Buys were cut to the money there was at 1 of 5 closes, to 71.1% at the most")
+    assert cut.startswith("Buys were cut to the money there was at 1 of 5 closes, by up to 80.8% of equity")
     assert "the weights add up to as much as 2.8, and leverage is 2" in cut
     assert session_notes(session) == result.notes
 

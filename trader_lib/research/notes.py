@@ -88,12 +88,12 @@ def cut_closes(
     cash: NDArray[np.float64],
     rules: SizingRules,
 ) -> tuple[int, float, float]:
-    """At how many closes buys were cut to the money there was, the least share that was left, and the greatest sum of weights.
+    """At how many closes buys were cut to the money there was, by which share of equity at most, and the greatest sum of weights.
 
     Arrays [time × symbol] or [time], as in `Seen`.
     """
     rows, n = close.shape
-    count, least, most = 0, 1.0, 0.0
+    count, worst, most = 0, 0.0, 0.0
     wanted, nothing = np.zeros(n), np.zeros(n)
     for t in range(rows):
         before, after, total = 0.0, 0.0, 0.0
@@ -111,20 +111,20 @@ def cut_closes(
                 after += wanted[s] * close[t, s]
         if after < before:
             count += 1
-            least, most = min(least, after / before), max(most, total)
-    return count, least, most
+            worst, most = max(worst, (before - after) / equity[t]), max(most, total)
+    return count, worst, most
 
 
 def cut_note(seen: Seen) -> list[str]:
     """What the money there was cut off the buys, as a sentence; nothing where nothing was cut."""
-    count, least, most = cut_closes(
+    count, worst, most = cut_closes(
         seen.weights, seen.close, seen.positions, seen.equity, seen.cash, _plain(seen.sizing)
     )
     if not count:
         return []
     sums = f"; the weights add up to as much as {most:.4g}, and leverage is {seen.sizing.leverage:g}"
     return [
-        f"Buys were cut to the money there was at {count:,} of {len(seen.equity):,} closes, to {least:.1%} at the most"
+        f"Buys were cut to the money there was at {count:,} of {len(seen.equity):,} closes, by up to {worst:.1%} of equity"
         f"{sums if most > seen.sizing.leverage else ''}."
     ]
 
