@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.given import run_apart
-from tests.parity.drawn import configuration, difference, play
+from tests.parity.drawn import configuration, difference, outside_regular_hours, play
 from trader_lib.research.backtest import backtest
 from trader_lib.session.session import SessionResult
 
@@ -47,8 +47,9 @@ def test_draws_reach_what_the_comparison_is_for() -> None:
             credit=int(drawn.sizing.leverage > 1),
             cash=int(drawn.account["multiplier"] == 1),
             guarded=int(drawn.strategy.exits is not None),
+            extended=int(outside_regular_hours(drawn.bars)),
         )
-    assert min(seen.values()) >= 5 and len(seen) == 10
+    assert min(seen.values()) >= 5 and len(seen) == 11
 
 
 def test_a_difference_is_told() -> None:

@@ -16,7 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from tests.given import Given
-from trader_lib.clock.sessions import TradingCalendar
+from trader_lib.clock.sessions import NEW_YORK, TradingCalendar
 from trader_lib.config.settings import load_settings
 from trader_lib.exchange.costs import Costs
 from trader_lib.market.bars import Bars, Provenance, Timeframe
@@ -79,9 +79,25 @@ def market(rng: np.random.Generator, timeframe: str) -> Bars:
         if rng.random() < 0.3:
             for array in arrays:
                 array[: rows // 5, s] = math.nan
-    stamps = TradingCalendar().bar_stamps(date(2025, 11, 24), date(2026, 6, 1), timeframe)[:rows]
+    stamps = stamps_of(rng, timeframe, rows)
     origin = Provenance("drawn", "none", Timeframe(timeframe), "split", synthetic=True)  # no split hides in a jump
     return Bars(*arrays, pd.DatetimeIndex(stamps, tz="UTC"), SYMBOLS[:n], origin)
+
+
+def stamps_of(rng: np.random.Generator, timeframe: str, rows: int) -> NDArray[np.int64]:
+    """Regular bars, or one in three times minutes from 4:00 to 20:00, from some moment of a day on, through a night."""
+    if timeframe == "1Day" or rng.random() > 0.35:
+        return TradingCalendar().bar_stamps(date(2025, 11, 24), date(2026, 6, 1), timeframe)[:rows]
+    days = [day.date.isoformat() for day in TradingCalendar().sessions(date(2025, 11, 24), date(2025, 11, 26))]
+    hours = [pd.date_range(f"{day} 04:00", f"{day} 19:45", freq="15min", tz=NEW_YORK) for day in days]
+    first = int(rng.integers(20, 60))
+    return np.concatenate([each.tz_convert("UTC").as_unit("ns").asi8 for each in hours])[first : first + rows]
+
+
+def outside_regular_hours(bars: Bars) -> bool:
+    """Whether a bar trades before the open or after the close of its session."""
+    calendar = TradingCalendar()
+    return bars.timeframe != "1Day" and not all(calendar.is_open(bars.at(row)) for row in range(bars.n))
 
 
 def _rounded(values: NDArray[np.float64], decimals: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -185,6 +201,7 @@ def seen_in(drawn: Configuration, result: BacktestResult) -> Counter[str]:
         "weights of NaN": bool(np.isnan(np.array(drawn.strategy.weights)).any()),
         "prices below a dollar": bool((drawn.bars.close < 1.0).any()),
         "symbols without volume at times": bool((drawn.bars.volume == 0.0).any()),
+        "extended hours": outside_regular_hours(drawn.bars),
         "margin calls": bool((table["exit"] == 2).any()),
         "ruin": result.ruined_at is not None,
         "cash accounts": result.multiplier == 1,
