@@ -35,7 +35,7 @@ from .statistics import Statistics, statistics, trades_of
 from ..risk.checks import About, RiskDecision, outcomes
 from ..risk.limits import Limits
 from ..rules.checks import CHECK_COUNT, Check, OrderFacts, RiskFacts, check_order
-from ..strategy.checks import checked_weights
+from ..strategy.checks import checked_weights, elsewhere
 from ..strategy.contract import Strategy, history_bars, target_weights
 from ..rules.exits import NO_EXITS
 from ..strategy.planner import ensure_placeable
@@ -109,6 +109,7 @@ class BacktestResult:
     look_ahead: str = (
         ""  # where the strategy was seen to use later bars, as a sentence; the figures are then worth nothing
     )
+    doubt: str = ""  # why looking for later bars cannot say much about this strategy, as a sentence
 
     def __repr__(self) -> str:
         last = self.simulation.equity[-1]
@@ -405,8 +406,8 @@ class BacktestResult:
         ]
         if self.corporate_actions:
             sections.insert(2, ("Corporate actions", list(self.corporate_actions)))
-        if self.notes:
-            sections.insert(1, ("Notes", [table(["What happened beside the orders"], [(one,) for one in self.notes])]))
+        if remarks := [one for one in (self.doubt, *self.notes) if one]:
+            sections.insert(1, ("Notes", [table(["What happened beside the orders"], [(one,) for one in remarks])]))
         return write_report(path, f"Backtest of {self.strategy.name}", [one for one in sections if one[1]])
 
 
@@ -537,4 +538,5 @@ def backtest(
         weights,
         calendar=calendar.name,
         look_ahead=look_ahead,
+        doubt=elsewhere(strategy, cut) if check and not look_ahead else "",
     )
