@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
+from loguru import logger
 
 from tests.browser import launched
 from tests.servers import PostgresServer, RedisServer
@@ -24,6 +25,14 @@ settings.register_profile("home", deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") else "home")
 
 KEY_ID, SECRET_KEY = "test-key", "test-secret"
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """No log lines of the library's own, which would fill what a failing test shows."""
+    logger.disable("trader_lib")
+    yield
+    logger.enable("trader_lib")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """What an account can come to: margin calls, ruin, cash that does not go below zero; the same in both engines."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from loguru import logger
-from numpy.typing import NDArray
 
+from tests.given import Given
 from trader_lib.clock.sessions import TradingCalendar
 from trader_lib.config.settings import load_settings
 from trader_lib.errors.taxonomy import Misused, Rejected
@@ -37,30 +36,7 @@ NAN = float("nan")
 FREE = Limits(max_gross_exposure=None, max_margin_used=None)
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logger.disable("trader_lib")
-    yield
-    logger.enable("trader_lib")
-
-
-class Given(Strategy):
-    """Weights that are given, whatever the bars say; the last one goes on."""
-
-    weights: tuple[tuple[float, ...], ...]
-    protection: ProtectiveExits | None = None
-
-    @property
-    def warmup(self) -> int:
-        return 1
-
-    @property
-    def exits(self) -> ProtectiveExits | None:
-        return self.protection
-
-    def targets(self, bars: Bars) -> NDArray[np.float64]:
-        rows = [self.weights[min(row, len(self.weights) - 1)] for row in range(bars.n)]
-        return np.array(rows, dtype=np.float64)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def bars_of(*columns: Sequence[float], volume: Any = 1e12, opens: Sequence[float] | None = None) -> Bars:
@@ -70,7 +46,7 @@ def bars_of(*columns: Sequence[float], volume: Any = 1e12, opens: Sequence[float
     if opens is not None:
         open_[:, 0] = opens
     stamps = TradingCalendar().bar_stamps(date(2024, 1, 2), date(2024, 12, 31), "1Day")[: len(close)]
-    origin = Provenance("example", "none", Timeframe.DAY_1, "raw", synthetic=True)
+    origin = Provenance("example", "none", Timeframe.DAY_1, "split", synthetic=True)
     high, low = np.maximum(open_, close), np.minimum(open_, close)
     volumes = np.broadcast_to(np.asarray(volume, float), close.shape).copy()
     symbols = ("AAA", "BBB", "CCC")[: close.shape[1]]
@@ -287,7 +263,7 @@ async def test_notes_of_a_called_and_cut_account_are_the_same_in_both_engines() 
     result, session = await in_both(strategy, bars, sizing=SizingRules(leverage=2.0))
     called, cut = result.notes
     assert called.startswith("Margin was called at 1 open") and "on 2024-01-04, 69 AAA were sold at 50" in called
-    assert cut.startswith("Buys were cut to the money there was at 1 of 5 closes, to 71.1% at the most")
+    assert cut.startswith("Buys were cut to the money there was at 1 of 5 closes, by up to 80.8% of equity")
     assert "the weights add up to as much as 2.8, and leverage is 2" in cut
     assert session_notes(session) == result.notes
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from trader_lib.agents.contract import Agent
 from trader_lib.agents.risk import RiskAgent
-from trader_lib.agents.strategy import StrategyAgent, last_closes
+from trader_lib.agents.strategy import StrategyAgent, StrategyRules, last_closes
 from trader_lib.bus.bus import InProcessBus
 from trader_lib.clock.clock import VirtualClock
 from trader_lib.clock.ids import SeededIds
@@ -47,7 +47,7 @@ BARS = sample_bars(["AAPL", "IBM"], start="2005-01-03", end="2005-02-28")
 
 
 class Stage:
-    """One agent on a bus; `say` returns what it answered."""
+    """One agent on a bus; `publish` returns what it answered."""
 
     def __init__(self) -> None:
         self.bus = InProcessBus(VirtualClock(NOW), SeededIds("stage"), None, "stage")
@@ -55,12 +55,12 @@ class Stage:
 
     async def play(self, agent: Agent) -> None:
         await agent.start()
-        self.bus.subscribe("test", [*agent.emits, AgentFailed], self.hear)
+        self.bus.subscribe("test", [*agent.emits, AgentFailed], self.collect)
 
-    async def hear(self, event: Event) -> None:
+    async def collect(self, event: Event) -> None:
         self.answers.append(event.payload)
 
-    async def say(self, *payloads: Payload) -> list[Any]:
+    async def publish(self, *payloads: Payload) -> list[Any]:
         self.answers.clear()
         for payload in payloads:
             await self.bus.publish(payload, source="test", correlation_id="test")
@@ -133,12 +133,12 @@ class Swing(Strategy):
         return np.where(rows < 2, 0.4, 0.0)[:, None] * np.ones((1, len(bars.symbols)))
 
 
-async def strategist(stage: Stage, **parameters: Any) -> StrategyAgent:
+async def strategy_agent(stage: Stage, **parameters: Any) -> StrategyAgent:
     strategy = Swing(**parameters)
     planner = Planner(BARS.symbols, exits=strategy.exits)
-    agent = StrategyAgent(stage.bus, VirtualClock(NOW), strategy, BARS.head(0), planner, "stage")
+    agent = StrategyAgent(stage.bus, VirtualClock(NOW), StrategyRules(strategy, planner, "stage"), BARS.head(0))
     await stage.play(agent)
-    await stage.say(account())
+    await stage.publish(account())
     return agent
 
 
@@ -151,25 +151,25 @@ def approved(*decided: OrderRequest) -> list[RiskDecided]:
 
 
 async def test_order_that_failed_is_proposed_again_at_the_next_bar(stage: Stage) -> None:
-    agent = await strategist(stage)
-    first = requests(await stage.say(closed(0)))
+    agent = await strategy_agent(stage)
+    first = requests(await stage.publish(closed(0)))
     assert [request.symbol for request in first] == ["AAPL", "IBM"]
-    await stage.say(*approved(*first))
+    await stage.publish(*approved(*first))
     gone = [OrderFailed(client_order_id=first[0].client_order_id, reason="test", outcome="not_sent")]
     lost = [OrderFailed(client_order_id=first[1].client_order_id, reason="test", outcome="unknown")]
-    await stage.say(*gone, *lost)
-    assert [request.symbol for request in requests(await stage.say(closed(1)))] == ["AAPL"]
+    await stage.publish(*gone, *lost)
+    assert [request.symbol for request in requests(await stage.publish(closed(1)))] == ["AAPL"]
     assert agent.health().state == "ok"
 
 
 async def test_order_that_a_look_up_finds_closed_is_closed(stage: Stage) -> None:
-    await strategist(stage)
-    first = requests(await stage.say(closed(0)))
-    await stage.say(*approved(*first))
+    await strategy_agent(stage)
+    first = requests(await stage.publish(closed(0)))
+    await stage.publish(*approved(*first))
     found = OrderAcknowledged(client_order_id=first[0].client_order_id, order=order_of(first[0], "rejected"))
     there = OrderAcknowledged(client_order_id=first[1].client_order_id, order=order_of(first[1], "accepted"))
-    await stage.say(found, there)
-    assert [request.symbol for request in requests(await stage.say(closed(1)))] == ["AAPL"]
+    await stage.publish(found, there)
+    assert [request.symbol for request in requests(await stage.publish(closed(1)))] == ["AAPL"]
 
 
 class Broken(Swing):
@@ -186,17 +186,17 @@ async def test_strategy_that_gave_up_is_not_asked_again_and_its_position_is_prot
 ) -> None:
     strategy = Broken()
     planner = Planner(BARS.symbols, exits=strategy.exits)
-    agent = StrategyAgent(stage.bus, VirtualClock(NOW), strategy, BARS.head(0), planner, "stage")
+    agent = StrategyAgent(stage.bus, VirtualClock(NOW), StrategyRules(strategy, planner, "stage"), BARS.head(0))
     await stage.play(agent)
-    await stage.say(account())
-    first = requests(await stage.say(closed(0)))
-    await stage.say(*approved(*first))
-    (failure,) = await stage.say(closed(1))
+    await stage.publish(account())
+    first = requests(await stage.publish(closed(0)))
+    await stage.publish(*approved(*first))
+    (failure,) = await stage.publish(closed(1))
     assert isinstance(failure, AgentFailed) and "lost its way" in failure.error
-    assert agent.health().state == "down" and agent.protects_only
+    assert agent.health().state == "down" and agent.state.protects_only
     assert first[0].qty is not None
-    await stage.say(fill_of(first[0], "x-1", first[0].qty, price=Decimal(str(round(BARS.close[1, 0], 2)))))
-    answers = await stage.say(closed(2))
+    await stage.publish(fill_of(first[0], "x-1", first[0].qty, price=Decimal(str(round(BARS.close[1, 0], 2)))))
+    answers = await stage.publish(closed(2))
     assert [(request.symbol, request.purpose) for request in requests(answers)] == [("AAPL", "exit")]
     assert not [answer for answer in answers if isinstance(answer, AgentFailed)], "it is not asked any more"
 
@@ -204,81 +204,81 @@ async def test_strategy_that_gave_up_is_not_asked_again_and_its_position_is_prot
         raise ValueError("our own books are wrong")
 
     monkeypatch.setattr(planner, "plan", lost)
-    (failure,) = await stage.say(closed(3))
-    assert "our own books" in failure.error and not agent.protects_only
+    (failure,) = await stage.publish(closed(3))
+    assert "our own books" in failure.error and not agent.state.protects_only
     missed = agent.health().missed
-    assert not await stage.say(closed(4)) and agent.health().missed == missed + 1
+    assert not await stage.publish(closed(4)) and agent.health().missed == missed + 1
 
 
 async def test_target_that_turns_cancels_the_order_at_work(stage: Stage) -> None:
-    await strategist(stage, stop=False)
-    first = requests(await stage.say(closed(0)))
-    await stage.say(*approved(*first))
-    await stage.say(closed(1))
+    await strategy_agent(stage, stop=False)
+    first = requests(await stage.publish(closed(0)))
+    await stage.publish(*approved(*first))
+    await stage.publish(closed(1))
     part = fill_of(first[0], "x-1", Decimal(10))
-    await stage.say(part)
-    answers = await stage.say(closed(2))
+    await stage.publish(part)
+    answers = await stage.publish(closed(2))
     canceled = [answer.client_order_id for answer in answers if isinstance(answer, CancelProposed)]
     assert canceled == [request.client_order_id for request in first] and not requests(answers)
 
 
 async def protected(stage: Stage) -> list[OrderRequest]:
     """Two positions, bought at the first close; the exits that the second close asks for, approved."""
-    entries = requests(await stage.say(closed(0)))
+    entries = requests(await stage.publish(closed(0)))
     paid = [Decimal(str(round(float(BARS.close[0, n]), 2))) for n in range(len(entries))]
     bought = [fill_of(entry, entry.symbol, entry.qty, price=price) for entry, price in zip(entries, paid, strict=True)]
     cost = float(sum(price * entry.qty for entry, price in zip(entries, paid, strict=True)))
-    await stage.say(*approved(*entries), *bought, account(100_000 - cost))
-    exits = [request for request in requests(await stage.say(closed(1))) if request.purpose == "exit"]
-    await stage.say(*approved(*exits))
+    await stage.publish(*approved(*entries), *bought, account(100_000 - cost))
+    exits = [request for request in requests(await stage.publish(closed(1))) if request.purpose == "exit"]
+    await stage.publish(*approved(*exits))
     return exits
 
 
 async def test_refused_or_failed_order_brings_the_exit_back(stage: Stage) -> None:
-    await strategist(stage)
+    await strategy_agent(stage)
     exits = await protected(stage)
     assert [request.symbol for request in exits] == ["AAPL", "IBM"]
-    answers = await stage.say(closed(2))
+    answers = await stage.publish(closed(2))
     canceled = [answer.client_order_id for answer in answers if isinstance(answer, CancelProposed)]
     assert canceled == [request.client_order_id for request in exits]
     aapl, ibm = requests(answers)
     refusal = RiskDecided(request=aapl, decided_at=NOW, approved=False)
-    (back,) = requests(await stage.say(refusal))
+    (back,) = requests(await stage.publish(refusal))
     assert (back.symbol, back.purpose, back.limit_price) == ("AAPL", "exit", exits[0].limit_price)
-    assert not await stage.say(refusal)  # once is enough
-    await stage.say(*approved(ibm))
+    assert not await stage.publish(refusal)  # once is enough
+    await stage.publish(*approved(ibm))
     failure = OrderFailed(client_order_id=ibm.client_order_id, reason="test", outcome="rejected")
-    assert [request.symbol for request in requests(await stage.say(failure))] == ["IBM"]
+    assert [request.symbol for request in requests(await stage.publish(failure))] == ["IBM"]
 
 
 async def test_exit_that_is_due_already_does_not_come_back(stage: Stage) -> None:
-    agent = await strategist(stage)
+    agent = await strategy_agent(stage)
     await protected(stage)
-    aapl, _ = requests(await stage.say(closed(2)))
-    agent._planner.avg_entry[0] = 2 * float(BARS.close[2, 0])  # the stop would lie above the market
-    assert not await stage.say(RiskDecided(request=aapl, decided_at=NOW, approved=False))
+    aapl, _ = requests(await stage.publish(closed(2)))
+    agent.rules.planner.avg_entry[0] = 2 * float(BARS.close[2, 0])  # the stop would lie above the market
+    assert not await stage.publish(RiskDecided(request=aapl, decided_at=NOW, approved=False))
 
 
 async def test_fills_of_strangers_and_of_orders_past_move_positions_only(stage: Stage) -> None:
-    agent = await strategist(stage, stop=False)
-    first = requests(await stage.say(closed(0)))
-    await stage.say(*approved(*first))
-    planner = agent._planner
+    agent = await strategy_agent(stage, stop=False)
+    first = requests(await stage.publish(closed(0)))
+    await stage.publish(*approved(*first))
+    planner = agent.rules.planner
     at_work = planner.working_qty.copy()
     stranger = first[0].model_copy(update={"client_order_id": "somebody else's"})
-    await stage.say(fill_of(stranger, "x-1", Decimal(5)))
-    await stage.say(fill_of(stranger, "x-2", Decimal(5), symbol="GOOG"))
+    await stage.publish(fill_of(stranger, "x-1", Decimal(5)))
+    await stage.publish(fill_of(stranger, "x-2", Decimal(5), symbol="GOOG"))
     assert planner.positions.tolist() == [5.0, 0.0] and np.array_equal(planner.working_qty, at_work)
 
 
 async def test_leg_of_a_pair_counts_for_the_pair(stage: Stage) -> None:
-    agent = await strategist(stage)
+    agent = await strategy_agent(stage)
     pair, other = await protected(stage)
     leg = order_of(pair, "held", id="leg", client_order_id="theirs")
     parent = OrderAcknowledged(client_order_id=pair.client_order_id, order=order_of(pair, "accepted", legs=(leg,)))
     part = fill_of(other, "x-8", Decimal(1))
-    await stage.say(parent, fill_of(pair, "x-9", pair.qty, client_order_id="theirs"), part)
-    planner = agent._planner
+    await stage.publish(parent, fill_of(pair, "x-9", pair.qty, client_order_id="theirs"), part)
+    planner = agent.rules.planner
     assert planner.positions[0] == 0 and planner.exit_qty[0] == 0 and planner.blocked_sign[0] == 1
     assert other.qty is not None and planner.exit_qty[1] == other.qty - 1
 
@@ -300,37 +300,44 @@ def propose(order_id: str, qty: int = 10, symbol: str = "IBM", **fields: Any) ->
 async def judge(stage: Stage, **limits: Any) -> RiskAgent:
     agent = RiskAgent(stage.bus, VirtualClock(NOW), Limits(**limits), BARS.head(3))
     await stage.play(agent)
-    await stage.say(account())
+    await stage.publish(account())
     return agent
 
 
 async def test_proposal_before_the_first_bar_is_a_bug_that_stops_the_agent(stage: Stage) -> None:
     agent = await judge(stage)
-    (failure,) = await stage.say(propose("c-1"))
+    (failure,) = await stage.publish(propose("c-1"))
     assert isinstance(failure, AgentFailed) and agent.health().state == "down"
 
 
 async def test_what_is_on_its_way_counts_until_it_is_closed(stage: Stage) -> None:
     agent = await judge(stage, max_position_qty=15, duplicate_window_s=None)
-    await stage.say(closed(3))
+    await stage.publish(closed(3))
     first = propose("c-1")
-    (decided,) = await stage.say(first)
+    (decided,) = await stage.publish(first)
     assert decided.approved
-    (decided,) = await stage.say(propose("c-2"))
+    (decided,) = await stage.publish(propose("c-2"))
     assert [check.name for check in decided.checks if not check.passed] == ["POSITION_QTY"]
     unknown = OrderFailed(client_order_id="c-1", reason="test", outcome="unknown")
-    (decided,) = await stage.say(unknown, propose("c-3"))
+    (decided,) = await stage.publish(unknown, propose("c-3"))
     assert not decided.approved
     ack = OrderAcknowledged(client_order_id="c-1", order=order_of(first.request, "accepted"))
     part = TradeUpdated(event="fill", order=order_of(first.request, "filled", filled_qty=10), timestamp=NOW)
-    await stage.say(ack, part, fill_of(first.request, "x-1", Decimal(4)))
-    assert agent._account.qty.tolist() == [0.0, 4.0] and agent._account.working["c-1"].remaining == 6
-    await stage.say(fill_of(first.request, "x-2", Decimal(6)), fill_of(first.request, "x-3", Decimal(1), symbol="GOOG"))
-    assert not agent._account.working and agent._account.qty.tolist() == [0.0, 10.0, 1.0]  # of others' symbols, too
+    await stage.publish(ack, part, fill_of(first.request, "x-1", Decimal(4)))
+    book = agent.state.books[""]
+    assert book.qty.tolist() == [0.0, 4.0] and book.working["c-1"].remaining == 6
+    await stage.publish(
+        fill_of(first.request, "x-2", Decimal(6)), fill_of(first.request, "x-3", Decimal(1), symbol="GOOG")
+    )
+    assert not book.working and book.qty.tolist() == [
+        0.0,
+        10.0,
+        1.0,
+    ]  # others' symbols too
     for number, end in enumerate(("not_sent", "rejected", "acknowledged", "updated")):
         order = propose(f"e-{number}", 5)
-        (decided,) = await stage.say(order)
-        assert decided.approved and agent._account.working
+        (decided,) = await stage.publish(order)
+        assert decided.approved and book.working
         name = order.request.client_order_id
         gone: Payload
         if end == "acknowledged":
@@ -339,69 +346,71 @@ async def test_what_is_on_its_way_counts_until_it_is_closed(stage: Stage) -> Non
             gone = TradeUpdated(event="canceled", order=order_of(order.request, "canceled"), timestamp=NOW)
         else:
             gone = OrderFailed.model_validate({"client_order_id": name, "reason": "test", "outcome": end})
-        await stage.say(gone)
-        assert not agent._account.working
+        await stage.publish(gone)
+        assert not book.working
 
 
 async def test_exit_is_approved_and_not_counted_as_on_its_way(stage: Stage) -> None:
     agent = await judge(stage)
-    await stage.say(closed(3), fill_of(propose("c-1").request, "x-1", Decimal(10)))
-    (decided,) = await stage.say(propose("c-2", side=OrderSide.SELL, purpose="exit"))
-    assert decided.approved and not agent._account.working
+    await stage.publish(closed(3), fill_of(propose("c-1").request, "x-1", Decimal(10)))
+    (decided,) = await stage.publish(propose("c-2", side=OrderSide.SELL, purpose="exit"))
+    assert decided.approved and not agent.state.books[""].working
 
 
 async def test_operator_who_only_cancels_changes_no_state(stage: Stage) -> None:
     await judge(stage)
-    assert not await stage.say(OperatorCommand(action="cancel_all", reason="test", by="test"))
+    assert not await stage.publish(OperatorCommand(action="cancel_all", reason="test", by="test"))
 
 
 async def test_day_start_moves_with_the_session(stage: Stage) -> None:
     agent = await judge(stage)
-    await stage.say(closed(3), fill_of(propose("c-1").request, "x-1", Decimal(100)), account(90_000))
-    assert agent._account.day_start == 100_000
-    await stage.say(closed(4))
-    assert agent._account.day_start == 100_000 and agent._account.equity < 100_000
-    equity = agent._account.equity
-    await stage.say(closed(5))
-    assert agent._account.day_start == equity
+    await stage.publish(closed(3), fill_of(propose("c-1").request, "x-1", Decimal(100)), account(90_000))
+    assert agent.state.books[""].day_start == 100_000
+    await stage.publish(closed(4))
+    assert agent.state.books[""].day_start == 100_000 and agent.state.books[""].equity < 100_000
+    equity = agent.state.books[""].equity
+    await stage.publish(closed(5))
+    assert agent.state.books[""].day_start == equity
 
 
 async def test_order_of_somebody_else_counts_as_on_its_way_until_it_is_closed(stage: Stage) -> None:
     agent = await judge(stage, max_position_qty=15, duplicate_window_s=None)
-    await stage.say(closed(3))
+    await stage.publish(closed(3))
     theirs = order_of(propose("by hand").request, "new")
-    await stage.say(OrderAdopted(order=theirs, remaining=Decimal(10)))
-    (decided,) = await stage.say(propose("c-1"))
+    await stage.publish(OrderAdopted(order=theirs, remaining=Decimal(10)))
+    (decided,) = await stage.publish(propose("c-1"))
     assert [check.name for check in decided.checks if not check.passed] == ["POSITION_QTY"]
-    assert agent._account.working["by hand"].cost > 0
-    await stage.say(OrderAdopted(order=theirs, remaining=Decimal(0)))
-    (decided,) = await stage.say(propose("c-2"))
+    assert agent.state.books[""].working["by hand"].cost > 0
+    await stage.publish(OrderAdopted(order=theirs, remaining=Decimal(0)))
+    (decided,) = await stage.publish(propose("c-2"))
     assert decided.approved
 
 
 async def test_order_of_somebody_else_over_an_amount_counts_by_the_last_close(stage: Stage) -> None:
     agent = await judge(stage)
-    await stage.say(closed(3))
+    await stage.publish(closed(3))
     request = propose("by hand").request
     theirs = order_of(request, "new", qty=None, notional=Decimal(1000))
-    await stage.say(OrderAdopted(order=theirs, remaining=None))
+    await stage.publish(OrderAdopted(order=theirs, remaining=None))
     close = float(BARS.close[3, 1])
-    assert agent._account.working["by hand"].remaining == pytest.approx(1000 / close)
+    assert agent.state.books[""].working["by hand"].remaining == pytest.approx(1000 / close)
     elsewhere = order_of(request, "new", symbol="FB", client_order_id="elsewhere")
     unpriced = order_of(request, "new", qty=None, client_order_id="unpriced")
-    await stage.say(OrderAdopted(order=elsewhere, remaining=Decimal(1)), OrderAdopted(order=unpriced, remaining=None))
-    assert list(agent._account.working) == ["by hand", "elsewhere"]
+    await stage.publish(
+        OrderAdopted(order=elsewhere, remaining=Decimal(1)), OrderAdopted(order=unpriced, remaining=None)
+    )
+    assert list(agent.state.books[""].working) == ["by hand", "elsewhere"]
 
 
 async def test_order_that_was_replaced_is_on_its_way_until_its_line_has_ended(stage: Stage) -> None:
     agent = await judge(stage)
-    await stage.say(closed(3), propose("c-1"))
+    await stage.publish(closed(3), propose("c-1"))
     request = propose("c-1").request
     gone = order_of(request, "replaced", replaced_by="o-2")
-    await stage.say(TradeUpdated(event="replaced", order=gone, timestamp=NOW))
-    assert "c-1" in agent._account.working
+    await stage.publish(TradeUpdated(event="replaced", order=gone, timestamp=NOW))
+    assert "c-1" in agent.state.books[""].working
     follower = order_of(request, "filled", id="o-2", client_order_id="by hand", replaces=gone.id, filled_qty=6)
-    await stage.say(OrderAcknowledged(client_order_id="c-1", order=follower))
-    assert "c-1" in agent._account.working
-    await stage.say(OrderAcknowledged(client_order_id="c-1", order=follower, settled=True))
-    assert not agent._account.working
+    await stage.publish(OrderAcknowledged(client_order_id="c-1", order=follower))
+    assert "c-1" in agent.state.books[""].working
+    await stage.publish(OrderAcknowledged(client_order_id="c-1", order=follower, settled=True))
+    assert not agent.state.books[""].working

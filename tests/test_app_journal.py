@@ -3,7 +3,7 @@
 import asyncio
 import functools
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import date, datetime
 from os import makedirs
 from pathlib import Path
@@ -13,7 +13,6 @@ from unittest.mock import patch
 import orjson
 import pandas as pd
 import pytest
-from loguru import logger
 
 from tests.simulation.loop import VirtualLoop
 from tests.simulation.plan import plan_of
@@ -59,11 +58,7 @@ HALTING = SessionSpec.model_validate(
 RUN = "20260105T210000Z-paper-abcdef"
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logger.disable("trader_lib")
-    yield
-    logger.enable("trader_lib")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 async def session(folder: Path, spec: SessionSpec = SPEC, transport: str = "in_process", **more: Any) -> Path:

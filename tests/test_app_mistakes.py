@@ -77,8 +77,8 @@ def bars() -> Bars:
     ("given", "sentence"),
     [
         ({"bars": pd.DataFrame({"close": [1.0]})}, "backtest needs Bars, not a DataFrame"),
-        ({"cash": "abc"}, "cash is an amount in USD, such as 100_000, not 'abc'."),
-        ({"cash": None}, "cash is an amount in USD"),
+        ({"cash": "abc"}, "The account cannot start with 'abc': give an amount in USD, such as 100_000."),
+        ({"cash": None}, "The account cannot start with None: give an amount in USD"),
         ({"costs": {"commision_bps": 1}}, "costs has no 'commision_bps'. Did you mean 'commission_bps'?"),
         ({"costs": {"commission_bps": -1}}, "costs.commission_bps: Input should be greater than or equal to 0."),
         ({"costs": 3}, "costs takes Costs or a dict, not a int."),

@@ -1,6 +1,5 @@
 """Inputs whose right answer is known by hand: holes, splits in raw prices, and symbols that trade once in a while."""
 
-from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from loguru import logger
 from numpy.typing import NDArray
 
 from trader_lib import Bars, Costs, SmaCross, Strategy, backtest, sample_bars, synthetic_bars
@@ -25,11 +23,7 @@ from trader_lib.trading.order_list import compare_order_lists, order_list_hash
 PRICES = ["open", "high", "low", "close"]
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logger.disable("trader_lib")
-    yield
-    logger.enable("trader_lib")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 class Hold(Strategy):

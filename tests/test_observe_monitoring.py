@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import date
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import pytest
 import requests
-from loguru import logger
 
 from tests.observed import SPEC, families, observed_session, observed_settings
 from tests.tools.metrics_table import PAGE, with_table
@@ -40,11 +39,7 @@ UNSEEN = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logger.disable("trader_lib")
-    yield
-    logger.enable("trader_lib")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 async def test_a_session_exposes_the_table_and_nothing_else(tmp_path: Path) -> None:

@@ -278,7 +278,7 @@ async def test_session_tells_its_end_and_its_day_and_trades_as_if_alone(
 async def test_failing_agent_is_told_once_with_the_count_of_its_repetitions(
     hook: Hook, daily_bars: Bars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def broken(*_: object) -> None:
+    def broken(*_: object) -> None:
         raise ValueError("no idea")
 
     monkeypatch.setattr(StrategyAgent, "_on_bars", broken)

@@ -1,11 +1,9 @@
 """A session at a real market, in real time, shows what a simulated one cannot: rate limits, ages, streams."""
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from loguru import logger
 
 from tests.observed import families, observed_session, observed_settings
 from tests.venue import as_alpaca, beside, goes_on, recent_minutes
@@ -13,12 +11,7 @@ from trader_lib.exchange.engine import Exchange
 from trader_lib.exchange.server import ExchangeServer
 from trader_lib.session.spec import SessionSpec
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logger.disable("trader_lib")
-    yield
-    logger.enable("trader_lib")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 async def test_a_session_at_alpaca_shows_limits_ages_and_streams(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,7 @@ from trader_lib.telemetry.log import configure_logging, trace_id_of
 from trader_lib.telemetry.tracing import Tracing, root_id_of, span_id_of
 from trader_lib.trading.events import BarsClosed, FillRecorded, OrderProposed
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logger.disable("trader_lib")
-    yield
-    logger.enable("trader_lib")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 async def traced_session(

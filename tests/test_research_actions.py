@@ -1,6 +1,5 @@
 """Splits, adjusted prices, delistings, cheap stocks and extended hours: values worked out by hand, in both engines."""
 
-from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from loguru import logger
 
 from trader_lib.config.settings import load_settings
 from trader_lib.errors.taxonomy import BadData
@@ -29,11 +27,7 @@ from trader_lib.trading.orders import OrderStatus
 FREE = Costs.none()
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logger.disable("trader_lib")
-    yield
-    logger.enable("trader_lib")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 class Hold(Strategy):

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.given import Given
 from trader_lib.clock.sessions import TradingCalendar
 from trader_lib.config.settings import Settings
 from trader_lib.exchange.costs import Costs
@@ -47,7 +48,6 @@ from trader_lib.rules.numbers import round_to, to_decimal, to_float
 from trader_lib.rules.sizing import SizingRules
 from trader_lib.session.session import SessionResult, run_session
 from trader_lib.session.spec import SessionSpec
-from trader_lib.strategy.contract import Strategy
 from trader_lib.strategy.exits import ProtectiveExits
 from trader_lib.strategy.planner import PlannedAction, Planner
 from trader_lib.trading.events import OrderIntended, TradingState, TradingStateChanged
@@ -103,7 +103,7 @@ class Reference:
         n = self.market.close.shape[1]
         self.symbols = SYMBOLS[:n]
         self.planner = Planner(self.symbols, self.sizing, self.exits)
-        self.recent = RecentOrders(self.limits)
+        self.recent = RecentOrders.within(self.limits)
         self.mark, self.mark_s = np.full(n, math.nan), np.full(n, math.nan)
         self.orders: list[Order] = []
         self.working: list[Order] = []
@@ -509,24 +509,6 @@ def test_same_question_same_answer(seed: int) -> None:
 
 
 BREACHING = [7, 10, 18, 24, 50]
-
-
-class Given(Strategy):
-    """Weights and exits that are given, whatever the bars say."""
-
-    weights: tuple[tuple[float, ...], ...]
-    protection: ProtectiveExits | None = None
-
-    @property
-    def warmup(self) -> int:
-        return 1
-
-    @property
-    def exits(self) -> ProtectiveExits | None:
-        return self.protection
-
-    def targets(self, bars: Bars) -> np.ndarray:
-        return np.array(self.weights[: bars.n])
 
 
 async def in_both_engines(seed: int, **bounds: object) -> tuple[BacktestResult, SessionResult]:

@@ -1,13 +1,12 @@
 """Whatever looks at a session from beside it changes nothing of it, and never takes it along."""
 
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import date
 from pathlib import Path
 
 import pytest
-from loguru import logger
 
 from trader_lib.config.settings import Settings, load_settings
 from trader_lib.journal.journal import SqliteJournal
@@ -19,11 +18,7 @@ from trader_lib.trading.events import Event
 SPEC = SessionSpec(params={"fast": 5, "slow": 15}, start=date(2005, 1, 3), end=date(2005, 3, 31))
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logger.disable("trader_lib")
-    yield
-    logger.enable("trader_lib")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def settings(transport: str = "in_process") -> Settings:

@@ -1,30 +1,20 @@
 """Drawn markets, accounts and strategies: the session of agents orders what the backtest orders."""
 
-import os
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
-from loguru import logger
 
-from tests.parity.drawn import configuration, difference, play
+from tests.given import run_apart
+from tests.parity.drawn import configuration, difference, outside_regular_hours, play
 from trader_lib.research.backtest import backtest
 from trader_lib.session.session import SessionResult
 
-ROOT = Path(__file__).parent.parent
 SEEDS = 120  # `python -m tests.parity --seeds 500` plays more
-SUITE_S = 600
+SUITE_S = 900
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logger.disable("trader_lib")
-    yield
-    logger.enable("trader_lib")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -35,16 +25,7 @@ def test_engines_agree_on_a_drawn_configuration(seed: int) -> None:
 
 @pytest.mark.slow
 def test_engines_agree_on_many_drawn_configurations() -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("COV_")}
-    played = subprocess.run(
-        [sys.executable, "-m", "tests.parity", "--seeds", str(SEEDS), "--from", "1000"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=SUITE_S,
-        check=False,
-    )
+    played = run_apart("tests.parity", "--seeds", str(SEEDS), "--from", "1000", timeout_s=SUITE_S)
     assert played.returncode == 0, played.stdout + played.stderr
     assert f"{SEEDS} configurations, 0 in which the engines disagree" in played.stdout
 
@@ -66,13 +47,14 @@ def test_draws_reach_what_the_comparison_is_for() -> None:
             credit=int(drawn.sizing.leverage > 1),
             cash=int(drawn.account["multiplier"] == 1),
             guarded=int(drawn.strategy.exits is not None),
+            extended=int(outside_regular_hours(drawn.bars)),
         )
-    assert min(seen.values()) >= 5 and len(seen) == 10
+    assert min(seen.values()) >= 5 and len(seen) == 11
 
 
 def test_a_difference_is_told() -> None:
     """The comparison itself notices a session that ordered something else."""
-    drawn = configuration(2)
+    drawn = configuration(4)
     result = backtest(drawn.strategy, drawn.bars, cash=drawn.cash, sizing=drawn.sizing, **drawn.account)
     other = SessionResult.__new__(SessionResult)
     other.__dict__["orders"] = result.orders[1:]

@@ -12,14 +12,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
-from loguru import logger
 
 from tests.test_session_resume import DAILY, check, fresh, resumed, whole
 from tests.venue import as_alpaca, beside, goes_on, recent_minutes
@@ -52,11 +51,7 @@ except TraderError as error:
 """
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logger.disable("trader_lib")
-    yield
-    logger.enable("trader_lib")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def started(path: Path, transport: str = "http", before: str = "", **more: Any) -> subprocess.Popen[str]:

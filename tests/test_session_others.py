@@ -1,7 +1,7 @@
 """What others do with the account of a session, in symbols that it trades and in others."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, date, datetime
 from decimal import Decimal
@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from loguru import logger
 from numpy.typing import NDArray
 
 from tests.venue import as_alpaca, beside, goes_on_once_agreed, recent_minutes
@@ -42,12 +41,7 @@ from trader_lib.trading.events import (
 from trader_lib.trading.orders import OrderRequest, OrderSide
 from trader_lib.trading.portfolio import Position
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logger.disable("trader_lib")
-    yield
-    logger.enable("trader_lib")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 class Held(Strategy):

@@ -1,6 +1,5 @@
 """A session and a backtest of the same strategy place the same orders, whatever the strategy, the costs or the wire."""
 
-from collections.abc import Iterator
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -8,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from loguru import logger
 
 from trader_lib.config.settings import Settings, load_settings
 from trader_lib.exchange.costs import Costs
@@ -53,11 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logger.disable("trader_lib")
-    yield
-    logger.enable("trader_lib")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def settings(transport: str) -> Settings:

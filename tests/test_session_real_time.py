@@ -1,7 +1,7 @@
 """The driver that follows a real market: on a virtual clock against doubles, and live against the exchange's server."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loguru import logger
 
 from tests.venue import as_alpaca, beside, goes_on, recent_minutes
 from trader_lib.agents.market_data import MarketDataAgent
@@ -52,11 +51,7 @@ CALENDAR = TradingCalendar()
 ROW = BarRow(open=10, high=11, low=9, close=10, volume=100)
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logger.disable("trader_lib")
-    yield
-    logger.enable("trader_lib")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 class Market:
@@ -340,7 +335,7 @@ async def test_bars_that_a_stream_left_out_are_fetched_and_only_the_last_is_acte
 
 async def test_bars_of_the_time_in_which_a_session_was_down_are_fetched() -> None:
     stage = Stage(OPEN + timedelta(minutes=3, seconds=20), "1Min", bars_max=2, resumed=True)
-    stage.agent.recall(OPEN, 1)
+    stage.agent.resume(OPEN, 1)
     stage.market.bars = [minutes(3)]
     await stage.driver.run(asyncio.Event())
     assert [bar.late for bar in stage.heard(BarsClosed)] == [True, False]

@@ -7,14 +7,12 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
 from datetime import date, datetime
 from pathlib import Path
 from typing import ClassVar
 
 import pandas as pd
 import pytest
-from loguru import logger
 
 from tests.venue import as_alpaca, beside, goes_on, recent_minutes
 from trader_lib.broker.in_process import InProcessBroker
@@ -53,11 +51,7 @@ DAILY = SessionSpec(
 )
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logger.disable("trader_lib")
-    yield
-    logger.enable("trader_lib")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def settings(transport: str = "in_process") -> Settings:

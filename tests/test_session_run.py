@@ -4,7 +4,6 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Iterator
 from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from loguru import logger
 from numpy.typing import NDArray
 
 from trader_lib.broker.in_process import InProcessBroker
@@ -43,11 +41,7 @@ from trader_lib.trading.portfolio import Position
 SPEC = SessionSpec(params={"fast": 5, "slow": 15}, start=date(2005, 1, 3), end=date(2005, 3, 31))
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logger.disable("trader_lib")
-    yield
-    logger.enable("trader_lib")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def settings(**sections: dict[str, Any]) -> Settings:

@@ -4,7 +4,7 @@ import asyncio
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import date, datetime
 from decimal import Decimal
@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from loguru import logger
 from numpy.typing import NDArray
 
 from tests.venue import as_alpaca, beside, goes_on, recent_minutes
@@ -71,11 +70,7 @@ APART = SessionSpec(
 )
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logger.disable("trader_lib")
-    yield
-    logger.enable("trader_lib")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def settings(transport: str = "in_process") -> Settings:

@@ -1,16 +1,14 @@
 """Hundreds of short sessions behind a bad connection: nothing lost, nothing doubled; and every planted bug is found."""
 
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
-from loguru import logger
 
+from tests.given import run_apart
 from tests.simulation.__main__ import command
 from tests.simulation.mutations import MUTATIONS, Mutation
 from tests.simulation.plan import Death, Full, Jump, plan_of
@@ -29,26 +27,13 @@ SUITE_S = 600  # a machine that is busy with other things included; three minute
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logger.disable("trader_lib")
-    yield
-    logger.enable("trader_lib")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.mark.slow
 def test_no_order_is_lost_or_doubled_and_no_fill_is_lost_or_counted_twice_over_300_seeds() -> None:
     """In processes of their own: what coverage and other tests do to this one does not reach them."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("COV_")}
-    played = subprocess.run(
-        [sys.executable, "-m", "tests.simulation", "--seeds", str(SEEDS)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=SUITE_S,
-        check=False,
-    )
+    played = run_apart("tests.simulation", "--seeds", str(SEEDS), timeout_s=SUITE_S)
     assert played.returncode == 0, played.stdout + played.stderr
     assert "| seeds with something broken | 0 |" in played.stdout
 

@@ -6,6 +6,7 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from trader_lib.session.spec import SessionSpec
 from trader_lib.strategy.causality import LookAhead, check_causal, first_change
 from trader_lib.strategy.checks import check_strategy, checked_weights, ensure_checked
 from trader_lib.strategy.contract import Strategy, build_strategy, history_bars, needed_bars, target_weights
+from trader_lib.strategy.sma_cross import SmaCross
 from trader_lib.strategy.start import LookbackExceeded, check_start
 
 OURS = {
@@ -504,3 +506,22 @@ def test_trader_backtest_ends_with_five_and_paper_does_not_begin(trader, tmp_pat
     assert code == 5 and "--no-check" in err and len(list((tmp_path / "runs").iterdir())) == 1
     code, out, err = trader("backtest", "--strategy", "peek.py:Peek", "--no-check", *DAYS)
     assert code == 0 and "Not to be believed" not in out
+
+
+class Elsewhere(Strategy):
+    """Takes the prices, the next day's among them, from a file and not from the bars that it is given."""
+
+    @property
+    def warmup(self) -> int:
+        return 1
+
+    def targets(self, bars: Bars) -> pd.DataFrame:
+        close = sample_bars(list(bars.symbols)).frame("close")
+        return (close.shift(-1) > close).astype(float).reindex(bars.index).fillna(0.0)
+
+
+def test_a_backtest_says_that_weights_do_not_come_from_the_prices() -> None:
+    bars = sample_bars("AAPL", start="2005-01-03", end="2005-06-30")
+    result = backtest(Elsewhere(), bars)
+    assert result.doubt.startswith("Its weights are the same for entirely other prices")
+    assert backtest(Elsewhere(), bars, check=False).doubt == "" == backtest(SmaCross(fast=2, slow=5), bars).doubt

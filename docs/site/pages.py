@@ -263,7 +263,8 @@ def chapter(site: Site, path: str, notebook: dict[str, Any], module: str | None)
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            cells.append({**cell, "source": relinked(site, source, path, page)})
+            text = source.replace("```mermaid", "```text")  # Jupyter draws the diagram, the site shows its source
+            cells.append({**cell, "source": relinked(site, text, path, page)})
         elif shown := shown_source(source):
             tags = [*cell["metadata"].get("tags", []), *(["hide-cell"] if only_imports(shown) else [])]
             outputs = [kept for output in cell.get("outputs", []) if (kept := shown_output(output))]

@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from trader_lib.clock.sessions import TradingCalendar
+from tests.given import Given
+from trader_lib.clock.sessions import NEW_YORK, TradingCalendar
 from trader_lib.config.settings import load_settings
 from trader_lib.exchange.costs import Costs
 from trader_lib.market.bars import Bars, Provenance, Timeframe
@@ -24,7 +25,6 @@ from trader_lib.risk.limits import Limits, SymbolLimits
 from trader_lib.rules.sizing import SizingRules
 from trader_lib.session.session import SessionResult, run_session
 from trader_lib.session.spec import SessionSpec
-from trader_lib.strategy.contract import Strategy
 from trader_lib.strategy.exits import ProtectiveExits
 from trader_lib.trading.order_list import compare_order_lists
 
@@ -33,30 +33,12 @@ LEVELS = (0.06, 0.37, 0.9, 4.0, 30.0, 150.0, 30_000.0)  # USD a share
 CASH = (1_500.0, 10_000.0, 100_000.0, 5_000_000.0, 400_000_000.0)
 
 
-class Weights(Strategy):
-    """Weights and exits that were drawn, whatever the bars say."""
-
-    weights: tuple[tuple[float, ...], ...]
-    protection: ProtectiveExits | None = None
-
-    @property
-    def warmup(self) -> int:
-        return 1
-
-    @property
-    def exits(self) -> ProtectiveExits | None:
-        return self.protection
-
-    def targets(self, bars: Bars) -> NDArray[np.float64]:
-        return np.array(self.weights[: bars.n])
-
-
 @dataclass(frozen=True)
 class Configuration:
     """Everything that both engines are given."""
 
     bars: Bars
-    strategy: Weights
+    strategy: Given
     cash: float
     sizing: SizingRules
     account: dict[str, Any]  # costs, limits, multiplier
@@ -97,9 +79,25 @@ def market(rng: np.random.Generator, timeframe: str) -> Bars:
         if rng.random() < 0.3:
             for array in arrays:
                 array[: rows // 5, s] = math.nan
-    stamps = TradingCalendar().bar_stamps(date(2025, 11, 24), date(2026, 6, 1), timeframe)[:rows]
-    origin = Provenance("drawn", "none", Timeframe(timeframe), "raw", synthetic=True)
+    stamps = stamps_of(rng, timeframe, rows)
+    origin = Provenance("drawn", "none", Timeframe(timeframe), "split", synthetic=True)  # no split hides in a jump
     return Bars(*arrays, pd.DatetimeIndex(stamps, tz="UTC"), SYMBOLS[:n], origin)
+
+
+def stamps_of(rng: np.random.Generator, timeframe: str, rows: int) -> NDArray[np.int64]:
+    """Regular bars, or one in three times minutes from 4:00 to 20:00, from some moment of a day on, through a night."""
+    if timeframe == "1Day" or rng.random() > 0.35:
+        return TradingCalendar().bar_stamps(date(2025, 11, 24), date(2026, 6, 1), timeframe)[:rows]
+    days = [day.date.isoformat() for day in TradingCalendar().sessions(date(2025, 11, 24), date(2025, 11, 26))]
+    hours = [pd.date_range(f"{day} 04:00", f"{day} 19:45", freq="15min", tz=NEW_YORK) for day in days]
+    first = int(rng.integers(20, 60))
+    return np.concatenate([each.tz_convert("UTC").as_unit("ns").asi8 for each in hours])[first : first + rows]
+
+
+def outside_regular_hours(bars: Bars) -> bool:
+    """Whether a bar trades before the open or after the close of its session."""
+    calendar = TradingCalendar()
+    return bars.timeframe != "1Day" and not all(calendar.is_open(bars.at(row)) for row in range(bars.n))
 
 
 def _rounded(values: NDArray[np.float64], decimals: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -148,7 +146,7 @@ def configuration(seed: int) -> Configuration:
         "limits": Limits(**pick(rng, wide, wide, narrow, {})),
         "multiplier": pick(rng, 1, 2, 2, 4),
     }
-    strategy = Weights(weights=weights(rng, bars.n, len(bars.symbols)), protection=exits)
+    strategy = Given(weights=weights(rng, bars.n, len(bars.symbols)), protection=exits)
     return Configuration(bars, strategy, pick(rng, *CASH), sizing, account)
 
 
@@ -203,6 +201,7 @@ def seen_in(drawn: Configuration, result: BacktestResult) -> Counter[str]:
         "weights of NaN": bool(np.isnan(np.array(drawn.strategy.weights)).any()),
         "prices below a dollar": bool((drawn.bars.close < 1.0).any()),
         "symbols without volume at times": bool((drawn.bars.volume == 0.0).any()),
+        "extended hours": outside_regular_hours(drawn.bars),
         "margin calls": bool((table["exit"] == 2).any()),
         "ruin": result.ruined_at is not None,
         "cash accounts": result.multiplier == 1,

@@ -22,7 +22,6 @@ from typing import Any
 import nbformat
 import numpy as np
 import pytest
-from loguru import logger
 from numpy.typing import NDArray
 
 from trader_lib.agents.execution import ExecutionAgent
@@ -88,11 +87,7 @@ SPEC = SessionSpec(
 SETTINGS: Settings = load_settings(environ={}, env_file=None, overrides={"broker": {"transport": "in_process"}})
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logger.disable("trader_lib")
-    yield
-    logger.enable("trader_lib")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 async def session(folder: Path, spec: SessionSpec = SPEC, **more: Any) -> SessionResult:
@@ -144,15 +139,15 @@ async def test_one_of_several_that_gave_up_degrades_the_session_and_is_named(tmp
 async def test_risk_or_execution_that_is_down_degrades_the_session(
     agent: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    handle = agent.handlers
+    table = agent.reactions
 
-    def handlers(self: Any) -> Any:
+    def reactions(self: Any) -> Any:
         def contradiction(_: Event) -> Any:
             raise InvariantBroken("two books for one account")
 
-        return dict.fromkeys(handle(self), contradiction)
+        return dict.fromkeys(table(self), contradiction)
 
-    monkeypatch.setattr(agent, "handlers", handlers)
+    monkeypatch.setattr(agent, "reactions", reactions)
     result = await session(tmp_path)
     assert result.status == "degraded" and "two books for one account" in result.down[agent.name]
     assert not result.orders

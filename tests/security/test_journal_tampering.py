@@ -42,11 +42,7 @@ MOMENT = datetime(2026, 1, 5, 21, tzinfo=UTC)
 Trader = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logger.disable("trader_lib")
-    yield
-    logger.enable("trader_lib")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def session(journal: Path, key: str | None) -> None:

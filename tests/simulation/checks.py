@@ -67,7 +67,7 @@ async def check(world: World) -> None:
         broken.append(f"replay: {result.sentence()}")
         return
     portfolio = result.agents["portfolio"]
-    drift = abs(portfolio.cash_drift)  # type: ignore[attr-defined]
+    drift = abs(portfolio.state.cash_drift)  # type: ignore[attr-defined]
     if drift > Decimal("0.01") * outcome.repaired:
         broken.append(f"cash: our fills are {drift} USD away from the exchange's account")
 

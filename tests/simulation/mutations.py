@@ -2,69 +2,82 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
 from tests.simulation.disk import WatchedJournal
 from tests.simulation.world import Keeper
+from trader_lib.agents import execution
+from trader_lib.agents.contract import Effect, Reaction, Steps
 from trader_lib.agents.execution import ExecutionAgent
 from trader_lib.agents.portfolio import PortfolioAgent
-from trader_lib.agents.risk import RiskAgent, RiskMemory
-from trader_lib.agents.tracking import LocalState, OrderTrack
+from trader_lib.agents.risk import RiskAgent
+from trader_lib.agents.tracking import LocalState, OrderBook, OrderTrack, is_unresolved
 from trader_lib.bus.bus import InProcessBus
 from trader_lib.errors.taxonomy import Misconfigured, OutcomeUnknown, Rejected, Retryable, TraderError
 from trader_lib.session.recovery import RecordedBroker
 from trader_lib.session.session import Session
 from trader_lib.session.wiring import Agents
-from trader_lib.trading.events import Event, FillRecorded, OrderIntended, Payload, TradeUpdated
+from trader_lib.trading.events import (
+    Event,
+    FillRecorded,
+    OrderAcknowledged,
+    OrderFailed,
+    OrderIntended,
+    Payload,
+    TradeUpdated,
+)
 from trader_lib.trading.orders import Order, OrderRequest, OrderStatus
 from trader_lib.trading.portfolio import Fill
 
 
-class ResendsOnTimeout(ExecutionAgent):
+def resends_on_timeout(state: Any, patience: Any, track: OrderTrack, event: Event, reason: str) -> Steps[None]:
     """A timeout is taken for a refusal: the order goes out again under its own id."""
-
-    async def _resolve(self, event: Event, track: OrderTrack, reason: str) -> None:
-        request = self._requests[track.client_order_id]
-        try:
-            await self._acknowledge(event, track, await self._broker.submit(request))
-        except (Rejected, OutcomeUnknown, Retryable):
-            await super()._resolve(event, track, reason)
-
-    async def _place(self, event: Event, request: OrderRequest, decided_at: datetime) -> None:
-        self._requests = getattr(self, "_requests", {}) | {request.client_order_id: request}
-        await super()._place(event, request, decided_at)
+    try:
+        order = yield execution.Submit(SENT[track.client_order_id])
+    except (Rejected, OutcomeUnknown, Retryable):
+        yield from RIGHT["resolve"](state, patience, track, event, reason)
+        return
+    state.book.observe(track, order, event.recorded_at)
+    yield OrderAcknowledged(client_order_id=track.client_order_id, order=order)
 
 
-class ResendsUnderANewName(ExecutionAgent):
+SENT: dict[str, OrderRequest] = {}
+
+
+def noting_what_is_sent(
+    state: Any, patience: Any, request: OrderRequest, decided_at: datetime, event: Event
+) -> Steps[None]:
+    SENT[request.client_order_id] = request
+    yield from RIGHT["send"](state, patience, request, decided_at, event)
+
+
+def resends_under_a_new_name(
+    state: Any, patience: Any, request: OrderRequest, decided_at: datetime, event: Event
+) -> Steps[None]:
     """A timeout is answered with the same order under another client order id."""
-
-    async def _place(self, event: Event, request: OrderRequest, decided_at: datetime) -> None:
-        await super()._place(event, request, decided_at)
-        track = self.book.get(request.client_order_id)
-        if track is not None and track.absent and not request.client_order_id.endswith("-again"):
-            again = request.model_copy(update={"client_order_id": f"{request.client_order_id}-again"})
-            await super()._place(event, again, decided_at)
+    yield from RIGHT["send"](state, patience, request, decided_at, event)
+    track = state.book.get(request.client_order_id)
+    if track is not None and track.absent and not request.client_order_id.endswith("-again"):
+        again = request.model_copy(update={"client_order_id": f"{request.client_order_id}-again"})
+        yield from RIGHT["send"](state, patience, again, decided_at, event)
 
 
-class TakesUnknownForRejected(ExecutionAgent):
+def takes_unknown_for_rejected(state: Any, patience: Any, track: OrderTrack, event: Event, reason: str) -> Steps[None]:
     """What was not answered is taken for not sent, and never looked up."""
-
-    async def _resolve(self, event: Event, track: OrderTrack, reason: str) -> None:
-        track.state = LocalState.NOT_SENT
-        await self._fail(event, track.client_order_id, reason, "not_sent")
+    track.state = LocalState.NOT_SENT
+    yield execution.not_sent(track.client_order_id, reason)
 
 
-class DropsUnknowns(ExecutionAgent):
-    """What was not answered is said to be unknown, and forgotten."""
-
-    async def _resolve(self, event: Event, track: OrderTrack, reason: str) -> None:
-        track.state = LocalState.UNKNOWN
-        await self._fail(event, track.client_order_id, reason, "unknown")
-        self.book._open[track.strategy, track.symbol].pop(track.client_order_id, None)
+def drops_unknowns(state: Any, patience: Any, track: OrderTrack, event: Event, reason: str) -> Steps[None]:
+    """What was not answered is reported as unknown, and forgotten."""
+    track.state = LocalState.UNKNOWN
+    yield OrderFailed(client_order_id=track.client_order_id, reason=reason, outcome="unknown")
+    state.book.alive[track.strategy, track.symbol].pop(track.client_order_id, None)
 
 
 class GivesUpLateOrders(ExecutionAgent):
@@ -72,155 +85,159 @@ class GivesUpLateOrders(ExecutionAgent):
 
     def __init__(self, *parts, **more) -> None:  # type: ignore[no-untyped-def]
         super().__init__(*parts, **more)
-        self._patience.looks_max = 0
+        self.patience = replace(self.patience, looks_max=0)
 
-    async def _on_trade_update(self, event: Event) -> None:
+    def reactions(self) -> Mapping[type[Payload], Reaction]:
+        return {**super().reactions(), TradeUpdated: self._on_update}
+
+    def _on_update(self, event: Event) -> Steps[None] | None:
         assert isinstance(event.payload, TradeUpdated)
         track = self.book.find(event.payload.order)
         if track is None or track.state is not LocalState.NOT_SENT:
-            await super()._on_trade_update(event)
+            return execution.on_trade_update(self.state, self.patience, event.payload, event)
+        return None
 
 
 class SkipsTheWriteAhead(ExecutionAgent):
     """The intent is published, and reaches the disk whenever it happens to."""
 
-    def __init__(self, *parts, **more) -> None:  # type: ignore[no-untyped-def]
-        super().__init__(*parts, **more)
-        self._commit = lambda: None
+    def __init__(self, bus, clock, broker, commit, *parts, **more) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(bus, clock, broker, lambda: None, *parts, **more)
 
 
 class IntendsAfterwards(ExecutionAgent):
     """The order goes out first; the intent is written when the answer is there."""
 
-    async def publish(self, payload, cause=None, correlation_id=""):  # type: ignore[no-untyped-def]
+    async def publish(self, payload, correlation_id, causation_id=None):  # type: ignore[no-untyped-def]
         if isinstance(payload, OrderIntended):
             self._held = payload
             return None
         held, self._held = getattr(self, "_held", None), None
         if held is not None:
-            await super().publish(held, cause, correlation_id)
-        return await super().publish(payload, cause, correlation_id)
+            await super().publish(held, correlation_id, causation_id)
+        return await super().publish(payload, correlation_id, causation_id)
 
 
 class CountsDoublesTwice(ExecutionAgent):
-    """A fill that is told twice is counted twice."""
+    """A fill that is reported twice is counted twice."""
 
-    async def _on_trade_update(self, event: Event) -> None:
-        await super()._on_trade_update(event)
+    def reactions(self) -> Mapping[type[Payload], Reaction]:
+        return {**super().reactions(), TradeUpdated: self._on_update}
+
+    def _on_update(self, event: Event) -> Steps[None]:
         update = event.payload
         assert isinstance(update, TradeUpdated)
+        yield from execution.on_trade_update(self.state, self.patience, update, event)
         track = self.book.find(update.order)
         if update.execution_id is None or update.qty is None or update.price is None or track is None:
             return
         seen = self.__dict__.setdefault("_seen", set())
         if update.execution_id in seen:
-            again = f"{update.execution_id}:{len(seen)}"
-            await self._record(event, track, update.order.id, again, update.qty, update.price, update.timestamp)
+            again, filled = f"{update.execution_id}:{len(seen)}", (update.qty, update.price)
+            yield execution.recorded(track, update.order.id, again, filled, update.timestamp)
         seen.add(update.execution_id)
 
 
-class TrustsTheStream(ExecutionAgent):
+def trusts_the_stream(state: Any, patience: Any, event: Event) -> None:
     """The stream tells everything: nothing is asked at a tick, nothing repaired."""
-
-    async def _on_tick(self, event: Event) -> None:
-        pass
 
 
 class TakesCumulativeForIncremental(ExecutionAgent):
     """The quantity filled so far is booked as the quantity of this fill."""
 
-    async def _on_trade_update(self, event: Event) -> None:
+    def reactions(self) -> Mapping[type[Payload], Reaction]:
+        return {**super().reactions(), TradeUpdated: self._on_update}
+
+    def _on_update(self, event: Event) -> Steps[None]:
         update = event.payload
         assert isinstance(update, TradeUpdated)
         if update.qty is not None:
-            wrong = update.model_copy(update={"qty": update.order.filled_qty})
-            event = event.model_copy(update={"payload": wrong})
-        await super()._on_trade_update(event)
+            update = update.model_copy(update={"qty": update.order.filled_qty})
+        return execution.on_trade_update(self.state, self.patience, update, event)
 
 
-class RepairsAtOnce(ExecutionAgent):
+def repairs_at_once(state: Any, track: OrderTrack, event: Event) -> Steps[None]:
     """A repair is booked beside the message that it replaces, when that comes late."""
+    yield from RIGHT["repair"](state, track, event)
+    track.repaired_qty = Decimal(0)
+    track.reported_qty = Decimal(10**9)
+    track.behind_since = None
 
-    async def _repair(self, event: Event, track: OrderTrack) -> None:
-        await super()._repair(event, track)
-        track.repaired_qty = Decimal(0)
-        track.reported_qty = Decimal(10**9)
+
+def cancels_and_forgets(state: Any, patience: Any, track: OrderTrack, event: Event) -> Steps[None]:
+    """A cancel that was asked for is taken for done; what fills meanwhile belongs to nobody."""
+    if track.order_id is not None:
+        with suppress(TraderError):
+            yield execution.Cancel(track.order_id)
+    track.state = OrderStatus.CANCELED
+    state.book.alive[track.strategy, track.symbol].pop(track.client_order_id, None)
+
+
+def trades_blindly(book: OrderBook, request: OrderRequest) -> bool:
+    """What the broker reports filled, and no fill has recorded yet, stops no order."""
+    return False
+
+
+def drops_fills_after_the_end(state: Any, patience: Any, update: TradeUpdated, event: Event) -> Steps[None]:
+    """Messages about an order that is over are thrown away, fills that come late with them."""
+    track = state.book.find(update.order)
+    if track is None or track.is_open:
+        yield from RIGHT["on_trade_update"](state, patience, update, event)
+    elif track is not None:
+        track.reported_qty = track.filled_qty
         track.behind_since = None
 
 
-class CancelsAndForgets(ExecutionAgent):
-    """A cancel that was asked for is taken for done; what fills meanwhile belongs to nobody."""
-
-    async def _cancel(self, event: Event, track: OrderTrack) -> None:
-        if track.order_id is not None:
-            with suppress(TraderError):
-                await self._broker.cancel(track.order_id)
-        track.state = OrderStatus.CANCELED
-        self.book._open[track.strategy, track.symbol].pop(track.client_order_id, None)
-
-
-class TradesBlindly(ExecutionAgent):
-    """What the broker says is filled, and no fill has told yet, stops no order."""
-
-    def _is_blind(self, request: OrderRequest) -> bool:
-        return False
-
-
-class DropsFillsAfterTheEnd(ExecutionAgent):
-    """Messages about an order that is over are thrown away, fills that come late with them."""
-
-    async def _on_trade_update(self, event: Event) -> None:
-        assert isinstance(event.payload, TradeUpdated)
-        track = self.book.find(event.payload.order)
-        if track is None or track.is_open:
-            await super()._on_trade_update(event)
-        elif track is not None:
-            track.reported_qty = track.filled_qty
-            track.behind_since = None
-
-
-class TurnsTimeBack(ExecutionAgent):
+def turns_time_back(state: Any, patience: Any, update: TradeUpdated, event: Event) -> Steps[None]:
     """States do not absorb: a report that comes late reopens an order that is over."""
-
-    async def _on_trade_update(self, event: Event) -> None:
-        assert isinstance(event.payload, TradeUpdated)
-        await super()._on_trade_update(event)
-        track = self.book.find(event.payload.order)
-        if track is not None:
-            track.state = event.payload.order.status
-            self.book._enter(track)
-
-    async def _refresh(self, event: Event, track: OrderTrack, reason: str = "") -> None:
-        if track.order_id is None:
-            await super()._refresh(event, track, reason)
+    yield from RIGHT["on_trade_update"](state, patience, update, event)
+    track = state.book.find(update.order)
+    if track is not None:
+        track.state = update.order.status
+        state.book.enter(track)
 
 
-class BelievesTheFirstNo(ExecutionAgent):
+def looks_up_unknown_orders_only(
+    state: Any, patience: Any, track: OrderTrack, event: Event, reason: str = ""
+) -> Steps[None]:
+    if track.order_id is None:
+        yield from RIGHT["refresh"](state, patience, track, event, reason)
+
+
+def believes_the_first_no(state: Any, patience: Any, track: OrderTrack, event: Event, reason: str = "") -> Steps[None]:
     """One "no such order" is proof enough."""
-
-    async def _refresh(self, event: Event, track: OrderTrack, reason: str = "") -> None:
-        if track.is_unresolved:
-            track.absent = self._patience.attempts
-        await super()._refresh(event, track, reason)
+    if is_unresolved(track):
+        track.absent = patience.attempts
+    yield from RIGHT["refresh"](state, patience, track, event, reason)
 
 
 class BooksTheOrderAsFilled(ExecutionAgent):
     """A market order that was accepted is booked as filled, at the price of the answer or of a dollar."""
 
-    async def _acknowledge(self, event: Event, track: OrderTrack, order: Order) -> None:
-        await super()._acknowledge(event, track, order)
+    async def perform(self, step: Payload | Effect, event: Event) -> Any:
+        outcome = await super().perform(step, event)
+        if isinstance(step, execution.Submit):
+            self._accepted = outcome
+        order, self._accepted = getattr(self, "_accepted", None), None
+        if isinstance(step, execution.Submit):
+            self._accepted = order
+        elif isinstance(step, OrderAcknowledged) and order is not None and order.id == step.order.id:
+            await self._book(order, event)
+        return outcome
+
+    async def _book(self, order: Order, event: Event) -> None:
         if order.filled_qty == 0 and order.qty is not None and order.type.value == "market":
             fill = Fill(
                 execution_id=f"hoped:{order.id}",
                 order_id=order.id,
-                client_order_id=track.client_order_id,
+                client_order_id=order.client_order_id,
                 symbol=order.symbol,
                 side=order.side,
                 qty=order.qty,
                 price=Decimal(1),
                 timestamp=event.time,
             )
-            await self.publish(FillRecorded(fill=fill), event)
+            await super().perform(FillRecorded(fill=fill), event)
 
 
 class SendsAgainAfterARestart(RecordedBroker):
@@ -241,10 +258,10 @@ class ForgetsWhatWasAnswered(RecordedBroker):
 class ForgetsTheFills(PortfolioAgent):
     """What is held is known from the fills of this life alone."""
 
-    async def _on_fill(self, event: Event) -> None:
+    def _on_fill(self, fill: Fill) -> None:
         past = self._bus._past  # type: ignore[attr-defined]
         if past is None:
-            await super()._on_fill(event)
+            super()._on_fill(fill)
 
 
 class IgnoresTheFullDisk(WatchedJournal):
@@ -296,49 +313,63 @@ class SnapshotsInTheMiddle(InProcessBus):
 class SnapshotsWithoutTheOpenOrders(RiskAgent):
     """Risk forgets over a restart what is on its way."""
 
-    def _recall(self, memory: RiskMemory) -> None:
-        books = {owner: replace(book, working={}, leaving={}, open={}) for owner, book in memory.books.items()}
-        super()._recall(replace(memory, books=books))
+    def restore(self, snapshot: bytes) -> None:
+        super().restore(snapshot)
+        for book in self.state.books.values():
+            book.working, book.canceling, book.open = {}, {}, {}
 
 
 @dataclass(frozen=True)
 class Mutation:
     """A part with a bug, where it is put, and the seed that is played first, because it noticed."""
 
-    part: type
+    part: Any
     where: tuple[str, ...]
     seed: int = 0
+    beside: Mapping[str, Any] = field(default_factory=dict)  # what else the bug needs, by where it is put
 
     @property
     def name(self) -> str:
         """Of the bug."""
-        return self.part.__name__
+        return "".join(word[0].upper() + word[1:] for word in self.part.__name__.split("_"))
 
     @property
     def patches(self) -> dict[str, Any]:
         """What it takes the place of."""
-        return dict.fromkeys(self.where, self.part)
+        return {**dict.fromkeys(self.where, self.part), **self.beside}
 
 
+def _of_execution(name: str) -> tuple[str, ...]:
+    """Where a function of the execution agent is, for a session and its replay alike."""
+    return (f"trader_lib.agents.execution.{name}",)
+
+
+RIGHT = {name: getattr(execution, name) for name in ("resolve", "send", "refresh", "repair", "on_trade_update")}
 EXECUTION = ("trader_lib.session.wiring.ExecutionAgent", "trader_lib.session.replay.ExecutionAgent")
 JOURNAL = ("tests.simulation.world.WatchedJournal",)
 MUTATIONS: tuple[Mutation, ...] = (
-    Mutation(ResendsOnTimeout, EXECUTION),
-    Mutation(ResendsUnderANewName, EXECUTION),
-    Mutation(TakesUnknownForRejected, EXECUTION),
-    Mutation(DropsUnknowns, EXECUTION),
+    Mutation(
+        resends_on_timeout, _of_execution("resolve"), beside={"trader_lib.agents.execution.send": noting_what_is_sent}
+    ),
+    Mutation(resends_under_a_new_name, _of_execution("send")),
+    Mutation(takes_unknown_for_rejected, _of_execution("resolve")),
+    Mutation(drops_unknowns, _of_execution("resolve")),
     Mutation(GivesUpLateOrders, EXECUTION, 54),
     Mutation(SkipsTheWriteAhead, EXECUTION),
     Mutation(IntendsAfterwards, EXECUTION),
     Mutation(CountsDoublesTwice, EXECUTION),
-    Mutation(TrustsTheStream, EXECUTION),
+    Mutation(trusts_the_stream, _of_execution("on_tick")),
     Mutation(TakesCumulativeForIncremental, EXECUTION[:1]),  # its repairs heal it; the replay does not
-    Mutation(RepairsAtOnce, EXECUTION),
-    Mutation(CancelsAndForgets, EXECUTION),
-    Mutation(TradesBlindly, EXECUTION, 137),
-    Mutation(DropsFillsAfterTheEnd, EXECUTION),
-    Mutation(TurnsTimeBack, EXECUTION),
-    Mutation(BelievesTheFirstNo, EXECUTION),
+    Mutation(repairs_at_once, _of_execution("repair")),
+    Mutation(cancels_and_forgets, _of_execution("cancel")),
+    Mutation(trades_blindly, _of_execution("has_unknown_position"), 137),
+    Mutation(drops_fills_after_the_end, _of_execution("on_trade_update")),
+    Mutation(
+        turns_time_back,
+        _of_execution("on_trade_update"),
+        beside={"trader_lib.agents.execution.refresh": looks_up_unknown_orders_only},
+    ),
+    Mutation(believes_the_first_no, _of_execution("refresh")),
     Mutation(BooksTheOrderAsFilled, EXECUTION),
     Mutation(SendsAgainAfterARestart, ("trader_lib.session.wiring.RecordedBroker",), 44),
     Mutation(ForgetsWhatWasAnswered, ("trader_lib.session.wiring.RecordedBroker",), 2),

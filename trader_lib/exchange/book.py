@@ -19,6 +19,7 @@ from ..rules.folding import cash_flow, equity, exposure, fold_fill
 from trader_lib.rules.numbers import (
     AVERAGE_PRICE_DECIMALS,
     CASH_DECIMALS,
+    qty_left,
     round_qty,
     round_to,
     to_decimal,
@@ -80,7 +81,7 @@ class BookOrder:
     @property
     def remaining(self) -> float:
         """Shares still to be filled; a pair shares them."""
-        return round_qty(self.qty - self.pair_filled)
+        return qty_left(self.qty, self.pair_filled)
 
     @property
     def reserved(self) -> float:

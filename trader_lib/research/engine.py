@@ -47,7 +47,14 @@ from ..strategy.planner import book_fill
 from ..rules.sizing import desired_order, plan_orders
 from ..rules.folding import cash_flow, exposure, fold_fill
 from ..rules.folding import equity as equity_of
-from ..rules.numbers import CASH_DECIMALS, compiled_owner, compiled_part, round_qty, round_to
+from trader_lib.rules.numbers import (
+    CASH_DECIMALS,
+    compiled_owner,
+    compiled_part,
+    qty_left,
+    round_qty,
+    round_to,
+)
 
 # %% ../../nbs/research/01_engine.ipynb #23a1aad9
 @compiled_part
@@ -92,7 +99,7 @@ def _match(t: int, cash: float, market: Market, rules: Rules, book: Book, orders
         book.used[s] = round_qty(book.used[s] + qty)
         held, average, _ = fold_fill(orders[leg]["filled"], orders[leg]["average"], qty, price)
         orders[leg]["filled"], orders[leg]["average"] = held, average
-        orders[row]["remaining"] = round_qty(left - qty)
+        orders[row]["remaining"] = qty_left(left, qty)
         if orders[row]["remaining"] <= 0.0:
             end_order(orders, row, CANCELED)
             orders[leg]["status"] = FILLED

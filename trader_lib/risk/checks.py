@@ -10,14 +10,15 @@ __all__ = ['STATE_NAMES', 'OUTCOMES_KEPT', 'Sentence', 'Price', 'Identity', 'Ris
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from .limits import Limits
 from ..rules.checks import CHECK_COUNT, HALTED, Check, OrderFacts, RiskFacts, check_order, in_window
@@ -262,50 +263,52 @@ Price = Decimal | None  # USD a share
 Identity = tuple[str, OrderSide, Decimal | None, Decimal | None, OrderType, Price, Price, Price]
 
 
+@dataclass(slots=True)
 class RecentOrders:
     """The approved orders of the last seconds: how many, and how long ago an identical one."""
 
-    def __init__(self, limits: Limits) -> None:
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(ser_json_inf_nan="strings")
+
+    throttle_s: float  # how far back orders are counted, seconds
+    duplicate_s: float  # how far back identical orders are looked for, seconds
+    orders: deque[tuple[float, Identity]] = field(
+        default_factory=deque
+    )  # seconds since the epoch, what makes it identical
+    latest: Annotated[dict[Identity, float], Field(exclude=True)] = field(init=False)  # of these, by identity
+
+    def __post_init__(self) -> None:
+        self.latest = {identity: then for then, identity in self.orders}
+
+    @classmethod
+    def within(cls, limits: Limits) -> "RecentOrders":
+        """Return no orders yet, and the windows of some limits."""
         values = limits.values()
-        self._throttle_s = values.throttle_window_s
-        self._duplicate_s = values.duplicate_window_s
-        self._orders: deque[tuple[float, Identity]] = deque()
-        self._latest: dict[Identity, float] = {}  # of these, when the last identical one was decided
-
-    @property
-    def orders(self) -> list[tuple[float, Identity]]:
-        """When each was decided, seconds since the epoch, and what makes it identical to another."""
-        return list(self._orders)
-
-    def restore(self, orders: Iterable[tuple[float, Identity]]) -> None:
-        """Remember these instead."""
-        self._orders = deque(orders)
-        self._latest = {identity: then for then, identity in self._orders}
+        return cls(values.throttle_window_s, values.duplicate_window_s)
 
     def record(self, request: OrderRequest, at: datetime) -> None:
         """Remember an approved order. at: time of its decision, UTC."""
         then, identity = at.timestamp(), _identity(request)
-        self._orders.append((then, identity))
-        self._latest[identity] = then
+        self.orders.append((then, identity))
+        self.latest[identity] = then
 
     def count(self, at: datetime) -> float:
         """Orders within the throttle window before a decision."""
         self._forget(at.timestamp())
-        if self._throttle_s >= self._duplicate_s:  # what is remembered lies within it
-            return float(len(self._orders))
-        return float(sum(in_window(then, at.timestamp(), self._throttle_s) for then, _ in self._orders))
+        if self.throttle_s >= self.duplicate_s:  # what is remembered lies within it
+            return float(len(self.orders))
+        return float(sum(in_window(then, at.timestamp(), self.throttle_s) for then, _ in self.orders))
 
     def duplicate_age_s(self, request: OrderRequest, at: datetime) -> float:
         """Seconds since the latest identical order within the duplicate window; infinity if there was none."""
-        now, then = at.timestamp(), self._latest.get(_identity(request), -math.inf)
-        return now - then if in_window(then, now, self._duplicate_s) else math.inf
+        now, then = at.timestamp(), self.latest.get(_identity(request), -math.inf)
+        return now - then if in_window(then, now, self.duplicate_s) else math.inf
 
     def _forget(self, now: float) -> None:
-        window = max(self._throttle_s, self._duplicate_s)
-        while self._orders and not in_window(self._orders[0][0], now, window):
-            then, identity = self._orders.popleft()
-            if self._latest.get(identity) == then:
-                del self._latest[identity]
+        window = max(self.throttle_s, self.duplicate_s)
+        while self.orders and not in_window(self.orders[0][0], now, window):
+            then, identity = self.orders.popleft()
+            if self.latest.get(identity) == then:
+                del self.latest[identity]
 
 
 def _identity(request: OrderRequest) -> Identity:

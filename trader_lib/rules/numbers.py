@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRICE_DECIMALS', 'QTY_DECIMALS', 'CASH_DECIMALS', 'AVERAGE_PRICE_DECIMALS', 'EXACT_MAX', 'PRICE_ERROR_MAX',
            'CASH_MAX', 'F', 'RULE_MARKS', 'rules_digest', 'machine_code_folder', 'compiled', 'compiled_part',
-           'compiled_owner', 'compiled_pointer', 'round_to', 'round_down', 'qty_decimals', 'round_qty', 'tick_decimals',
-           'off_tick', 'to_decimal', 'to_shares', 'to_float']
+           'compiled_owner', 'compiled_pointer', 'round_to', 'round_down', 'qty_decimals', 'round_qty', 'qty_left',
+           'tick_decimals', 'off_tick', 'to_decimal', 'to_shares', 'to_float']
 
 # %% ../../nbs/rules/00_numbers.ipynb #35c4bb5a
 import math
@@ -144,6 +144,15 @@ def qty_decimals(qty: float) -> int:
 def round_qty(qty: float) -> float:
     """A quantity in shares, rounded to what a float64 of 15 digits and a Decimal both hold exactly."""
     return round_to(qty, qty_decimals(qty))
+
+
+@compiled
+def qty_left(whole: float, part: float) -> float:
+    """What is left of a quantity in shares, signed, with no more decimals than the whole can have.
+
+    A difference is smaller than the whole and could show digits that the whole never had.
+    """
+    return round_to(whole - part, qty_decimals(whole))
 
 
 @compiled

@@ -210,7 +210,7 @@ class AgentsElsewhereProvider(Provider):
         """The order book, and health."""
         assert isinstance(bus, RedisHub)
         agent = ExecutionElsewhere(bus, clock, broker, journal.commit)
-        agent.hub, agent.book = bus, understudy.book
+        agent.hub, agent.state.book = bus, understudy.book
         return agent
 
     @provide

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import orjson
 
-from ..agents.market_data import MarketDataAgent
+from ..agents.market_data import MarketDataAgent, act_on_latest_only, ready
 from ..broker.inbox import BarArrived, InboxItem
 from ..broker.port import Broker, MarketData, SimulationControl
 from ..bus.bus import Bus
@@ -197,8 +197,8 @@ class LockstepDriver:
     async def _close_bar(self, step: Step) -> None:
         """Let out the bars that were taken, and let what follows from them come to rest."""
         correlation_id, before = self._ids.new(), self._count
-        stamps = self._market_data.ready(self._clock.now(), all_arrived=True)
-        if any(self._market_data.actions_at(at) for at in stamps):
+        stamps = sorted(self._market_data.state.waiting)  # nothing more will come
+        if any(self._market_data.feed.actions_at(at) for at in stamps):
             self._desk.doubt()
         await self._desk.report_account(correlation_id)
         for at in stamps:
@@ -433,7 +433,7 @@ class RealTimeDriver:
 
     async def _fill_gap(self) -> None:
         """Fetch the bars that the stream did not bring while it was away."""
-        fresh = await self._fetch(self._market_data.released)
+        fresh = await self._fetch(self._market_data.state.released)
         self._gap_at = self._clock.now() + self._tick if fresh is None else None
         self.filled += len(fresh or ())
 
@@ -453,17 +453,17 @@ class RealTimeDriver:
         fresh = []
         for row in range(bars.n):
             at = from_ns(int(bars.times_ns[row]))
-            if (after is None or at > after) and self._market_data.closed_at(at) <= now:
+            if (after is None or at > after) and self._market_data.feed.closed_at(at) <= now:
                 fresh.append(at)
                 for symbol, values in bars.rows(row).items():
                     if values.volume > 0:  # one that is carried would make an old price look new to risk
                         self._market_data.offer(symbol, at, BarRow(**values._asdict()))
         if fresh:
-            self._market_data.supersede()
+            act_on_latest_only(self._market_data.state)
         return fresh
 
     async def _release(self) -> None:
-        for at in self._market_data.ready(self._clock.now()):
+        for at in ready(self._market_data.feed, self._market_data.state, self._clock.now()):
             correlation_id = self._ids.new()
             try:
                 for _ in range(ACCOUNTS_MAX):

@@ -14,7 +14,7 @@ from decimal import Decimal
 
 from ..agents.execution import ExecutionAgent
 from ..agents.portfolio import PortfolioAgent, after_action
-from ..agents.tracking import OrderBook, OrderTrack
+from ..agents.tracking import OrderBook, OrderTrack, carried_qty, is_unresolved, missing_fill
 from ..broker.port import Broker
 from ..bus.bus import Bus
 from ..clock.clock import Clock
@@ -83,7 +83,7 @@ def order_findings(book: OrderBook, theirs: Sequence[Order], *, at_rest: bool) -
             found.append(_about(order, "external_order", told, None))
     for track in (*book.working(), *book.externals()):
         known = {member.order_id for member in track.family()}
-        if track.is_open and not listed & known and (at_rest or not track.is_unresolved):
+        if track.is_open and not listed & known and (at_rest or not is_unresolved(track)):
             told = (
                 f"missing order: we believe {track.client_order_id} in {track.symbol} to be open, the broker does not"
             )
@@ -130,7 +130,7 @@ def unrecorded(order: Order, book: OrderBook, since: datetime) -> Decimal:
     """Shares that the broker has filled of an order and that are not recorded."""
     track, before = book.find(order), book.replaced(order)
     if track is not None:
-        missing = track.missing(order)
+        missing = missing_fill(track, order)
         return Decimal(0) if missing is None else missing[0]
     if before is not None:
         carried = before.reported_qty if order.filled_qty >= before.reported_qty else Decimal(0)
@@ -224,13 +224,13 @@ class Reconciler:
         positions, orders = await self._broker.positions(), await self._broker.orders()
         self._others = tuple(position for position in positions if position.symbol not in self._symbols)
         cash = None if opening else (await self._broker.account()).cash
-        ours = self._portfolio.portfolio
+        ours = self._portfolio.state.folded
         for action, price in self._coming():
             ours = after_action(ours, action, price)
         found = position_findings(ours, positions)
         found += order_findings(self._execution.book, orders, at_rest=opening or closing)
         if cash is not None:
-            tolerance = self._portfolio.cash_tolerance if self._foresees_cash else Decimal(0)
+            tolerance = self._portfolio.state.cash_tolerance if self._foresees_cash else Decimal(0)
             found += cash_findings(ours.cash + self._noted, cash, tolerance)
         return found
 
@@ -274,7 +274,7 @@ class Reconciler:
 
     def _missed(self, order: Order) -> Discrepancy:
         track = self._execution.book.find(order)
-        ours = Decimal(0) if track is None else track.filled_qty + track.carried_qty
+        ours = Decimal(0) if track is None else track.filled_qty + carried_qty(track)
         whose = "an order of somebody else" if track is None or track.external else "our order"
         return Discrepancy(
             kind="missed_fill",

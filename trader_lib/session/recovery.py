@@ -396,7 +396,7 @@ class RecordedBroker:
         """The broker said several times that it has no such order, over several ticks; only the last was written down."""
         track = None if self.book is None else self.book.get(client_order_id)
         if self.book is not None and track is not None:
-            self.book.miss(track, max(self._attempts - 1 - track.absent, 0))
+            self.book.note_absent(track, max(self._attempts - 1 - track.absent, 0))
 
     @property
     def inbox(self) -> Inbox:

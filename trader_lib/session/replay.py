@@ -343,7 +343,7 @@ class _Director:
             *self.strategists(casting, history, stage, fee),
             RiskAgent(bus, clock, spec.limits, history, bounds(casting), fee),
             execution,
-            PortfolioAgent(bus, clock, fee, stakes),
+            PortfolioAgent(bus, clock, fee, stakes, spec.symbols),
         ]
 
     def strategists(

@@ -258,7 +258,7 @@ class Session:
             await agent.start()
         desk.start()
         if past.history is not None:
-            agents.market_data.recall(past.last_bar or past.history.last, past.bars)
+            agents.market_data.resume(past.last_bar or past.history.last, past.bars)
         if snapshot is not None:
             knowing = [agent.name for agent in agents.all()]
             await self._bus.remind(snapshot.standing, deaf=[*knowing, DESK])

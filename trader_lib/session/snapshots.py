@@ -39,7 +39,7 @@ from ..telemetry.log import get_logger
 from ..trading.events import BarsClosed, Event, SnapshotTaken
 
 # %% ../../nbs/session/08_snapshots.ipynb #bb5dbb0f
-FORMAT = 1  # of what is written; raised when it changes
+FORMAT = 2  # of what is written; raised when it changes
 
 
 def identity(spec: SessionSpec, strategy: Strategy | Mapping[str, Strategy]) -> str:
@@ -49,14 +49,14 @@ def identity(spec: SessionSpec, strategy: Strategy | Mapping[str, Strategy]) -> 
 
 # %% ../../nbs/session/08_snapshots.ipynb #fde332b1
 class Knowing(Protocol):
-    """A part of a session that can write down what it knows, and take it over."""
+    """A part of a session that can write its state, and take over another one's."""
 
     def snapshot(self) -> bytes:
-        """What it knows, as JSON."""
+        """Return its state as JSON."""
         ...
 
     def restore(self, snapshot: bytes) -> None:
-        """Know that instead."""
+        """Take over what another one wrote; raises BadData where it cannot be read."""
         ...
 
 
@@ -70,7 +70,7 @@ class Snapshot:
     orders: bytes = field(repr=False)  # lines, each a list of families
 
     def restore(self, parts: Mapping[str, Knowing], book: OrderBook) -> None:
-        """Let the parts of a new session know it; raises BadData where they know other things than they did."""
+        """Hand it to the parts of a new session; raises BadData where their states have another form."""
         try:
             book.restore(family for line in self.orders.splitlines() for family in FAMILIES.validate_json(line))
             for name, part in parts.items():

@@ -142,7 +142,7 @@ class ScriptedBroker:
         """The broker said several times that it has no such order, over several ticks; only the last is on record."""
         track = None if self.book is None else self.book.get(client_order_id)
         if self.book is not None and track is not None:
-            self.book.miss(track, max(self._attempts - 1 - track.absent, 0))
+            self.book.note_absent(track, max(self._attempts - 1 - track.absent, 0))
 
     async def cancel(self, order_id: str) -> None:
         """Nothing: what came of it, a look-up told."""

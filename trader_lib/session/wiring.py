@@ -21,11 +21,11 @@ from dishka import AsyncContainer, Provider, Scope, from_context, make_async_con
 
 from ..agents.contract import Agent
 from ..agents.execution import ExecutionAgent
-from ..agents.market_data import MarketDataAgent
+from ..agents.market_data import MarketDataAgent, actions_ahead
 from ..agents.monitor import MonitorAgent
 from ..agents.portfolio import PortfolioAgent
 from ..agents.risk import RiskAgent
-from ..agents.strategy import StrategyAgent
+from ..agents.strategy import StrategyAgent, StrategyRules
 from ..broker.alpaca import AlpacaBroker
 from ..broker.connection import AlpacaAccess
 from ..broker.in_process import InProcessBroker
@@ -467,18 +467,9 @@ def strategist(
         history = history.sel(one.symbols)
         history = history.rows_between(max(history.n - history_bars(one.strategy), 0), history.n)
     planner = Planner(history.symbols, one.sizing, one.strategy.exits)
-    return kind(
-        bus,
-        clock,
-        one.strategy,
-        history,
-        planner,
-        session_id,
-        carry=carry,
-        label=one.label,
-        capital=one.capital,
-        commission=commission,
-    )
+    has_capital = one.capital is not None
+    rules = StrategyRules(one.strategy, planner, session_id, one.label, has_capital, commission)
+    return kind(bus, clock, rules, history, capital=one.capital, forward_fill=carry)
 
 
 def bounds(assignments: Iterable[Assignment]) -> dict[str, tuple[Limits, Decimal]]:
@@ -566,7 +557,7 @@ class AgentProvider(Provider):
     @provide
     def portfolio(self, inputs: SessionInputs, bus: InProcessBus, clock: Clock) -> PortfolioAgent:
         """Holdings."""
-        return PortfolioAgent(bus, clock, inputs.commission, inputs.capital)
+        return PortfolioAgent(bus, clock, inputs.commission, inputs.capital, inputs.spec.symbols)
 
     @provide
     def monitor(self, bus: InProcessBus, clock: Clock) -> MonitorAgent:
@@ -619,7 +610,7 @@ class AgentProvider(Provider):
             since=since,
             symbols=symbols,
             foresees_cash=foresees,
-            coming=market_data.coming,
+            coming=lambda: actions_ahead(market_data.feed, market_data.state),
         )
 
 # %% ../../nbs/session/01_wiring.ipynb #c5cc4aca

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUICK_STRETCHES', 'QUICK_ROWS', 'LOOK_AHEAD', 'VERDICTS_MAX', 'Key', 'UNCHECKED', 'SESSION_STARTS', 'FIRST_DAY',
-           'is_shipped', 'can_look', 'checked_weights', 'practice_bars', 'ensure_checked', 'Report', 'check_strategy',
-           'ensure_sound']
+           'is_shipped', 'can_look', 'checked_weights', 'elsewhere', 'practice_bars', 'ensure_checked', 'Report',
+           'check_strategy', 'ensure_sound']
 
 # %% ../../nbs/strategy/09_checks.ipynb #d39978f6
 from collections.abc import Callable, Sequence
@@ -20,6 +20,7 @@ from ..errors.taxonomy import Misused, TraderError
 from ..market.bars import Bars, Timeframe
 from ..market.synthetic import SESSION_SECONDS, synthetic_bars
 from trader_lib.strategy.causality import (
+    ELSEWHERE,
     STRETCH,
     Causality,
     LookAhead,
@@ -95,6 +96,13 @@ def checked_weights(strategy: Strategy, bars: Bars) -> tuple[NDArray[np.float64]
     parcel = None if key in _verdicts else _packed(strategy)
     weights = target_weights(strategy, bars)
     return weights, _once(key, lambda: _quick_look(strategy, bars, parcel))
+
+
+def elsewhere(strategy: Strategy, bars: Bars) -> str:
+    """The sentence that says that weights do not come from the prices, which no check can follow; "" where they do."""
+    if not can_look(strategy, bars):
+        return ""
+    return _once(_key("elsewhere", strategy, bars), lambda: ELSEWHERE if ignores_prices(strategy, bars) else "")
 
 # %% ../../nbs/strategy/09_checks.ipynb #2876b8e6
 UNCHECKED = "Correct it, or go on unchecked with check=False (--no-check)."
