@@ -9,7 +9,7 @@ __all__ = ['Strategy', 'history_bars', 'needed_bars', 'target_weights', 'build_s
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from ..errors.taxonomy import BadData, Misused, did_you_mean
 from ..market.bars import Bars
 from .exits import ProtectiveExits
+
+if TYPE_CHECKING:
+    from trader_lib.strategy.signals import Signal
 
 # %% ../../nbs/strategy/00_contract.ipynb #0a71a32f
 class Strategy(BaseModel, ABC):
@@ -69,6 +72,11 @@ class Strategy(BaseModel, ABC):
     @abstractmethod
     def targets(self, bars: Bars) -> "pd.DataFrame | NDArray[np.float64]":
         """Target weights [time × symbol], shares of equity, NaN to keep what there is; row t from bars up to and including t."""
+
+    @property
+    def compiled_weights(self) -> "Signal | None":
+        """The same weights as a compiled function of prices, which makes a sweep fast; None for none."""
+        return None
 
     @property
     def exits(self) -> ProtectiveExits | None:
