@@ -234,9 +234,11 @@ def test_fetch_fills_the_store_and_goes_on_where_it_ended(
     assert [row["symbol"] for row in found["refused"]] == ["NOTHERE"]
     assert {row["first"] for row in found["symbols"]} == {"2012-01-03"}
     before = found["symbols"][0]
+    assert before["splits"] is None  # the embedded exchange has no list of them
     with_keys()
-    code, out, _ = trader("data", "fetch", "AAPL")
+    code, out, err = trader("data", "fetch", "AAPL")
     assert code == 0 and before["last"] in out
+    assert "no list of splits and dividends; stored without: AAPL." in err
     (row,) = (row for row in json.loads(trader("data", "list", "--json")[1]) if row["symbol"] == "AAPL")
     assert row["bars"] == before["bars"] + 1 and row["first"] == "2012-01-03" and row["source"] == "alpaca"
     assert trader("data", "fetch", "AAPL", "--replace", "--json")[0] == 0

@@ -209,8 +209,10 @@ def symbol_report(store: "BarStore", entry: "StoreEntry", calendar: str) -> dict
     table = store.table(entry)
     found = holes(stamps_of(table["timestamp"], entry.timeframe), TradingCalendar(calendar))
     try:
-        origin = store.read([entry.symbol], entry.timeframe, entry.feed, entry.adjustment).provenance
+        bars = store.read([entry.symbol], entry.timeframe, entry.feed, entry.adjustment)
+        origin = bars.provenance
         kept: dict[str, object] = {"synthetic": origin.synthetic, "content_hash": origin.content_hash}
+        kept |= bars.action_counts
     except BadData as error:  # written by an older version, or by another program
         kept = {"refused": str(error)}
     return {
