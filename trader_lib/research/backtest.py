@@ -482,7 +482,7 @@ def backtest(
     multiplier: int = 2,  # of the account: 1 for cash, 2 or 4 for margin
     sizing: SizingRules | None = None,  # how weights become quantities; its `margin` follows from the multiplier
     seed: int = 0,  # recorded in the result; the engine draws nothing
-    calendar: TradingCalendar | None = None,  # NYSE unless given
+    calendar: TradingCalendar | str | None = None,  # or its name, such as "24/7"; NYSE unless given
     check: bool = True,  # look for look-ahead, once for the same code, parameters and data
 ) -> BacktestResult:
     """Run a strategy over bars and return what it did and what it was worth.
@@ -520,7 +520,7 @@ def backtest(
     if look_ahead:
         warnings.warn(LookAheadWarning(f"{look_ahead} {WORTHLESS}"), stacklevel=2)
     weights = np.ascontiguousarray(weights)
-    calendar = calendar or TradingCalendar()
+    calendar = calendar if isinstance(calendar, TradingCalendar) else TradingCalendar(calendar or "XNYS")
     taken = cut.run_actions(calendar, costs.delisting_recovery)
     simulation = run(market_of(cut, calendar, taken), weights, rules, start=first, starting_cash=starting_cash)
     return BacktestResult(
