@@ -89,6 +89,19 @@ def test_a_hole_in_a_file_of_the_store_is_shown_and_not_traded(trader: Trader, t
     assert code == 4 and "3 sessions of XNYS" in err
 
 
+def test_raw_prices_are_traded_as_the_import_says_and_a_split_in_them_is_bad_data(
+    trader: Trader, tmp_path: Path
+) -> None:
+    file = write_csv(tmp_path / "ibm.csv")
+    table = pd.read_csv(file)
+    table.loc[60:, ["open", "high", "low", "close"]] /= 2
+    table.to_csv(file, index=False)
+    code, _, err = trader("data", "import", str(file), "--symbol", "IBM", "--adjustment", "raw")
+    assert code == 0 and "--symbols IBM --adjustment raw" in err
+    code, out, err = trader("backtest", "--source", "store", "--symbols", "IBM", "--adjustment", "raw")
+    assert (code, out) == (4, "") and "like a split of 2:1" in err and not (tmp_path / "runs").exists()
+
+
 def test_currencies_are_traded_by_their_own_calendar_and_held_against_another(trader: Trader, tmp_path: Path) -> None:
     hours = pd.date_range("2024-10-27 17:00", "2024-11-08 16:00", freq="h", tz="America/New_York")  # one has 25
     weekday, hour = hours.day_of_week, hours.hour

@@ -125,6 +125,8 @@ class RunParameters(SessionSpec):
         real_time: the bars are still to come, so there are none to look at. session: a strategy that looks ahead, or that
         depends on more bars than it says, is refused as well. say: told what the user should know of it.
         """
+        from trader_lib.market.splits import check_splits
+
         self.build()
         if session and (self.calendar != "XNYS" or self.benchmark is not None):
             raise Misused(
@@ -140,6 +142,7 @@ class RunParameters(SessionSpec):
         elif not real_time:
             bars = self.load_bars(settings)
             self.benchmark_prices(settings)
+            check_splits(bars)
             _ensure_on(calendar, bars, hint="" if session else " A backtest takes --calendar, such as 24/7.")
         if session and self.check_strategy:
             from trader_lib.strategy.checks import ensure_sound
