@@ -33,10 +33,12 @@ from .journal import journal, replay
 from .notify import announce_death, notify, summary
 from trader_lib.app.options import (
     CostOptions,
+    FigureOptions,
     HowOptions,
     LimitOptions,
     TrustOption,
     WhatOptions,
+    figure_parameters,
     given_parameters,
     how_parameters,
     read_strategies,
@@ -291,6 +293,7 @@ def extra_parameters(kind: str, broker: str, transport: str) -> dict[str, object
 def backtest(
     *,
     what: WhatOptions | None = None,
+    figures: FigureOptions | None = None,
     costs: CostOptions | None = None,
     limits: LimitOptions | None = None,
     how: HowOptions | None = None,
@@ -300,7 +303,7 @@ def backtest(
     Example: trader backtest --strategy sma_cross --symbols AAPL,IBM,MSFT \
         --start 2005-01-03 --end 2012-12-31 -p fast=10 -p slow=50
     """
-    return _run("backtest", given_parameters(what, costs, limits, how), how, {})
+    return _run("backtest", given_parameters(what, costs, limits, how) | figure_parameters(figures), how, {})
 
 
 @app.command

@@ -518,7 +518,7 @@ def agreed(
     multiplier: int = 2,
     sizing: SizingRules | None = None,
     seed: int = 0,
-    calendar: TradingCalendar | None = None,
+    calendar: TradingCalendar | str | None = None,
 ) -> Terms:
     """The terms of a run, as `backtest` takes them; raises Misused for those that cannot be meant."""
     starting_cash = _amount(cash)
@@ -526,7 +526,8 @@ def agreed(
         raise Misused(f"An account's multiplier is 1, 2 or 4, not {multiplier}.")
     costs, limits = _stated(Costs, "costs", costs), _stated(Limits, "limits", limits)
     sized = (sizing or SizingRules())._replace(margin=multiplier > 1)
-    return Terms(start, end, starting_cash, costs, limits, multiplier, sized, seed, calendar)
+    hours = (TradingCalendar(calendar) if calendar else None) if isinstance(calendar, str) else calendar
+    return Terms(start, end, starting_cash, costs, limits, multiplier, sized, seed, hours)
 
 
 def cut_for(bars: Bars, terms: Terms, history: int) -> tuple[Bars, int]:
@@ -580,7 +581,7 @@ def backtest(
     multiplier: int = 2,  # of the account: 1 for cash, 2 or 4 for margin
     sizing: SizingRules | None = None,  # how weights become quantities; its `margin` follows from the multiplier
     seed: int = 0,  # recorded in the result; the engine draws nothing
-    calendar: TradingCalendar | None = None,  # NYSE unless given
+    calendar: TradingCalendar | str | None = None,  # or its name, such as "24/7"; NYSE unless given
     check: bool = True,  # look for look-ahead, once for the same code, parameters and data
 ) -> BacktestResult:
     """Run a strategy over bars and return what it did and what it was worth.
