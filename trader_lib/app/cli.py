@@ -176,7 +176,7 @@ def _name_changes(run: "RunFolder", trust: "Trust") -> None:
     """Say which of a run's strategies are not the code any more that it began with."""
     from trader_lib.app.console import say
     from trader_lib.journal.opening import journal_exists, open_journal
-    from trader_lib.session.replay import source_changes
+    from trader_lib.session.recorded import source_changes
 
     if journal_exists(run.journal):
         with open_journal(run.journal) as journal:

@@ -255,7 +255,7 @@ def show_comparison(
 def code_changes(run: RunFolder) -> tuple[str, ...]:
     """A sentence for each strategy of a session whose code is not what ran; foreign code is not loaded to find out."""
     from trader_lib.journal.opening import journal_exists, open_journal
-    from trader_lib.session.replay import source_changes
+    from trader_lib.session.recorded import source_changes
     from trader_lib.strategy.trust import Trust, strange_folders
 
     if not journal_exists(run.journal):
