@@ -418,16 +418,17 @@ def _price(value: float) -> Decimal | None:
 # %% ../../nbs/research/09_backtest.ipynb #22e5cc91
 def market_of(bars: Bars, calendar: TradingCalendar, taken: RunActions) -> Market:
     """The bars as the engine takes them, with close times, session ends and regular hours from the calendar."""
+    hours = calendar.bar_hours(bars.times_ns, bars.timeframe)
     return Market(
         open=np.ascontiguousarray(bars.open),
         high=np.ascontiguousarray(bars.high),
         low=np.ascontiguousarray(bars.low),
         close=taken.close,
         volume=taken.volume,
-        closed_s=calendar.close_times(bars.times_ns, bars.timeframe) / 1e9,
-        ends_session=calendar.last_of_session(bars.times_ns, bars.timeframe),
-        regular=calendar.in_regular_hours(bars.times_ns, bars.timeframe),
-        expires=calendar.last_in_regular_hours(bars.times_ns, bars.timeframe),
+        closed_s=hours.closed_ns / 1e9,
+        ends_session=hours.ends_session,
+        regular=hours.regular,
+        expires=hours.expires,
         factor=taken.factor,
         changes=taken.changes,
         ratio=taken.ratio,
