@@ -201,6 +201,8 @@ class BacktestResult:
     def _comparable_fills(self) -> pd.DataFrame:
         """The fills in shares as they are at the end."""
         table = self.simulation.fills
+        if not self.taken.changes.any():
+            return self.fills_frame
         shares = self._last_shares[table["bar"], table["symbol"]]
         return self.fills_frame.assign(qty=table["qty"] * shares, price=table["price"] / shares)
 
@@ -249,17 +251,21 @@ class BacktestResult:
     @cached_property
     def exposure(self) -> pd.Series:
         """Long plus short, as a multiple of equity, at each close."""
-        gross = np.nansum(np.abs(self.positions.to_numpy()) * self._marks, axis=1)
+        worth = np.abs(self.simulation.positions[self.start :]) * self._marks
+        gross = np.nan_to_num(worth[:, 0]) if worth.shape[1] == 1 else np.nansum(worth, axis=1)
         return pd.Series(gross / self.equity.to_numpy(), index=self.equity.index, name="exposure")
 
     @cached_property
     def _marks(self) -> NDArray[np.float64]:
         """The last close known at each bar [time × symbol], USD; NaN before a symbol's first."""
-        return pd.DataFrame(self.taken.close).ffill().to_numpy()[self.start :]
+        close = self.taken.close
+        return (pd.DataFrame(close).ffill().to_numpy() if np.isnan(close).any() else close)[self.start :]
 
     @cached_property
     def _comparable_marks(self) -> NDArray[np.float64]:
         """The last close known at each bar [time × symbol], USD for a share as it is at the end."""
+        if not self.taken.changes.any():
+            return self._marks
         return self.bars.frame("close").div(self._last_shares).ffill().to_numpy()[self.start :]
 
     @cached_property
