@@ -217,9 +217,7 @@ class TradingCalendar:
                 expires[rows[-1]] = True
         return BarHours(self._complete(index_ns, timeframe, numbers), ends_session, regular, expires)
 
-    def _complete(
-        self, index_ns: NDArray[np.int64], timeframe: str, numbers: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
+    def _complete(self, index_ns: NDArray[np.int64], timeframe: str, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         closes = self._closes[numbers]
         if timeframe == "1Day":
             return closes
