@@ -464,7 +464,7 @@ async def _history(inputs: SessionInputs, data: MarketData, clock: Clock) -> Bar
         if known.n == 0 or np.isnan(known.close).all(axis=0).any():
             return known  # no history, or a symbol that is yet to be listed: nothing to ask for
         return await data.history(
-            spec.symbols, spec.timeframe, known.day(0), known.day(-1), adjustment=known.provenance.adjustment
+            spec.symbols, spec.timeframe, known.day(0), known.day(-1), adjustment=known.adjustment
         )
     today = _today(clock)
     first, known_history = _lookback(spec, inputs.warmup, today), inputs.past.history
