@@ -8,7 +8,7 @@ __all__ = ['DAY', 'AROUND_NS', 'Closed', 'MarketView', 'Grouping', 'group', 'Can
 
 # %% ../../nbs/exchange/12_closed.ipynb #e65b56f5
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import lru_cache
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..clock.sessions import TradingCalendar
 from .engine import Exchange
-from .tape import Quote, Trade, counts_of, quote_at, quotes_of, trades_of, turnover_of
+from .tape import VWAP_DECIMALS, Quote, Trade, counts_of, quote_at, trades_of, turnover_of
 from ..market.adjusting import adjusted, parse_adjustment
 from ..market.bars import Bars, BarValues
 from ..market.resample import BarLength, aggregate, bin_starts, check_nested, group_rows
@@ -48,6 +48,10 @@ class Closed:
             *(float(field[row, column]) for field in (bars.open, bars.high, bars.low, bars.close, bars.volume))
         )
 
+    def head(self, n: int) -> "Closed":
+        """The same of the first n bars."""
+        return replace(self, bars=self.bars.rows_between(0, n), opens=self.opens[:n], closes=self.closes[:n])
+
 
 class MarketView:
     """Makes views of one exchange's market; keeps what never changes."""
@@ -61,11 +65,9 @@ class MarketView:
 
     def closed(self, delay: timedelta = timedelta(0)) -> Closed:
         """What had closed so long before the exchange's time."""
-        exchange, bars = self.exchange, self.exchange.history()
-        now = exchange.now - delay
-        if delay:
-            bars = bars.rows_between(0, int(np.searchsorted(self._closes[: bars.n], to_ns(now), side="right")))
-        return Closed(bars, self._opens[: bars.n], self._closes[: bars.n], exchange.calendar, now)
+        bars, now = self.exchange.history(), self.exchange.now - delay
+        view = Closed(bars, self._opens[: bars.n], self._closes[: bars.n], self.exchange.calendar, now)
+        return view.head(int(np.searchsorted(view.closes, to_ns(now), side="right"))) if delay else view
 
     def _require(self, length: BarLength) -> None:
         """Raise Misused unless bars of this length can be built here."""
@@ -135,7 +137,7 @@ def candles(view: Closed, symbol: str, grouping: Grouping, wanted: frozenset[str
     longer, counts, turnover = longer[:, alive], counts[alive, 0], turnover[alive, 0]
     shares = np.floor(longer[4]) if whole else longer[4]
     vwaps = np.where(counts > 0, turnover / np.where(counts > 0, shares, 1.0), longer[3])
-    return Candles(grouping.stamps[alive], longer, counts, np.round(vwaps, 6))
+    return Candles(grouping.stamps[alive], longer, counts, np.round(vwaps, VWAP_DECIMALS))
 
 
 def is_stock(symbol: str) -> bool:
