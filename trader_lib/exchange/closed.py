@@ -10,7 +10,7 @@ __all__ = ['DAY', 'AROUND_NS', 'Closed', 'MarketView', 'Grouping', 'group', 'Can
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,11 @@ class Closed:
     closes: NDArray[np.int64]
     calendar: TradingCalendar
     now: datetime
+
+    @cached_property
+    def days(self) -> "dict[int, Grouping]":
+        """How rows become days, up to each stamp that was asked for."""
+        return {}
 
     def column(self, symbol: str) -> int:
         """The place of a symbol; -1 where there is none."""
@@ -121,7 +126,7 @@ class Candles:
 def candles(view: Closed, symbol: str, grouping: Grouping, wanted: frozenset[str] = frozenset()) -> Candles:
     """A symbol's bars, adjusted for what is wanted, of split and dividend; Misused where `adjusted` raises it."""
     first, stop = grouping.first, grouping.stop
-    if wanted in (frozenset(), parse_adjustment(view.bars.provenance.adjustment)):
+    if wanted in (frozenset(), parse_adjustment(view.bars.adjustment)):
         block = adjusted(view.bars.rows_between(first, stop).sel([symbol]), wanted)
     else:
         block = adjusted(view.bars.sel([symbol]), wanted)[:, first:stop]
@@ -177,7 +182,10 @@ def latest_quote(view: Closed, symbol: str) -> Quote | None:
 
 def last_row(view: Closed, symbol: str) -> int:
     """The row of a symbol's last bar; -1 before its first."""
-    alive = np.flatnonzero(~np.isnan(view.bars.close[:, view.column(symbol)]))
+    close = view.bars.close[:, view.column(symbol)]
+    if len(close) and close[-1] == close[-1]:  # not NaN, as nearly always
+        return len(close) - 1
+    alive = np.flatnonzero(~np.isnan(close))
     return int(alive[-1]) if len(alive) else -1
 
 # %% ../../nbs/exchange/12_closed.ipynb #6ccba1f8
@@ -189,6 +197,8 @@ def recent_days(view: Closed, symbol: str) -> tuple[Candles, bool]:
         return candles(view, symbol, Grouping(0, 0, times[:0], np.arange(0))), False
     slack = 12 * AROUND_NS  # holidays and suspensions between two days
     stamp, newest = (int(bin_starts(times[at : at + 1], DAY, view.calendar)[0]) for at in (row, len(times) - 1))
-    days = candles(view, symbol, group(view, DAY, stamp - slack, stamp))
+    if stamp not in view.days:
+        view.days[stamp] = group(view, DAY, stamp - slack, stamp)
+    days = candles(view, symbol, view.days[stamp])
     last = slice(-2, None)
     return Candles(days.stamps[last], days.block[:, last], days.counts[last], days.vwaps[last]), stamp == newest

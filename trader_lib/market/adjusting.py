@@ -59,13 +59,13 @@ def adjusted(bars: Bars, wanted: Iterable[str]) -> NDArray[np.float64]:
     Raises Misused where these bars are adjusted for something else, or where nothing is known of their actions.
     """
     block = np.stack([bars.open, bars.high, bars.low, bars.close, bars.volume])
-    asked, stored = frozenset(wanted), parse_adjustment(bars.provenance.adjustment)
+    asked, stored = frozenset(wanted), parse_adjustment(bars.adjustment)
     if asked in (frozenset(), stored):
         return block
     if not stored <= asked:
         raise Misused(
-            f"These bars are adjusted already ({bars.provenance.adjustment}), which cannot be undone. Ask for "
-            f"{bars.provenance.adjustment} or for raw, which are the same here."
+            f"These bars are adjusted already ({bars.adjustment}), which cannot be undone. Ask for "
+            f"{bars.adjustment} or for raw, which are the same here."
         )
     if bars.actions is None:
         raise Misused(

@@ -224,6 +224,11 @@ class Bars:
         return self._origin.timeframe
 
     @property
+    def adjustment(self) -> str:
+        """What prices are adjusted for, in Alpaca's words: raw, split, dividend or all."""
+        return self._origin.adjustment
+
+    @property
     def index(self) -> pd.DatetimeIndex:
         """Bar starts in UTC; made when first asked for."""
         if self._index is None:

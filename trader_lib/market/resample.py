@@ -105,6 +105,9 @@ def group_rows(starts_ns: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.flatnonzero(changes)
 
 
+_REDUCED = ((np.maximum, 1), (np.minimum, 2), (np.add, 4))  # high, low and volume
+
+
 def aggregate(block: NDArray[np.float64], rows: NDArray[np.int64]) -> NDArray[np.float64]:
     """Bars [open … volume × time × symbol] put together into the longer ones that begin at these rows; NaN for none.
 
@@ -112,8 +115,12 @@ def aggregate(block: NDArray[np.float64], rows: NDArray[np.int64]) -> NDArray[np
     """
     if not len(rows):
         return block[:, :0]
-    n = block.shape[1]
-    alive, place = ~np.isnan(block[3]), np.arange(n)[:, None]
+    n, dead = block.shape[1], np.isnan(block[3])
+    if not dead.any():
+        last_rows = np.append(rows[1:], n) - 1
+        high, low, volume = (reduce.reduceat(block[at], rows, axis=0) for reduce, at in _REDUCED)
+        return np.stack([block[0, rows], high, low, block[3, last_rows], volume])
+    alive, place = ~dead, np.arange(n)[:, None]
     first = np.minimum.reduceat(np.where(alive, place, n), rows, axis=0)
     last = np.maximum.reduceat(np.where(alive, place, -1), rows, axis=0)
     whole = np.full((len(block), len(rows), block.shape[2]), np.nan)
