@@ -13,6 +13,8 @@ from datetime import timedelta
 from functools import partial
 
 from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from ..errors.taxonomy import Rejected
 from . import queries, reference, refusals, requests
@@ -31,6 +33,7 @@ from trader_lib.exchange.data_answers import (
     snapshot_json,
     trade_points,
 )
+from .endpoints import json_response
 from .engine import Exchange
 from .messages import Json
 from .queries import CONTRACT, PAIR, STOCK, Points, Query, Span, bad, page, parse_span, parse_symbols
@@ -128,6 +131,15 @@ def _endpoint(answer: Respond) -> Endpoint:
     return endpoint
 
 
+def _public(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
+    """A coroutine that writes the answer itself."""
+
+    async def respond(request: Request) -> Response:
+        return json_response(*await endpoint(request))
+
+    return respond
+
+
 def _symbol(path: Query) -> str:
     """The one symbol of a path; raises Rejected."""
     if not STOCK.fullmatch(path["symbol"]):
@@ -158,8 +170,12 @@ class DataEndpoints:
 
     def table(self) -> list[tuple[str, str, Endpoint]]:
         """What answers where: verb, path, coroutine."""
-        rows = [*self._stocks(), *self._crypto(), *self._rankings(), *empty_addresses()]
+        rows = [*self._stocks(), *self._rankings(), *empty_addresses()]
         return [("GET", path, _endpoint(answer)) for path, answer in rows]
+
+    def public_routes(self) -> list[Route]:
+        """The addresses that Alpaca answers without keys, and clients ask without: crypto."""
+        return [Route(path, _public(_endpoint(answer)), methods=["GET"]) for path, answer in self._crypto()]
 
     # ---- what several addresses have in common
 

@@ -61,8 +61,8 @@ def build_app(
 
     sockets = [WebSocketRoute(path, serve_trading) for path in ("/stream", "/stream/")]
     sockets += [WebSocketRoute(path, serve_data) for path in streams]
-    more = DataEndpoints(exchange, ticks=ticks).table()
-    routes = [*Endpoints(exchange, keys, ids).routes(more), *sockets]
+    data = DataEndpoints(exchange, ticks=ticks)
+    routes = [*Endpoints(exchange, keys, ids).routes(data.table()), *data.public_routes(), *sockets]
     app = Starlette(routes=routes, exception_handlers=dict.fromkeys((404, 405, 413), refused))
     app.router.redirect_slashes = False  # a redirect repeats the Host header that it was sent
     return app
