@@ -2,10 +2,12 @@
 
 import asyncio
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -33,6 +35,8 @@ from websockets.asyncio.client import connect
 
 from trader_lib.clock.ids import SeededIds
 from trader_lib.clock.sessions import NEW_YORK, TradingCalendar
+from trader_lib.exchange.data_endpoints import DataEndpoints
+from trader_lib.exchange.data_streams import build_data_streams
 from trader_lib.exchange.engine import Exchange
 from trader_lib.exchange.server import ExchangeServer, build_app
 from trader_lib.exchange.streams import Keys
@@ -180,6 +184,22 @@ def test_every_published_operation(client: Client, name: str, address: str, serv
 def test_the_list_of_operations_is_whole() -> None:
     assert len(OPERATIONS) == len({row[0] for row in OPERATIONS}) == 44
     assert sum(bool(row[2]) for row in OPERATIONS) == 42
+
+
+def test_the_documentation_lists_every_operation_and_address() -> None:
+    page = (Path(__file__).parent.parent / "docs/market-data.md").read_text(encoding="utf-8")
+    rows = [
+        row.split("|")
+        for row in page.partition("## Streams")[0].splitlines()
+        if row.startswith("| ") and row.count("|") == 4 and "`/v" in row
+    ]
+    listed = {name.strip(): "not served" not in row[3] for row in rows for name in row[1].split(",")}
+    assert listed == {name: bool(served) for name, _, served in OPERATIONS}
+    addresses = {address for row in rows if "not served" not in row[3] for address in re.findall("`([^`]+)`", row[2])}
+    data = DataEndpoints(Exchange(quarters()))
+    assert addresses == {path for _, path, _ in data.table()} | {route.path for route in data.public_routes()}
+    streams = page.partition("## Streams")[2]
+    assert all(f"`{path}`" in streams for path in build_data_streams(Exchange(quarters()), KEYS))
 
 
 @pytest.mark.parametrize(
