@@ -35,8 +35,9 @@ from websockets.asyncio.client import connect
 
 from trader_lib.clock.ids import SeededIds
 from trader_lib.clock.sessions import NEW_YORK, TradingCalendar
+from trader_lib.exchange.closed import MarketView
 from trader_lib.exchange.data_endpoints import DataEndpoints
-from trader_lib.exchange.data_streams import build_data_streams
+from trader_lib.exchange.data_streams import STOCK_CHANNELS, Moment, build_data_streams
 from trader_lib.exchange.engine import Exchange
 from trader_lib.exchange.server import ExchangeServer, build_app
 from trader_lib.exchange.streams import Keys
@@ -242,6 +243,21 @@ def test_stocks_need_keys_and_crypto_none(exchange: Exchange) -> None:
     for name, address, served in OPERATIONS:
         answer = stranger.get(address).status_code
         assert answer == (404 if not served else 200 if name.startswith("Crypto") else 401), name
+
+
+def test_before_the_first_bar_there_is_nothing_and_it_is_well_formed() -> None:
+    client = Client(build_app(Exchange(quarters()), KEYS, SeededIds("s")), headers=HEADERS)
+    for name, address, served in OPERATIONS:
+        answer = client.get(address)
+        single = (name.endswith("Single") and "Latest" in name) or name == "StockSnapshotSingle"
+        assert answer.status_code == (404 if single or not served else 200), (name, answer.text)
+        assert not any(moments_in(answer.json())) or name in ("Movers", "MostActives")
+    for symbol, reason in (
+        ("symbols=IBM", {}),
+        ("symbols=IBM&asof=2024-03-08&feed=iex&currency=USD", {"currency": "USD"}),
+    ):
+        empty = {"bars": {}, "next_page_token": None}
+        assert client.get(f"/v2/stocks/bars?{symbol}&timeframe=1Week").json() == empty | reason
 
 
 def test_odd_questions_never_make_it_fail(client: Client) -> None:
@@ -479,6 +495,28 @@ def test_alpacas_own_stream_gets_every_channel(server: ExchangeServer) -> None:
     assert all(message.timestamp < step.closed_at for message in got["trades"] + got["quotes"])
     stream.stop()
     thread.join(6)
+
+
+def sent_by(exchange: Exchange) -> list[list[Any]]:
+    """What all channels send of all symbols, bar by bar, until the first bar in which the twins differ."""
+    market, sent = MarketView(exchange), list[list[Any]]()
+
+    def keep(at: datetime, rows: Any) -> None:
+        moment = Moment(at, rows, market.closed(), binary=False)
+        sent.append([part for channel in STOCK_CHANNELS for name in rows for part in moment.messages(channel, name)])
+        assert all(pd.Timestamp(message["t"]) < exchange.now for message in sent[-1])
+
+    exchange.on_bars(keep)
+    while exchange.index < 3 * DAY_ROWS:
+        exchange.advance()
+    return sent
+
+
+def test_no_stream_sends_what_has_not_closed() -> None:
+    """Two streams over one past and two futures send the same until the futures begin."""
+    sent = [sent_by(Exchange(quarters(), START)), sent_by(Exchange(quarters(seed_after=2, split_after=True), START))]
+    same = [first == second for first, second in zip(*sent, strict=True)]
+    assert len(same) > 20 and all(same[:-1]) and not same[-1] and all(len(messages) > 10 for messages in sent[0])
 
 
 async def test_a_second_connection_to_one_address_is_refused(server: ExchangeServer) -> None:
