@@ -86,7 +86,8 @@ def parse_span(query: Query, now: datetime, *, most: int = PAGE_MAX, default: in
     start = requests.parse_moment("start", query.get("start")) or beginning_of_day(now)
     end = requests.parse_moment("end", query.get("end"), end_of_day=True) or now
     if end < start:
-        raise bad("end should not be before start")
+        here = "" if query.get("end") else f", and the exchange's time is {now:%Y-%m-%d %H:%M} UTC"
+        raise bad(f"end should not be before start{here}")
     token = query.get("page_token")
     return Span(
         to_ns(start),
