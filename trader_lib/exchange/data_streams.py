@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['STOCK_CHANNELS', 'CRYPTO_CHANNELS', 'OPTION_CHANNELS', 'NEWS_CHANNELS', 'CHANNELS', 'WITH_TRADES', 'SYMBOLS_MAX',
-           'SYMBOL_MAX', 'Wanted', 'FAKE', 'FAKE_PRICE', 'TEST', 'changed', 'Moment', 'Subscriber', 'read_frame',
-           'DataStreams', 'fake_rows', 'build_data_streams']
+           'SYMBOL_MAX', 'Wanted', 'Selection', 'FAKE', 'FAKE_PRICE', 'TEST', 'changed', 'framed', 'Moment',
+           'Subscriber', 'read_frame', 'DataStreams', 'fake_rows', 'build_data_streams']
 
 # %% ../../nbs/exchange/16_data_streams.ipynb #7e4dc0ae
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -66,7 +66,15 @@ def changed(
 def _are_symbols(names: object) -> bool:
     return isinstance(names, list) and all(isinstance(name, str) and len(name) <= SYMBOL_MAX for name in names)
 
-# %% ../../nbs/exchange/16_data_streams.ipynb #ef6ab637
+# %% ../../nbs/exchange/16_data_streams.ipynb #37b1fc08
+Selection = tuple[tuple[str, str], ...]  # channels and symbols
+
+
+def framed(messages: list[Json], *, binary: bool) -> bytes | str:
+    """Messages as one frame: msgpack or JSON."""
+    return pack(messages) if binary else orjson.dumps(messages).decode()
+
+
 @dataclass(frozen=True)
 class Moment:
     """Bars of one stamp that have closed, by symbol: what the channels send is made from it once for all subscribers."""
@@ -76,6 +84,14 @@ class Moment:
     view: Closed
     binary: bool
     ticks: bool = True
+    sent: dict[Selection, bytes | str | None] = field(default_factory=dict)
+
+    def frame(self, selection: Selection) -> bytes | str | None:
+        """One frame with what was selected, made once however many ask for it; None for nothing."""
+        if selection not in self.sent:
+            messages = [part for channel, symbol in selection for part in self.messages(channel, symbol)]
+            self.sent[selection] = framed(messages, binary=self.binary) if messages else None
+        return self.sent[selection]
 
     def _stamp(self, moment_ns: int) -> datetime | str | None:
         return from_ns(moment_ns) if self.binary else text_of(from_ns(moment_ns))
@@ -124,7 +140,7 @@ class Subscriber:
 
     def send(self, messages: list[Json]) -> None:
         """Queue one frame."""
-        self.connection.send(pack(messages) if self.binary else orjson.dumps(messages).decode())
+        self.connection.send(framed(messages, binary=self.binary))
 
     def fail(self, code: int) -> bool:
         """Send Alpaca's error; says that the frame was not understood."""
@@ -140,14 +156,10 @@ class Subscriber:
         self.send([{"T": "subscription", **{channel: sorted(names) for channel, names in new.items()}}])
         return True
 
-    def messages_of(self, moment: Moment, holds: Callable[[str], bool]) -> list[Json]:
-        """What this client gets of a moment: ticks before the bars that are made of them."""
-        found = []
-        for channel in self.wanted:
-            names = self.wanted[channel]
-            symbols = [name for name in moment.rows if (name in names or "*" in names) and holds(name)] if names else []
-            found += [message for symbol in symbols for message in moment.messages(channel, symbol)]
-        return found
+    def selection(self, symbols: Iterable[str]) -> Selection:
+        """What this client gets of a moment with bars of these symbols: ticks before the bars that are made of them."""
+        wanted = [(channel, names) for channel, names in self.wanted.items() if names]
+        return tuple((channel, name) for channel, names in wanted for name in symbols if name in names or "*" in names)
 
 
 def read_frame(frame: bytes, *, binary: bool) -> Mapping[str, Any] | None:
@@ -190,12 +202,12 @@ class DataStreams:
         """Send the bars of one moment, and what is made of them, to everyone who asked; at: their stamp."""
         if not self._subscribers:
             return
-        view = self._market.closed()
+        view, symbols = self._market.closed(), [symbol for symbol in rows if self._holds(symbol)]
         moments = {binary: Moment(at, rows, view, binary, self._ticks) for binary in (True, False)}
         for subscriber in self._subscribers:
-            messages = subscriber.messages_of(moments[subscriber.binary], self._holds)
-            if messages:
-                subscriber.send(messages)
+            data = moments[subscriber.binary].frame(subscriber.selection(symbols))
+            if data is not None:
+                subscriber.connection.send(data)
 
     async def serve(self, socket: Socket, *, binary: bool, on_known: Callable[[], None] = lambda: None) -> None:
         """Talk with one client until it goes.
