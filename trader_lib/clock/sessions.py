@@ -170,6 +170,10 @@ class TradingCalendar:
         begins = np.searchsorted(index_ns, self._stamps[first + 1 : last + 1])
         return np.repeat(np.arange(first, last + 1), np.diff(begins, prepend=0, append=len(index_ns)))
 
+    def session_dates(self, index_ns: NDArray[np.int64]) -> NDArray[np.datetime64]:
+        """Return the date of the session that each bar stamped index_ns [time] belongs to; raise as `session_numbers`."""
+        return self._days[self.session_numbers(index_ns)]
+
     def open_times(self, index_ns: NDArray[np.int64], timeframe: str) -> NDArray[np.int64]:
         """Return when each bar stamped index_ns [time] begins to trade, in ns UTC: a daily bar at its session's open."""
         numbers = self._checked(index_ns, timeframe)

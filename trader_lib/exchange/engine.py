@@ -267,7 +267,7 @@ class Exchange:
         None: all symbols, the exchange's own timeframe and adjustment, no bound. Raises Rejected for what it does not
         have: it does not pass off one adjustment as another.
         """
-        origin = self.bars.provenance
+        origin = self.bars  # not its provenance, which would hash the whole future
         if timeframe is not None and timeframe != origin.timeframe:
             raise refusals.bad_request(
                 f"invalid timeframe: {timeframe}, this exchange has {origin.timeframe}", status=400

@@ -19,9 +19,11 @@ from starlette.websockets import WebSocket
 
 from ..clock.ids import Ids, SeededIds, new_secret
 from ..errors.taxonomy import Misused
+from .data_endpoints import DataEndpoints
+from .data_streams import build_data_streams
 from .endpoints import Endpoints, json_response
 from .engine import Exchange
-from .streams import DataStreams, Keys, TradingStreams
+from .streams import Keys, TradingStreams
 from ..resilience.connections import Patience
 from ..resilience.http_server import BodyLimit, HttpServer, listen, trust_caller
 
@@ -29,11 +31,17 @@ T = TypeVar("T")
 PATIENCE = Patience()
 
 # %% ../../nbs/exchange/10_server.ipynb #c3d8e423
-def build_app(exchange: Exchange, keys: Keys, ids: Ids) -> Starlette:
-    """The ASGI application: REST, the two kinds of websocket, and 404 in JSON for everything else."""
-    trading, data = TradingStreams(keys), DataStreams(keys, exchange.bars.timeframe)
+def build_app(
+    exchange: Exchange, keys: Keys, ids: Ids, *, ticks: bool = True, data_connections_max: int | None = None
+) -> Starlette:
+    """The ASGI application: REST, the two kinds of websocket, and 404 in JSON for everything else.
+
+    ticks: whether clients get trades and quotes, which are made up from bars; data_connections_max: market data sockets at one
+    address, None for any number.
+    """
+    trading = TradingStreams(keys)
     exchange.on_order_event(trading.on_order_event)
-    exchange.on_bars(data.on_bars)
+    streams = build_data_streams(exchange, keys, ticks=ticks, connections_max=data_connections_max)
 
     async def serve_trading(websocket: WebSocket) -> None:
         await websocket.accept()
@@ -42,7 +50,9 @@ def build_app(exchange: Exchange, keys: Keys, ids: Ids) -> Starlette:
     async def serve_data(websocket: WebSocket) -> None:
         binary = websocket.headers.get("content-type", "") == "application/msgpack"
         await websocket.accept()
-        await data.serve(websocket, binary=binary, on_known=lambda: trust_caller(websocket.scope["state"]))
+        await streams[websocket.url.path].serve(
+            websocket, binary=binary, on_known=lambda: trust_caller(websocket.scope["state"])
+        )
 
     async def refused(request: Request, error: Exception) -> Response:
         status = getattr(error, "status_code", 404)
@@ -50,8 +60,9 @@ def build_app(exchange: Exchange, keys: Keys, ids: Ids) -> Starlette:
         return json_response(status, {"code": status * 100_000 + 10_000, "message": message})
 
     sockets = [WebSocketRoute(path, serve_trading) for path in ("/stream", "/stream/")]
-    sockets += [WebSocketRoute(f"/v2/{feed}", serve_data) for feed in ("iex", "sip")]
-    routes = [*Endpoints(exchange, keys, ids).routes(), *sockets]
+    sockets += [WebSocketRoute(path, serve_data) for path in streams]
+    data = DataEndpoints(exchange, ticks=ticks)
+    routes = [*Endpoints(exchange, keys, ids).routes(data.table()), *data.public_routes(), *sockets]
     app = Starlette(routes=routes, exception_handlers=dict.fromkeys((404, 405, 413), refused))
     app.router.redirect_slashes = False  # a redirect repeats the Host header that it was sent
     return app
@@ -61,7 +72,8 @@ class ExchangeServer:
     """An exchange served at an address, as a context manager.
 
     port: 0 takes any that is free. key_id, secret_key: what clients must present; a new secret where none is given.
-    patience: how long it waits for them. Raises Misconfigured where the address cannot be had.
+    patience: how long it waits for them. ticks, data_connections_max: see `build_app`.
+    Raises Misconfigured where the address cannot be had.
     """
 
     def __init__(
@@ -74,9 +86,13 @@ class ExchangeServer:
         secret_key: str | None = None,
         ids: Ids | None = None,
         patience: Patience = PATIENCE,
+        ticks: bool = True,
+        data_connections_max: int | None = None,
     ) -> None:
         self.keys = Keys(key_id, secret_key or new_secret())
-        app = build_app(exchange, self.keys, ids or SeededIds("server"))
+        app = build_app(
+            exchange, self.keys, ids or SeededIds("server"), ticks=ticks, data_connections_max=data_connections_max
+        )
         self.exchange = exchange
         self._address = (host, port)
         self._server = HttpServer(BodyLimit(app), "exchange-server", patience, websockets=True, leaving_s=1)
