@@ -193,13 +193,17 @@ class Floor:
         lows: NDArray[np.float64],
         volumes: NDArray[np.float64],
         factors: NDArray[np.float64] | None = None,
+        *,
+        orders: Sequence[BookOrder] | None = None,
+        used: list[float] | None = None,
     ) -> None:
         """Let every working order meet the bar [symbol], in the sequence of submission; a symbol's orders share its volume.
 
-        factors: price in the bars over the price as traded, for fees a share; None: 1 for all.
+        factors: price in the bars over the price as traded, for fees a share; None: 1 for all. orders: only these. used:
+        shares that filled in this bar already [symbol]; None: none; it is counted up.
         """
-        used = [0.0] * len(opens)
-        for order in list(self.working):
+        used = [0.0] * len(opens) if used is None else used
+        for order in list(self.working if orders is None else orders):
             column = order.column
             bar = (float(opens[column]), float(highs[column]), float(lows[column]))
             side, price = self._price(order, bar)
