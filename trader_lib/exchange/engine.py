@@ -120,6 +120,10 @@ class Exchange:
         """Whether every bar has been played."""
         return self.index == self.bars.n - 1
 
+    def opens_at(self, row: int) -> datetime:
+        """When a row's bar begins to trade."""
+        return from_ns(int(self._opens[row]))
+
     def counts(self) -> Counts:
         """How much has been told to listeners since the exchange began."""
         return Counts(self._floor.told, self._bar_count, self.index, self.is_over)
@@ -287,6 +291,10 @@ class Exchange:
         """The order of that id; raises NotFound."""
         return self._floor.find(order_id).report()
 
+    def replaced_at(self, order_id: str) -> datetime | None:
+        """When another order took the place of this one, or None; raises NotFound."""
+        return self._floor.find(order_id).replaced_at
+
     def order_by_client_order_id(self, client_order_id: str) -> Order:
         """The order of that client_order_id; raises NotFound."""
         order = self._floor.by_client_id.get(client_order_id)
@@ -300,6 +308,15 @@ class Exchange:
         return [order.report() for order in reversed(list(orders)) if order.parent is None]
 
     # ---- account and data
+
+    @property
+    def multiplier(self) -> int:
+        """The account's multiplier, 1, 2 or 4; what is bought with more than it allows is not sold."""
+        return self._ledger.multiplier
+
+    @multiplier.setter
+    def multiplier(self, value: int) -> None:
+        self._ledger.multiplier = value
 
     def account(self) -> AccountState:
         """The account now, positions at their last closes."""
