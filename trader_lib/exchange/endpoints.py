@@ -24,13 +24,15 @@ from ..clock.ids import Ids
 from ..errors.taxonomy import Misused, Rejected
 from . import messages, refusals, requests
 from .desk import Answer, Desk, Operation, json_body, settled_days
+from .book import Terms
 from .engine import Exchange
 from .faults import Faults, parse_rules
 from .listing import listed_orders, order_query
+from .placing import base_price_refusal, parse_client_order
 from .quota import Quota, quota_headers, spend
 from .streams import Keys
 from ..resilience.http_server import trust_caller
-from ..trading.orders import Order, OrderSide, OrderType
+from ..trading.orders import SIDE_SIGN, Order, OrderSide, OrderType
 
 CALENDAR_BEGIN = date(1990, 1, 2)  # nothing is known before
 
@@ -180,9 +182,18 @@ class Endpoints:
 
     async def submit(self, request: Request) -> Answer:
         """POST /v2/orders"""
-        order = requests.parse_order(await json_body(request), self._ids)
+        exchange, body = self._exchange, await json_body(request)
+        terms: Terms | None = None
+        if exchange.continuous:
+            order, terms = parse_client_order(body, self._ids, exchange.now)
+        else:
+            order = requests.parse_order(body, self._ids)
         self._desk.check(order)
-        return 200, messages.order_json(self._exchange.submit(order))
+        if terms is not None and terms.stop_loss is not None and order.limit_price is None and order.stop_price is None:
+            refusal = base_price_refusal(SIDE_SIGN[order.side], exchange.mark(order.symbol), terms.stop_loss)
+            if refusal:
+                raise refusals.unprocessable(refusal)
+        return 200, self._order_json(exchange.submit(order, terms))
 
     async def orders(self, request: Request) -> Answer:
         """GET /v2/orders"""
@@ -193,7 +204,9 @@ class Endpoints:
         return 200, [self._order_json(order, nested=query.nested) for order in found]
 
     def _order_json(self, order: Order, *, nested: bool = True) -> messages.Json:
-        return messages.order_json(order, nested=nested, replaced_at=self._exchange.replaced_at(order.id))
+        replaced_at = self._exchange.replaced_at(order.id)
+        shown = messages.order_json(order, nested=nested, replaced_at=replaced_at)
+        return shown | messages.terms_json(self._exchange.terms(order.id))
 
     async def order(self, request: Request) -> Answer:
         """GET /v2/orders/{order_id}"""
@@ -206,8 +219,11 @@ class Endpoints:
 
     async def replace(self, request: Request) -> Answer:
         """PATCH /v2/orders/{order_id}"""
-        changes = requests.parse_replacement(await json_body(request))
-        return 200, messages.order_json(self._exchange.replace(request.path_params["order_id"], changes))
+        body = await json_body(request)
+        changes = requests.parse_replacement(body)
+        if isinstance(body, dict) and (trail := requests.parse_number("trail", body.get("trail"))) is not None:
+            changes["trail"] = trail
+        return 200, self._order_json(self._exchange.replace(request.path_params["order_id"], changes))
 
     async def cancel(self, request: Request) -> Answer:
         """DELETE /v2/orders/{order_id}"""

@@ -18,7 +18,7 @@ from ..clock.ids import Ids, SeededIds
 from ..clock.sessions import TradingCalendar
 from ..errors.taxonomy import Misused
 from . import refusals
-from .book import AccountState, BookOrder, Counts, Ledger, Step
+from .book import AccountState, BookOrder, Counts, Ledger, Step, Terms
 from .costs import Costs
 from .floor import Floor, OrderListener
 from ..market.actions import action_at
@@ -32,7 +32,8 @@ from trader_lib.rules.numbers import (
     to_decimal,
     to_shares,
 )
-from ..trading.orders import Order, OrderRequest, OrderStatus
+from ..rules.placing import GTC_DAYS
+from ..trading.orders import Order, OrderRequest, OrderStatus, TimeInForce
 from ..trading.portfolio import Position
 
 # %% ../../nbs/exchange/05_engine.ipynb #37e10db8
@@ -97,6 +98,7 @@ class Exchange:
             ids or SeededIds("exchange"),
             self.opened_at,
             fractional=fractional,
+            at_once=continuous,
         )
         for row in range(start_index):
             self._ledger.mark_to(self.taken.close[row])
@@ -204,9 +206,23 @@ class Exchange:
         self._trading, self._used = row, [0.0] * len(self.symbols)
         if self._regular[row]:
             floor.call_margin(opens, self.taken.volume[row], factor)
-            floor.open_waiting()
-            floor.match(opens, opens, opens, self.taken.volume[row], factor, used=self._used)
+        floor.size_waiting(opens)
+        floor.open_waiting(extended=not self._regular[row])
+        joining = self._joining(row, at_close=False)
+        floor.match(opens, opens, opens, self.taken.volume[row], factor, orders=joining, used=self._used)
+        floor.trail(opens, opens)
+        if self._regular[row]:
+            floor.end_where(lambda order: order.request.time_in_force is TimeInForce.OPG, OrderStatus.EXPIRED)
         self._ledger.mark_to(opens)
+
+    def _joining(self, row: int, *, at_close: bool) -> list[BookOrder]:
+        """The orders that meet a bar: of its closing auction, or the others; outside regular hours, those for them."""
+        return [
+            order
+            for order in self._floor.working
+            if (order.request.time_in_force is TimeInForce.CLS) == at_close
+            and (self._regular[row] or order.terms.extended_hours)
+        ]
 
     def _close_bar(self) -> Step:
         """Let what still works meet the rest of the open bar, and close it; open it first where that is still to come."""
@@ -214,19 +230,33 @@ class Exchange:
             self._open_bar()
         self.index, self._trading = self.index + 1, None
         row = self.index
-        bars = self.bars
-        if self._regular[row]:
-            arrays = (bars.open[row], bars.high[row], bars.low[row], self.taken.volume[row], self._factor(row))
-            self._floor.match(*arrays, used=self._used)
+        bars, floor, now = self.bars, self._floor, from_ns(int(self._closes[row]))
+        volume, factor = self.taken.volume[row], self._factor(row)
+        joining = self._joining(row, at_close=False)
+        floor.match(bars.open[row], bars.high[row], bars.low[row], volume, factor, orders=joining, used=self._used)
+        floor.trail(bars.high[row], bars.low[row])
+        floor.now = now
+        if self._expires[row]:
+            close = bars.close[row]
+            floor.match(close, close, close, volume, factor, orders=self._joining(row, at_close=True), used=self._used)
+            floor.end_where(lambda order: order.request.time_in_force is TimeInForce.CLS, OrderStatus.EXPIRED)
+            oldest = now - timedelta(days=GTC_DAYS)
+            floor.end_where(lambda order: order.submitted_at <= oldest, OrderStatus.EXPIRED)
+        if self._session_ends[row]:
+            floor.end_where(lambda order: order.request.time_in_force is TimeInForce.DAY, OrderStatus.EXPIRED)
         return self._end_bar(row)
 
-    def _match_now(self, order_id: str) -> None:
-        """Let an order that was just sent meet the price of the moment, in a bar that is open."""
-        row = self._trading
-        if row is not None and self._regular[row]:
-            price, order = self._ledger.mark, self._floor.find(order_id)
-            volume, factor = self.taken.volume[row], self._factor(row)
-            self._floor.match(price, price, price, volume, factor, orders=(order,), used=self._used)
+    def _match_now(self, order: BookOrder) -> None:
+        """Let an order that was just sent meet the price of the moment, in a bar that is open; ioc and fok end here."""
+        row, wanted, floor = self._trading, order.request.time_in_force, self._floor
+        if row is not None and order in self._joining(row, at_close=False):
+            price, volume, used = self._ledger.mark, self.taken.volume[row], self._used
+            if wanted is not TimeInForce.FOK or floor.can_fill_all(
+                order, float(volume[order.column]), used[order.column]
+            ):
+                floor.match(price, price, price, volume, self._factor(row), orders=(order,), used=used)
+        if self.continuous and wanted in (TimeInForce.IOC, TimeInForce.FOK) and order.is_open:
+            floor.cancel(order.id)
 
     def _factor(self, row: int) -> NDArray[np.float64] | None:
         factors = self.taken.factor
@@ -266,14 +296,17 @@ class Exchange:
 
     # ---- orders
 
-    def submit(self, request: OrderRequest) -> Order:
-        """Accept an order for the next bar. Raises Rejected, in Alpaca's codes and words, where Alpaca would."""
-        order = self._floor.accept(request)
+    def submit(self, request: OrderRequest, terms: Terms | None = None) -> Order:
+        """Accept an order for the next bar, or for now. Raises Rejected, in Alpaca's codes and words, where Alpaca would.
+
+        terms: what it has beyond the request; a continuous exchange's only.
+        """
+        order = self._floor.accept(request, terms)
         accepted = order.report()
-        if self.session_is_open:
+        if self.session_is_open or (self._trading is not None and order.terms.extended_hours):
             accepted = accepted.model_copy(update={"status": OrderStatus.PENDING_NEW})
             self._floor.open(order)
-            self._match_now(order.id)
+        self._match_now(order)
         return accepted
 
     def cancel(self, order_id: str) -> Order:
@@ -284,7 +317,7 @@ class Exchange:
         """Put a new order in the place of an open one; see `Floor.replace`."""
         new = self._floor.replace(order_id, changes)
         answer = new.report()
-        self._match_now(new.id)
+        self._match_now(new)
         return answer
 
     def order(self, order_id: str) -> Order:
@@ -305,7 +338,12 @@ class Exchange:
     def orders(self, *, open_only: bool = True) -> list[Order]:
         """Orders, newest first, the legs of pairs inside their parents."""
         orders: Iterable[BookOrder] = self._floor.working if open_only else self._floor.orders.values()
-        return [order.report() for order in reversed(list(orders)) if order.parent is None]
+        tops = [order for order in orders if order.parent is None and (open_only or order.entry is None)]
+        return [order.report() for order in reversed(tops)]
+
+    def terms(self, order_id: str) -> Terms:
+        """What an order has beyond a plain one; raises NotFound."""
+        return self._floor.find(order_id).terms
 
     # ---- account and data
 

@@ -8,7 +8,9 @@ __all__ = ['OrderListener', 'Floor']
 # %% ../../nbs/exchange/04_floor.ipynb #f7b821c9
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
+from decimal import Decimal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,14 +19,14 @@ from pydantic import ValidationError
 from ..clock.ids import Ids
 from . import refusals
 from .admission import Admission
-from .book import BookOrder, Ledger, OrderEvent
+from .book import BookOrder, Ledger, OrderEvent, Terms
 from ..rules.actions import commission_as_traded
 from ..rules.margin import held_after, liquidation, owes
 from ..rules.matching import CostRates, affordable_qty, fill_price, fill_qty, match_oco, match_price
+from ..rules.placing import best_price, notional_qty, trailing_stop
 from ..rules.numbers import PRICE_DECIMALS, round_qty, to_decimal, to_float, to_shares
 from trader_lib.trading.orders import (
     MARGIN_CALL,
-    ORDER_TYPE_CODE,
     OrderClass,
     OrderRequest,
     OrderSide,
@@ -39,11 +41,19 @@ OrderListener = Callable[[OrderEvent], None]
 class Floor:
     """The orders of one account. symbols: by column; ids: names orders and executions; now: set by the owner.
 
-    fractional: whole orders, too, may fill in fractions of a share.
+    fractional: whole orders, too, may fill in fractions of a share. at_once: orders may meet the price of the moment.
     """
 
     def __init__(
-        self, symbols: Sequence[str], ledger: Ledger, rates: CostRates, ids: Ids, now: datetime, *, fractional: bool
+        self,
+        symbols: Sequence[str],
+        ledger: Ledger,
+        rates: CostRates,
+        ids: Ids,
+        now: datetime,
+        *,
+        fractional: bool,
+        at_once: bool = False,
     ) -> None:
         self.now = now
         self.orders: dict[str, BookOrder] = {}
@@ -51,7 +61,7 @@ class Floor:
         self.working: list[BookOrder] = []
         self.told = 0
         columns = {symbol: column for column, symbol in enumerate(symbols)}
-        self.admission = Admission(columns, ledger, self.working, self.by_client_id)
+        self.admission = Admission(columns, ledger, self.working, self.by_client_id, at_once=at_once)
         self._ledger, self._symbols = ledger, tuple(symbols)
         self._rates = rates
         self._fractional = fractional
@@ -69,11 +79,33 @@ class Floor:
             raise refusals.order_not_found(order_id)
         return order
 
-    def accept(self, request: OrderRequest) -> BookOrder:
-        """Take an order in; it waits for `open`. Raises Rejected."""
+    def accept(self, request: OrderRequest, terms: Terms | None = None) -> BookOrder:
+        """Take an order in; it waits for `open`. terms: what it has beyond the request. Raises Rejected."""
+        if terms is not None and terms.notional is not None:
+            request = self._sized(request, terms.notional)
         order = self._book(request, *self.admission.admit(request))
+        if terms is not None:
+            order.terms = terms
+            self._hold_exits(order)
+            if order.type is OrderType.TRAILING_STOP:
+                self._trail(order, float(self._ledger.mark[order.column]))
         self.working.append(order)
         return order
+
+    def _sized(self, request: OrderRequest, notional: Decimal) -> OrderRequest:
+        """An order for an amount with the shares that it buys at the last price; unknown symbols are refused later."""
+        if request.symbol not in self._symbols:
+            return request
+        price = float(self._ledger.mark[self._symbols.index(request.symbol)])
+        qty = notional_qty(float(notional), price) if price > 0.0 else 0.0
+        return request.model_copy(update={"qty": to_shares(qty)} if qty > 0.0 else {})
+
+    def size_waiting(self, opens: NDArray[np.float64]) -> None:
+        """Give orders for an amount that wait for the open the shares that it buys there. opens: USD [symbol]."""
+        for order in self.working:
+            notional, price = order.terms.notional, float(opens[order.column])
+            if notional is not None and order.status is OrderStatus.ACCEPTED and price > 0.0:
+                order.qty = notional_qty(float(notional), price)
 
     def open(self, order: BookOrder) -> None:
         """Let an order work."""
@@ -81,10 +113,10 @@ class Floor:
         order.updated_at = self.now
         self._tell("new", order)
 
-    def open_waiting(self) -> None:
-        """Let every order work that waited for the session."""
+    def open_waiting(self, *, extended: bool = False) -> None:
+        """Let every order work that waited for the session. extended: only those that are meant for extended hours."""
         for order in self.working:
-            if order.status is OrderStatus.ACCEPTED:
+            if order.status is OrderStatus.ACCEPTED and (order.terms.extended_hours or not extended):
                 self.open(order)
 
     def cancel(self, order_id: str) -> BookOrder:
@@ -92,25 +124,31 @@ class Floor:
         order = self.find(order_id)
         if not order.is_open:
             raise refusals.order_is_closed(order.status.value)
-        self._end(order.parent or order, OrderStatus.CANCELED)
+        whole = order.parent or order
+        waits = whole.entry is not None and whole.status is OrderStatus.HELD
+        self._end(whole.entry if waits and whole.entry is not None else whole, OrderStatus.CANCELED)
         return order
+
+    def end_where(self, ends: Callable[[BookOrder], bool], status: OrderStatus) -> None:
+        """End every order that fits, in the sequence of submission."""
+        for order in list(self.working):
+            if order in self.working and ends(order):
+                self._end(order, status)
 
     def cancel_all(self) -> None:
         """Cancel everything that is open, in the sequence of submission."""
-        for order in list(self.working):
-            self._end(order, OrderStatus.CANCELED)
+        self.end_where(lambda order: True, OrderStatus.CANCELED)
 
     def expire_day_orders(self) -> None:
-        """End what is left of DAY orders, in the sequence of submission."""
-        for order in list(self.working):
-            if order.request.time_in_force is TimeInForce.DAY:
-                self._end(order, OrderStatus.EXPIRED)
+        """End what is left of DAY orders, in the sequence of submission; those for extended hours live on."""
+        self.end_where(
+            lambda order: order.request.time_in_force is TimeInForce.DAY and not order.terms.extended_hours,
+            OrderStatus.EXPIRED,
+        )
 
     def expire_symbol(self, symbol: str) -> None:
         """End every order of a symbol, in the sequence of submission."""
-        for order in list(self.working):
-            if order.symbol == symbol:
-                self._end(order, OrderStatus.EXPIRED)
+        self.end_where(lambda order: order.symbol == symbol, OrderStatus.EXPIRED)
 
     def replace(self, order_id: str, changes: Mapping[str, object]) -> BookOrder:
         """Put a new order, with a new id, in the place of an open one.
@@ -121,13 +159,20 @@ class Floor:
         order = self.find(order_id)
         if not order.is_open:
             raise refusals.order_is_closed(order.status.value)
-        if order.status is OrderStatus.ACCEPTED or OrderClass.OCO is order.request.order_class:
+        if order.status is OrderStatus.ACCEPTED or order.request.order_class is not OrderClass.SIMPLE:
             raise refusals.unprocessable(f'cannot replace an order in "{order.status.value}" state or of a pair')
-        fields = {**order.request.model_dump(), "client_order_id": self._ids.new(), **changes}
+        if order.terms.notional is not None:
+            raise refusals.unprocessable("notional orders cannot be replaced")
+        trailing = order.type is OrderType.TRAILING_STOP
+        plain = {"type": OrderType.MARKET} if trailing else {}
+        fields = {**order.request.model_dump(), **plain, "client_order_id": self._ids.new(), **changes}
+        trail = fields.pop("trail", None)
         try:
             request = OrderRequest.model_validate(fields)
         except ValidationError as error:
             raise refusals.refusal_of(error) from None
+        if trailing:
+            request = request.model_copy(update={"type": OrderType.TRAILING_STOP})
         if request.qty is None or request.qty <= to_shares(order.filled_qty):
             raise refusals.unprocessable("qty must be greater than the quantity filled")
         place = self.working.index(order)
@@ -140,7 +185,9 @@ class Floor:
         new = self._book(request, column, cost)
         new.replaces, order.replaced_by = order.id, new.id
         new.filled_qty, new.filled_avg_price = order.filled_qty, order.filled_avg_price
-        new.triggered = order.triggered
+        new.triggered, new.terms = order.triggered, replace(order.terms)
+        if trailing:
+            self._retrail(new, trail)
         self.working.append(new)
         order.end(OrderStatus.REPLACED, self.now)
         self._tell("replaced", order)
@@ -183,7 +230,7 @@ class Floor:
         order = self._book(request, column, 0.0)
         self.working.append(order)
         self.open(order)
-        paid = fill_price(ORDER_TYPE_CODE[order.type], order.sign, price, self._rates.slippage_bps)
+        paid = fill_price(order.code, order.sign, price, self._rates.slippage_bps)
         self._execute(order, order, qty, paid, factor)
 
     def match(
@@ -209,10 +256,10 @@ class Floor:
             side, price = self._price(order, bar)
             if math.isnan(price):
                 continue
-            fractional = self._fractional or order.request.is_fractional
+            fractional = self._fractional or order.request.is_fractional or order.terms.notional is not None
             share = self._rates.volume_share
             qty = fill_qty(order.remaining, float(volumes[column]), share, used[column], fractional)
-            price = fill_price(ORDER_TYPE_CODE[side.type], side.sign, price, self._rates.slippage_bps)
+            price = fill_price(side.code, side.sign, price, self._rates.slippage_bps)
             if side.sign > 0 and self._ledger.multiplier == 1:
                 qty = affordable_qty(qty, price, self._ledger.cash, self._rates, fractional)
             if qty <= 0.0:
@@ -224,7 +271,7 @@ class Floor:
         """Which side of an order this bar fills, and at what price before slippage (NaN for none)."""
         if order.leg is None:
             price, order.triggered = match_price(
-                ORDER_TYPE_CODE[order.type],
+                order.code,
                 order.sign,
                 to_float(order.limit_price),
                 to_float(order.stop_price),
@@ -252,6 +299,59 @@ class Floor:
             if other is not None:
                 other.end(OrderStatus.CANCELED, self.now)
                 self._tell("canceled", other)
+            self._protect(order)
+
+    def can_fill_all(self, order: BookOrder, volume: float, used: float) -> bool:
+        """Whether a bar's volume has room for all that remains of an order. volume, used: shares."""
+        fractional = self._fractional or order.request.is_fractional
+        return fill_qty(order.remaining, volume, self._rates.volume_share, used, fractional) >= order.remaining
+
+    # ---- what follows the price, and what follows an entry
+
+    def trail(self, highs: NDArray[np.float64], lows: NDArray[np.float64]) -> None:
+        """Move the stops of trailing orders after a bar's high and low [symbol]."""
+        for order in self.working:
+            if order.type is OrderType.TRAILING_STOP:
+                self._trail(order, float((lows if order.sign > 0 else highs)[order.column]))
+
+    def _trail(self, order: BookOrder, price: float) -> None:
+        terms = order.terms
+        terms.best = best_price(order.sign, price if terms.best is None else terms.best, price)
+        stop = trailing_stop(order.sign, terms.best, to_float(terms.trail_price), to_float(terms.trail_percent))
+        order.stop_price = to_decimal(stop, PRICE_DECIMALS)
+
+    def _retrail(self, order: BookOrder, trail: object) -> None:
+        """Put another distance behind the best price, of the kind that the order had."""
+        if isinstance(trail, Decimal):
+            name = "trail_price" if order.terms.trail_price is not None else "trail_percent"
+            setattr(order.terms, name, trail)
+        assert order.terms.best is not None
+        self._trail(order, order.terms.best)
+
+    def _hold_exits(self, entry: BookOrder) -> None:
+        """Make the exits that wait for an entry's fill: a target, a stop, or a pair of them."""
+        request, terms = entry.request, entry.terms
+        side = OrderSide.SELL if entry.sign > 0 else OrderSide.BUY
+        wanted = ((OrderType.LIMIT, terms.take_profit, None), (OrderType.STOP, None, terms.stop_loss))
+        for kind, limit, stop in wanted:
+            if limit is None and stop is None:
+                continue
+            changes = {"side": side, "type": kind, "limit_price": limit, "stop_price": stop}
+            named = request.model_copy(update={**changes, "client_order_id": self._ids.new()})
+            leg = self._book(named, entry.column, 0.0)
+            leg.status, leg.entry = OrderStatus.HELD, entry
+            entry.exits = (*entry.exits, leg)
+        if len(entry.exits) == 2:
+            target, loss = entry.exits
+            target.leg, loss.parent = loss, target
+
+    def _protect(self, entry: BookOrder) -> None:
+        """Let the exits of an entry work for what it has filled."""
+        if entry.exits:
+            for leg in entry.exits:
+                leg.qty = entry.filled_qty
+            self.working.append(entry.exits[0])
+            self.open(entry.exits[0])
 
     def _book(self, request: OrderRequest, column: int, cost: float) -> BookOrder:
         assert request.qty is not None
@@ -298,6 +398,12 @@ class Floor:
             if side is not None and side.is_open:
                 side.end(status, self.now)
                 self._tell(status.value, side)
+        if order.filled_qty > 0.0:
+            self._protect(order)
+            return
+        for leg in order.exits:
+            leg.end(OrderStatus.CANCELED, self.now)
+            self._tell("canceled", leg)
 
     def _tell(
         self,
@@ -318,6 +424,7 @@ class Floor:
             to_shares(qty) if executed else None,
             to_decimal(price, PRICE_DECIMALS) if executed else None,
             position,
+            order.terms,
         )
         for listener in self._listeners:
             listener(told)
