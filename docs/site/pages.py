@@ -87,7 +87,7 @@ KINDS = {
     "reference": (
         "Reference",
         "What is there, complete and dry.",
-        ["api/index", "docs/figures", "docs/benchmarks", "CHANGELOG"],
+        ["api/index", "docs/exchange", "docs/figures", "docs/benchmarks", "CHANGELOG"],
     ),
 }
 

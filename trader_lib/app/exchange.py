@@ -102,7 +102,7 @@ def client_lines(url: str, data_stream_url: str) -> list[str]:
         f'TradingStream(…, url_override="{root}/stream"), StockDataStream(…, url_override="{data_stream_url}")',
         f"alpaca-trade-api: export APCA_API_KEY_ID={ACCESS} APCA_API_SECRET_KEY={ACCESS} APCA_API_BASE_URL={url} "
         f"APCA_API_DATA_URL={url} APCA_API_STREAM_URL={root}",
-        f'npm: new Alpaca({{keyId: "{ACCESS}", secretKey: "{ACCESS}", baseUrl: "{url}", dataBaseUrl: "{url}", '
+        f'npm (@alpacahq/alpaca-trade-api@3): new Alpaca({{keyId: "{ACCESS}", secretKey: "{ACCESS}", baseUrl: "{url}", dataBaseUrl: "{url}", '
         f'dataStreamUrl: "{root}"}})',
     ]
 

@@ -229,10 +229,10 @@ class FaultyApp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request or one websocket."""
-        if not self._faults.rules or scope["path"].startswith(SPARED):
-            await self._app(scope, receive, send)
-        elif scope["type"] == "websocket":
+        if scope["type"] == "websocket":  # rules may come while it is open
             await self._app(scope, receive, _FaultySocket(scope["path"], self._faults, self._clock, send).send)
+        elif not self._faults.rules or scope["path"].startswith(SPARED):
+            await self._app(scope, receive, send)
         else:
             await self._request(scope, receive, send)
 
@@ -332,7 +332,7 @@ class _FaultySocket:
         data = message.get("bytes") or message.get("text")
         if self._silent and message["type"] == "websocket.send":
             return
-        if not data or not is_news(data):
+        if not data or not (self._held or self._faults.rules) or not is_news(data):
             await self._send(message)
             return
         text = data if isinstance(data, str) else data.decode("latin-1")

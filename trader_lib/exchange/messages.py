@@ -24,6 +24,7 @@ from .book import AccountState, OrderEvent, Terms
 from .engine import Exchange
 from ..market.bars import Bars, BarValues
 from ..market.stamps import from_ns
+from ..rules.numbers import PRICE_DECIMALS, to_decimal
 from ..trading.orders import Order, OrderClass, decimal_text
 from ..trading.portfolio import Position
 
@@ -92,7 +93,7 @@ def terms_json(terms: Terms) -> Json:
     fields: Json = {
         "trail_percent": number_of(terms.trail_percent),
         "trail_price": number_of(terms.trail_price),
-        "hwm": None if terms.best is None else f"{terms.best:g}",
+        "hwm": None if terms.best is None else decimal_text(to_decimal(terms.best, PRICE_DECIMALS)),
         "extended_hours": terms.extended_hours,
     }
     return fields | ({"position_intent": terms.position_intent} if terms.position_intent else {})
