@@ -1,12 +1,13 @@
 """Every operation of Alpaca's trading API, asked of the exchange: served as Alpaca serves it, or 404 in its form."""
 
 from collections.abc import AsyncIterator
+from decimal import Decimal
 from typing import Any
 
 import httpx
 import pytest
 
-from trader_lib.clock.ids import SeededIds
+from trader_lib.clock.ids import SeededIds, generator
 from trader_lib.exchange.desk import Desk
 from trader_lib.exchange.endpoints import Service
 from trader_lib.exchange.engine import Exchange
@@ -386,3 +387,136 @@ async def test_a_session_moves_bar_by_bar_and_takes_plain_orders(exchange: Excha
         assert (await client.post("/simulation/step")).status_code == 409
         assert (await client.post("/v2/orders", json=BRACKET)).status_code == 422
         assert (await client.post("/v2/orders", json=MARKET | {"time_in_force": "ioc"})).status_code == 422
+
+
+# ---- whatever arrives, and in whatever order
+
+ODD: list[object] = [
+    None,
+    "",
+    0,
+    -1,
+    1e308,
+    "NaN",
+    "sNaN",
+    "Infinity",
+    "1E+1000000",
+    "٥",
+    "\0",
+    "a" * 5_000,
+    [],
+    {},
+    [1, None],
+]
+ODD += [True, "2012-13-45", "9999-12-31", "0001-01-01", "1e400", "-0", "0.00001", "99999999999999999999", "all"]
+FIELDS = ("symbol", "side", "type", "time_in_force", "qty", "notional", "limit_price", "stop_price", "trail_price")
+FIELDS += ("trail_percent", "trail", "extended_hours", "order_class", "take_profit", "stop_loss", "client_order_id")
+FIELDS += (
+    "position_intent",
+    "name",
+    "symbols",
+    "no_shorting",
+    "max_margin_multiplier",
+    "status",
+    "limit",
+    "after",
+    "until",
+)
+FIELDS += (
+    "start",
+    "end",
+    "period",
+    "timeframe",
+    "page_token",
+    "page_size",
+    "date",
+    "percentage",
+    "direction",
+    "markets",
+    "time",
+)
+
+
+async def test_whatever_arrives_is_answered_without_an_error_of_the_servers(
+    client: httpx.AsyncClient, live: Exchange
+) -> None:
+    names, dice = await made(client), generator(0, "odd requests")
+
+    def some(choices: Any) -> Any:
+        return choices[int(dice.integers(len(choices)))]
+
+    for number in range(500):
+        verb, path = some(TABLE)[0].split(" ")
+        path = path.split("?")[0]
+        for name in ("IBM", "NYSE", "FILL", *names):
+            path = path.replace(f"{{{name}}}", str(some(["x", "%00", "%ff", "a" * 300, *names.values()])))
+        odd = {str(some(FIELDS)): some(ODD) for _ in range(3)}
+        shape = some([MARKET, RESTING, BRACKET, {}])
+        body: object = some(ODD) if number % 20 == 0 else shape | odd
+        query = {name: str(value) for name, value in odd.items()}
+        answer = await client.request(verb, path, params=query, json=body if verb in ("POST", "PUT", "PATCH") else None)
+        assert answer.status_code < 500, (verb, path, odd, body)
+        if number % 40 == 0 and not live.is_over:
+            live.step()
+
+
+async def played(bars: Bars, seed: int) -> tuple[list[str], Exchange]:
+    """A drawn life of an account: what was reported, as text, and the exchange at its end."""
+    exchange, dice, told = Exchange(bars, 5, continuous=True), generator(seed, "orders"), list[str]()
+    events: dict[str, list[Any]] = {}
+
+    def on_event(event: Any) -> None:
+        told.append(f"{event.event} {event.order.id} {event.qty} {event.price} {event.position_qty}")
+        events.setdefault(event.order.id, []).append(event)
+        if event.execution_id is not None and event.price is not None:
+            column, row = bars.symbols.index(event.order.symbol), exchange.index
+            days = slice(row, row + 2)  # the day that closed last, or closes now, and the one after it
+            assert float(bars.low[days, column].min()) <= float(event.price) <= float(bars.high[days, column].max())
+
+    exchange.on_order_event(on_event)
+    open_for_trading(exchange)
+    async with client_of(exchange) as client:
+        while not exchange.is_over:
+            for _ in range(3):
+                price = round(float(exchange.mark("IBM")) * float(dice.uniform(0.98, 1.02)), 2)
+                kind = (
+                    {},
+                    {"type": "limit", "limit_price": price},
+                    {"type": "stop", "stop_price": price},
+                    {"notional": 50},
+                )
+                pick = kind[int(dice.integers(4))]
+                body = (
+                    MARKET
+                    | {"side": ("buy", "sell")[int(dice.integers(2))], "qty": str(int(dice.integers(1, 200)))}
+                    | pick
+                )
+                if "notional" in pick:
+                    del body["qty"]
+                if dice.random() < 0.2:
+                    low, high = str(round(price * 0.97, 2)), str(round(price * 1.03, 2))
+                    body = BRACKET | {"take_profit": {"limit_price": high}, "stop_loss": {"stop_price": low}}
+                await client.post("/v2/orders", json=body)
+                assert exchange.account().buying_power >= 0
+            if dice.random() < 0.2:
+                await client.delete("/v2/orders")
+            exchange.step()
+    for of_one in events.values():
+        filled = [event.order.filled_qty for event in of_one]
+        assert filled == sorted(filled)
+        assert all(event.order.is_open for event in of_one[:-1])  # nothing follows an end
+    return told, exchange
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_an_account_is_conserved_through_any_sequence_of_orders(daily_bars: Bars, seed: int) -> None:
+    told, exchange = await played(daily_bars, seed)
+    fills = [line.split(" ") for line in told if line.split(" ")[0] in ("fill", "partial_fill")]
+    sides = {order.id: order.side.value for order in exchange.orders(open_only=False)}
+    sides |= {leg.id: leg.side.value for order in exchange.orders(open_only=False) for leg in order.legs}
+    cash = Decimal(100_000)
+    for _, order_id, qty, price, _ in fills:
+        amount = round(float(qty) * float(price) + 1e-9, 2)
+        cash += Decimal(str(-amount if sides[order_id] == "buy" else amount))
+    assert len(fills) > 10 and abs(cash - exchange.account().cash) < Decimal("0.01") * len(fills)
+    assert told == (await played(daily_bars, seed))[0]

@@ -26,7 +26,7 @@ class Configuration(BaseModel):
     pdt_check: Literal["entry", "exit", "both"] = "entry"  # retired, and still read by alpaca-py
     fractional_trading: bool = True
     max_margin_multiplier: Literal["1", "2", "4"] = "4"
-    max_options_trading_level: int | None = Field(None, ge=0, le=3)
+    max_options_trading_level: int = Field(0, ge=0, le=3)  # there are no options here
     no_shorting: bool = False
     ptp_no_exception_entry: bool = False
     suspend_trade: bool = False
