@@ -80,16 +80,13 @@ class Admission:
             raise refusals.insufficient_buying_power(to_decimal(power, CASH_DECIMALS), to_decimal(cost, CASH_DECIMALS))
         return column, cost
 
+    def holding(self, symbol: str, position: Decimal) -> list[BookOrder]:
+        """The open orders that would close a position. position: shares, signed."""
+        return [order for order in self._working if order.symbol == symbol and order.sign * position < 0]
+
     def available(self, symbol: str, position: Decimal) -> Decimal:
         """Shares of a position that no open closing order holds."""
-        held = sum(
-            (
-                to_shares(order.remaining)
-                for order in self._working
-                if order.symbol == symbol and order.sign * position < 0
-            ),
-            Decimal(0),
-        )
+        held = sum((to_shares(order.remaining) for order in self.holding(symbol, position)), Decimal(0))
         return max(abs(position) - held, Decimal(0))
 
     def reserved(self) -> float:
@@ -106,7 +103,8 @@ class Admission:
         if signed * position < 0:
             available = self.available(request.symbol, position)
             if abs(signed) > available:
-                raise refusals.insufficient_qty(request.symbol, abs(signed), available, abs(position))
+                holding = [order.id for order in self.holding(request.symbol, position)]
+                raise refusals.insufficient_qty(request.symbol, abs(signed), available, abs(position), holding)
         elif self._ledger.is_ruined:
             raise refusals.closing_only()
         elif request.order_class is OrderClass.OCO:

@@ -9,6 +9,8 @@ __all__ = ['Answer', 'Handler', 'Operation', 'MARKET', 'MARKETS', 'EXTENDED', 'S
 # %% ../../nbs/exchange/25_desk.ipynb #eeadd613
 from collections.abc import Awaitable, Callable
 from datetime import date, datetime, timedelta
+from decimal import Decimal
+from itertools import takewhile
 
 import orjson
 from starlette.requests import Request
@@ -28,6 +30,7 @@ from trader_lib.exchange.records import (
     Records,
     activities,
     history_query,
+    intraday_profit,
     portfolio_history,
 )
 from trader_lib.exchange.watchlists import (
@@ -42,6 +45,7 @@ from trader_lib.exchange.watchlists import (
     watchlist_json,
 )
 from ..trading.orders import OrderRequest
+from ..trading.portfolio import Position
 
 Answer = tuple[int, object]
 Handler = Callable[[Request], Awaitable[Answer]]
@@ -204,6 +208,18 @@ class Desk:
             held = self._exchange.account().cash * 0
         if refusal := configuration_refusal(self._configuration, order, held):
             raise refusal
+
+    def intraday(self, position: Position, mark: Decimal, lastday: Decimal) -> Decimal:
+        """A position's profit of the day, USD. mark, lastday: its price, and at the last session's end, USD."""
+        today = self._exchange.now.astimezone(NEW_YORK).date()
+        fills = [
+            event
+            for event in takewhile(
+                lambda event: event.at.astimezone(NEW_YORK).date() == today, reversed(self._records.fills)
+            )
+            if event.order.symbol == position.symbol
+        ]
+        return intraday_profit(position.qty, mark, lastday, fills[::-1])
 
     async def configuration(self, request: Request) -> Answer:
         """GET /v2/account/configurations"""

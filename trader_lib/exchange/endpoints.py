@@ -286,7 +286,9 @@ class Endpoints:
         exchange = self._exchange
         position = exchange.position(symbol)
         available = exchange.qty_available(position)
-        return messages.position_json(position, exchange.mark(symbol), exchange.lastday_close(symbol), available)
+        mark, lastday = exchange.mark(symbol), exchange.lastday_close(symbol)
+        intraday = self._desk.intraday(position, mark, lastday)
+        return messages.position_json(position, mark, lastday, available, intraday)
 
     # ---- market data
 

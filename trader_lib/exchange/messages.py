@@ -147,10 +147,16 @@ def account_json(state: AccountState, opened: datetime) -> Json:
     } | {name: decimal_text(amount) for name, amount in amounts.items()}
 
 
-def position_json(position: Position, mark: Decimal, lastday: Decimal, available: Decimal) -> Json:
-    """A position. mark: last close; lastday: close of the session before, USD; available: shares no order holds."""
+def position_json(
+    position: Position, mark: Decimal, lastday: Decimal, available: Decimal, intraday: Decimal | None = None
+) -> Json:
+    """A position. mark: last close; lastday: close of the session before, USD; available: shares no order holds.
+
+    intraday: profit of the day, USD; None: since the session before.
+    """
     qty, average = position.qty, position.avg_entry_price
-    cost, value, intraday = qty * average, qty * mark, qty * (mark - lastday)
+    cost, value = qty * average, qty * mark
+    intraday = qty * (mark - lastday) if intraday is None else intraday
 
     def share(gain: Decimal, of: Decimal) -> str:
         return decimal_text(round(gain / abs(of), 10)) if of else "0"

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ACTIVITY_PAGE_MAX', 'TRADES', 'NON_TRADES', 'STEP_S', 'PERIOD_DAYS', 'PERIOD', 'Records', 'ActivityQuery',
-           'activity_id', 'activity_json', 'activities', 'HistoryQuery', 'history_query', 'portfolio_history']
+           'activity_id', 'activity_json', 'activities', 'HistoryQuery', 'history_query', 'portfolio_history',
+           'intraday_profit']
 
 # %% ../../nbs/exchange/23_records.ipynb #498ebb75
 import re
@@ -13,6 +14,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
+from decimal import Decimal
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -21,6 +23,7 @@ from ..errors.taxonomy import Rejected
 from . import refusals
 from .book import OrderEvent
 from .messages import Json, number_of, text_of
+from ..trading.orders import SIDE_SIGN
 
 # %% ../../nbs/exchange/23_records.ipynb #3d48e5ff
 @dataclass(slots=True)
@@ -188,3 +191,26 @@ def _step(close_s: int, timeframe: str) -> int:
         day = datetime.fromtimestamp(close_s, NEW_YORK).replace(hour=0, minute=0, second=0)
         return int(day.timestamp())
     return (close_s - 1) // STEP_S[timeframe] * STEP_S[timeframe]
+
+# %% ../../nbs/exchange/23_records.ipynb #c0a72002
+def intraday_profit(held: Decimal, mark: Decimal, lastday: Decimal, fills: Iterable[OrderEvent]) -> Decimal:
+    """A position's profit of the day, USD. held: shares, signed; mark, lastday: USD; fills: today's of its symbol."""
+    opened: list[tuple[Decimal, Decimal]] = []  # shares, signed, and price, oldest first
+    for event in fills:
+        qty, price = (event.qty or Decimal(0)) * SIDE_SIGN[event.order.side], event.price or mark
+        while opened and opened[-1][0] * qty < 0:
+            last, paid = opened.pop()
+            if abs(last) > abs(qty):
+                opened.append((last + qty, paid))
+                qty = Decimal(0)
+            else:
+                qty += last
+        if qty * held > 0:
+            opened.append((qty, price))
+    new = Decimal(0)
+    profit = Decimal(0)
+    for qty, price in reversed(opened):
+        part = min(abs(qty), abs(held) - abs(new)) * (1 if held > 0 else -1)
+        new += part
+        profit += part * (mark - price)
+    return profit + (held - new) * (mark - lastday)
