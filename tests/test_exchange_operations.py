@@ -281,6 +281,31 @@ async def test_a_brackets_exits_wait_for_its_entry_and_end_each_other(
     assert (await client.get("/v2/positions")).json() == []
 
 
+async def test_the_halves_of_a_bracket_are_replaced_one_by_one(client: httpx.AsyncClient, live: Exchange) -> None:
+    waiting = (await client.post("/v2/orders", json=BRACKET | {"type": "limit", "limit_price": "2"})).json()
+    entered = (await client.post("/v2/orders", json=BRACKET | {"symbol": "AAPL"})).json()
+    for sent, status in ((waiting, "held"), (entered, "new")):
+        target, stop = (await order_of(client, sent["id"]))["legs"]
+        higher = await client.patch(f"/v2/orders/{target['id']}", json={"limit_price": "8888"})
+        assert (higher.json()["limit_price"], higher.json()["replaces"]) == ("8888", target["id"]), higher.text
+        lower = (await client.patch(f"/v2/orders/{stop['id']}", json={"stop_price": "1.5"})).json()
+        legs = (await order_of(client, sent["id"]))["legs"]
+        assert [leg["id"] for leg in legs] == [higher.json()["id"], lower["id"]] and legs[0]["status"] == status
+        assert (await order_of(client, target["id"]))["replaced_by"] == higher.json()["id"]
+        assert (await order_of(client, target["id"]))["replaced_at"] is not None
+    for order, changes, words in [
+        (legs[0], {"qty": "5"}, "only the limit_price"),
+        (legs[1], {"stop_price": "8888"}, "0.01 apart"),
+        (legs[1], {"stop_price": "1.234"}, "sub-penny"),
+        (legs[1], {"stop_price": "1.2", "client_order_id": legs[0]["client_order_id"]}, "unique"),
+    ]:
+        refused = await client.patch(f"/v2/orders/{order['id']}", json=changes)
+        assert refused.status_code == 422 and words in refused.json()["message"]
+    await client.delete(f"/v2/orders/{legs[1]['id']}")
+    assert [leg["status"] for leg in (await order_of(client, entered["id"]))["legs"]] == ["canceled", "canceled"]
+    assert live.position("AAPL").qty == 10
+
+
 async def test_one_triggers_the_other(client: httpx.AsyncClient) -> None:
     body = MARKET | {"order_class": "oto", "stop_loss": {"stop_price": "1"}, "time_in_force": "gtc"}
     sent = (await client.post("/v2/orders", json=body)).json()
@@ -390,6 +415,20 @@ async def test_without_control_nobody_moves_the_market(live: Exchange) -> None:
         while not live.is_over:
             live.step()
         assert (await client.post("/simulation/step")).status_code == 409
+
+
+async def test_the_control_endpoint_jumps_and_is_near(live: Exchange) -> None:
+    async with client_of(live, Service(control_near=True)) as client:
+        jumped = (await client.post("/simulation/jump", json={"to": "2012-01-12T15:00:00Z"})).json()
+        assert jumped["timestamp"] == "2012-01-12T10:00:00-05:00" and jumped["is_open"]
+        assert (await client.post("/simulation/jump", json={"to": "2012-01-11"})).status_code == 409
+        for wrong in ({}, {"to": 5}, [], {"to": "soon"}):
+            assert (await client.post("/simulation/jump", json=wrong)).status_code in (400, 422)
+    app = build_app(live, Keys("key", "secret"), SeededIds("far"), Service(control_near=True))
+    far = httpx.ASGITransport(app, client=("203.0.113.5", 1))
+    async with httpx.AsyncClient(transport=far, base_url="http://exchange", headers=HEADERS) as client:
+        assert (await client.post("/simulation/step")).status_code == 404
+        assert (await client.get("/v2/clock")).status_code == 200
 
 
 async def test_a_session_moves_bar_by_bar_and_takes_plain_orders(exchange: Exchange) -> None:

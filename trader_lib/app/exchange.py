@@ -137,6 +137,7 @@ def serve_exchange(
     service = Service(
         on_clock=mover.asked,
         control=alone.control or pace.kind == "stepped",
+        control_near=True,
         quota=Quota(alone.quota) if alone.quota else None,
         faults=faults,
         clock=clock,
