@@ -38,6 +38,7 @@ from trader_lib.clock.sessions import NEW_YORK, TradingCalendar
 from trader_lib.exchange.closed import MarketView
 from trader_lib.exchange.data_endpoints import DataEndpoints
 from trader_lib.exchange.data_streams import STOCK_CHANNELS, Moment, build_data_streams
+from trader_lib.exchange.endpoints import Service
 from trader_lib.exchange.engine import Exchange
 from trader_lib.exchange.server import ExchangeServer, build_app
 from trader_lib.exchange.streams import Keys
@@ -421,7 +422,7 @@ def test_a_bar_is_there_once_it_has_closed_and_not_before() -> None:
 @pytest.fixture
 def server() -> Iterator[ExchangeServer]:
     with ExchangeServer(
-        Exchange(quarters(), START), key_id="key", secret_key="secret", data_connections_max=1
+        Exchange(quarters(), START), key_id="key", secret_key="secret", service=Service(data_connections_max=1)
     ) as server:
         yield server
 

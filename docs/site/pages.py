@@ -94,7 +94,7 @@ KINDS = {
     "reference": (
         "Reference",
         "What is there, complete and dry.",
-        ["api/index", "docs/figures", "docs/market-data", "docs/benchmarks", "CHANGELOG"],
+        ["api/index", "docs/exchange", "docs/market-data", "docs/figures", "docs/benchmarks", "CHANGELOG"],
     ),
 }
 

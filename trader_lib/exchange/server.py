@@ -21,8 +21,9 @@ from ..clock.ids import Ids, SeededIds, new_secret
 from ..errors.taxonomy import Misused
 from .data_endpoints import DataEndpoints
 from .data_streams import build_data_streams
-from .endpoints import Endpoints, json_response
+from .endpoints import Endpoints, Service, json_response
 from .engine import Exchange
+from .faults import FaultyApp
 from .streams import Keys, TradingStreams
 from ..resilience.connections import Patience
 from ..resilience.http_server import BodyLimit, HttpServer, listen, trust_caller
@@ -31,17 +32,11 @@ T = TypeVar("T")
 PATIENCE = Patience()
 
 # %% ../../nbs/exchange/10_server.ipynb #c3d8e423
-def build_app(
-    exchange: Exchange, keys: Keys, ids: Ids, *, ticks: bool = True, data_connections_max: int | None = None
-) -> Starlette:
-    """The ASGI application: REST, the two kinds of websocket, and 404 in JSON for everything else.
-
-    ticks: whether clients get trades and quotes, which are made up from bars; data_connections_max: market data sockets at one
-    address, None for any number.
-    """
-    trading = TradingStreams(keys)
+def build_app(exchange: Exchange, keys: Keys, ids: Ids, service: Service | None = None) -> Starlette:
+    """The ASGI application: REST, the two kinds of websocket, and 404 in JSON for everything else."""
+    trading, served = TradingStreams(keys), service or Service()
     exchange.on_order_event(trading.on_order_event)
-    streams = build_data_streams(exchange, keys, ticks=ticks, connections_max=data_connections_max)
+    streams = build_data_streams(exchange, keys, ticks=served.ticks, connections_max=served.data_connections_max)
 
     async def serve_trading(websocket: WebSocket) -> None:
         await websocket.accept()
@@ -61,8 +56,8 @@ def build_app(
 
     sockets = [WebSocketRoute(path, serve_trading) for path in ("/stream", "/stream/")]
     sockets += [WebSocketRoute(path, serve_data) for path in streams]
-    data = DataEndpoints(exchange, ticks=ticks)
-    routes = [*Endpoints(exchange, keys, ids).routes(data.table()), *data.public_routes(), *sockets]
+    data = DataEndpoints(exchange, ticks=served.ticks)
+    routes = [*Endpoints(exchange, keys, ids, served).routes(data.table()), *data.public_routes(), *sockets]
     app = Starlette(routes=routes, exception_handlers=dict.fromkeys((404, 405, 413), refused))
     app.router.redirect_slashes = False  # a redirect repeats the Host header that it was sent
     return app
@@ -72,8 +67,8 @@ class ExchangeServer:
     """An exchange served at an address, as a context manager.
 
     port: 0 takes any that is free. key_id, secret_key: what clients must present; a new secret where none is given.
-    patience: how long it waits for them. ticks, data_connections_max: see `build_app`.
-    Raises Misconfigured where the address cannot be had.
+    patience: how long it waits for them. service: what is served beside Alpaca's addresses, and how; without one, the
+    control endpoint, and neither a quota nor faults. Raises Misconfigured where the address cannot be had.
     """
 
     def __init__(
@@ -86,16 +81,15 @@ class ExchangeServer:
         secret_key: str | None = None,
         ids: Ids | None = None,
         patience: Patience = PATIENCE,
-        ticks: bool = True,
-        data_connections_max: int | None = None,
+        service: Service | None = None,
     ) -> None:
         self.keys = Keys(key_id, secret_key or new_secret())
-        app = build_app(
-            exchange, self.keys, ids or SeededIds("server"), ticks=ticks, data_connections_max=data_connections_max
-        )
+        self.service = service or Service()
+        app = build_app(exchange, self.keys, ids or SeededIds("server"), self.service)
+        faulty = FaultyApp(app, self.service.faults, self.service.clock)
         self.exchange = exchange
         self._address = (host, port)
-        self._server = HttpServer(BodyLimit(app), "exchange-server", patience, websockets=True, leaving_s=1)
+        self._server = HttpServer(BodyLimit(faulty), "exchange-server", patience, websockets=True, leaving_s=1)
 
     def start(self) -> None:
         """Take the port and serve; return when clients can connect."""
