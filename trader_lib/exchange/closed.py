@@ -6,8 +6,8 @@
 __all__ = ['DAY', 'AROUND_NS', 'Closed', 'MarketView', 'Grouping', 'group', 'Candles', 'candles', 'is_stock', 'tape',
            'latest_trade', 'latest_quote', 'last_row', 'recent_days']
 
-# %% ../../nbs/exchange/12_closed.ipynb #e65b56f5
-from collections.abc import Iterator
+# %% ../../nbs/exchange/12_closed.ipynb #d8dac052
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import cached_property, lru_cache
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..clock.sessions import TradingCalendar
+from ..errors.taxonomy import NotFound
 from .engine import Exchange
 from .tape import VWAP_DECIMALS, Quote, Trade, counts_of, quote_at, trades_of, turnover_of
 from ..market.adjusting import adjusted, parse_adjustment
@@ -29,13 +30,17 @@ AROUND_NS = 3 * 86_400_000_000_000  # a bar may lie as long before the stamp of 
 # %% ../../nbs/exchange/12_closed.ipynb #6212b52d
 @dataclass(frozen=True)
 class Closed:
-    """Bars that have closed; opens, closes: when each began to trade and was complete, ns UTC [time]; now: UTC."""
+    """Bars that have closed; opens, closes: when each began to trade and was complete, ns UTC [time]; now: UTC.
+
+    current: the price of a symbol in a bar that has opened and not closed, USD; None where there is none.
+    """
 
     bars: Bars
     opens: NDArray[np.int64]
     closes: NDArray[np.int64]
     calendar: TradingCalendar
     now: datetime
+    current: Callable[[str], float | None] = lambda symbol: None
 
     @cached_property
     def days(self) -> "dict[int, Grouping]":
@@ -54,8 +59,8 @@ class Closed:
         )
 
     def head(self, n: int) -> "Closed":
-        """The same of the first n bars."""
-        return replace(self, bars=self.bars.rows_between(0, n), opens=self.opens[:n], closes=self.closes[:n])
+        """What was known when bar n-1 had closed, and nothing was open."""
+        return Closed(self.bars.rows_between(0, n), self.opens[:n], self.closes[:n], self.calendar, self.now)
 
 
 class MarketView:
@@ -72,7 +77,17 @@ class MarketView:
         """What had closed so long before the exchange's time."""
         bars, now = self.exchange.history(), self.exchange.now - delay
         view = Closed(bars, self._opens[: bars.n], self._closes[: bars.n], self.exchange.calendar, now)
-        return view.head(int(np.searchsorted(view.closes, to_ns(now), side="right"))) if delay else view
+        if delay:
+            return view.head(int(np.searchsorted(view.closes, to_ns(now), side="right")))
+        is_open = bars.n < len(self._opens) and self._opens[bars.n] <= to_ns(now)
+        return replace(view, current=self._mark) if is_open else view
+
+    def _mark(self, symbol: str) -> float | None:
+        """What the exchange values a symbol at; None before its first price."""
+        try:
+            return float(self.exchange.mark(symbol))
+        except NotFound:
+            return None
 
     def _require(self, length: BarLength) -> None:
         """Raise Misused unless bars of this length can be built here."""
@@ -171,8 +186,10 @@ def latest_trade(view: Closed, symbol: str) -> Trade | None:
 
 
 def latest_quote(view: Closed, symbol: str) -> Quote | None:
-    """The quote around a symbol's last close, shortly before it; None before the first."""
-    row = last_row(view, symbol)
+    """The quote around a symbol's price in a bar that is open, or around its last close, shortly before it; None before both."""
+    row, price = last_row(view, symbol), view.current(symbol)
+    if price is not None and (row < 0 or price != view.values(row, view.column(symbol)).close):
+        return quote_at(to_ns(view.now), price)
     if row < 0:
         return None
     values = view.values(row, view.column(symbol))

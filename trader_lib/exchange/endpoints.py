@@ -361,7 +361,9 @@ def is_near(request: Request) -> bool:
 
 
 def json_response(status: int, body: object) -> Response:
-    """An answer in JSON; without a body for None."""
+    """An answer in JSON; without a body for None, as a picture for bytes."""
     if body is None:
         return Response(status_code=status)
+    if isinstance(body, bytes):
+        return Response(body, status_code=status, media_type="image/png")
     return Response(orjson.dumps(body), status_code=status, media_type="application/json")
