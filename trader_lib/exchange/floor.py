@@ -207,9 +207,7 @@ class Floor:
             raise refusals.unprocessable(f"only the {name} of this exit can be replaced")
         if refusal := price_refusal(name, price):
             raise refusals.unprocessable(refusal)
-        limit, stop = (price, other and other.stop_price) if order.type is OrderType.LIMIT else (None, price)
-        limit = limit if limit is not None else other and other.limit_price
-        if limit is not None and stop is not None and not is_behind(-order.sign, float(limit), float(stop)):
+        if other is not None and not _are_apart(replace(order, **{name: price}), other):  # type: ignore[arg-type]
             raise refusals.unprocessable("take_profit.limit_price and stop_loss.stop_price must be 0.01 apart")
         client_order_id = str(changes.get("client_order_id") or self._ids.new())
         if client_order_id in self.by_client_id:
@@ -472,3 +470,9 @@ class Floor:
         )
         for listener in self._listeners:
             listener(told)
+
+
+def _are_apart(half: BookOrder, other: BookOrder) -> bool:
+    """Whether the limit and the stop of a pair lie apart as they have to."""
+    limit, stop = (half, other) if half.type is OrderType.LIMIT else (other, half)
+    return is_behind(-half.sign, to_float(limit.limit_price), to_float(stop.stop_price))
