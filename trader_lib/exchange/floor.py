@@ -89,7 +89,10 @@ class Floor:
         order = self._book(request, *self.admission.admit(request))
         if terms is not None:
             order.terms = terms
-            self._hold_exits(order)
+            if order.leg is None:
+                self._hold_exits(order)
+            elif terms.stop_loss_limit is not None:
+                order.leg.type, order.leg.limit_price = OrderType.STOP_LIMIT, terms.stop_loss_limit
             if order.type is OrderType.TRAILING_STOP:
                 self._trail(order, float(self._ledger.mark[order.column]))
         self.working.append(order)
@@ -322,10 +325,23 @@ class Floor:
             )
             return order, price
         leg = order.leg
+        if leg.type is OrderType.STOP_LIMIT:
+            return self._stop_limit_price(order, leg, bar)
         price, by_stop, leg.triggered = match_oco(
             order.sign, to_float(order.limit_price), to_float(leg.stop_price), leg.triggered, *bar
         )
         return (leg if by_stop else order), price
+
+    def _stop_limit_price(
+        self, order: BookOrder, leg: BookOrder, bar: tuple[float, float, float]
+    ) -> tuple[BookOrder, float]:
+        """The same for a pair whose stop becomes a limit: the stop side first, as for any pair."""
+        limit, stop = to_float(leg.limit_price), to_float(leg.stop_price)
+        price, leg.triggered = match_price(leg.code, leg.sign, limit, stop, leg.triggered, *bar)
+        if not math.isnan(price):
+            return leg, price
+        target = to_float(order.limit_price)
+        return order, match_price(order.code, order.sign, target, math.nan, False, *bar)[0]
 
     def _execute(self, order: BookOrder, side: BookOrder, qty: float, price: float, factor: float) -> None:
         """Book one execution of an order, or of one side of a pair, and end the other side once nothing remains."""
@@ -374,7 +390,8 @@ class Floor:
         """Make the exits that wait for an entry's fill: a target, a stop, or a pair of them."""
         request, terms = entry.request, entry.terms
         side = OrderSide.SELL if entry.sign > 0 else OrderSide.BUY
-        wanted = ((OrderType.LIMIT, terms.take_profit, None), (OrderType.STOP, None, terms.stop_loss))
+        loss = OrderType.STOP if terms.stop_loss_limit is None else OrderType.STOP_LIMIT
+        wanted = ((OrderType.LIMIT, terms.take_profit, None), (loss, terms.stop_loss_limit, terms.stop_loss))
         for kind, limit, stop in wanted:
             if limit is None and stop is None:
                 continue
@@ -384,8 +401,8 @@ class Floor:
             leg.status, leg.entry = OrderStatus.HELD, entry
             entry.exits = (*entry.exits, leg)
         if len(entry.exits) == 2:
-            target, loss = entry.exits
-            target.leg, loss.parent = loss, target
+            target, protection = entry.exits
+            target.leg, protection.parent = protection, target
 
     def _protect(self, entry: BookOrder) -> None:
         """Let the exits of an entry work for what it has filled."""
