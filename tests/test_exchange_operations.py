@@ -306,6 +306,27 @@ async def test_the_halves_of_a_bracket_are_replaced_one_by_one(client: httpx.Asy
     assert live.position("AAPL").qty == 10
 
 
+@pytest.mark.parametrize("order_class", ["bracket", "oco"])
+async def test_a_stop_loss_with_a_limit_waits_for_its_price(
+    client: httpx.AsyncClient, live: Exchange, order_class: str
+) -> None:
+    column, row = live.symbols.index("IBM"), live.index + 1
+    low, opened = float(live.bars.low[row, column]), float(live.mark("IBM"))
+    stop, limit = str(round((low + opened) / 2, 2)), str(round((low + opened) / 2 - 0.01, 2))
+    legs = {"take_profit": {"limit_price": "9999"}, "stop_loss": {"stop_price": stop, "limit_price": limit}}
+    if order_class == "oco":
+        await client.post("/v2/orders", json=MARKET)
+        body = MARKET | {"side": "sell", "type": "limit", "order_class": "oco", "time_in_force": "gtc"} | legs
+    else:
+        body = BRACKET | legs
+    sent = (await client.post("/v2/orders", json=body)).json()
+    leg = (await order_of(client, sent["id"]))["legs"][-1]
+    assert (leg["type"], leg["stop_price"], leg["limit_price"]) == ("stop_limit", stop, limit)
+    live.step()
+    filled = await order_of(client, leg["id"])
+    assert filled["status"] == "filled" and float(filled["filled_avg_price"]) >= float(limit)
+
+
 async def test_one_triggers_the_other(client: httpx.AsyncClient) -> None:
     body = MARKET | {"order_class": "oto", "stop_loss": {"stop_price": "1"}, "time_in_force": "gtc"}
     sent = (await client.post("/v2/orders", json=body)).json()

@@ -114,7 +114,9 @@ def pace_sentence(pace: Pace, url: str) -> str:
     if pace.kind == "stepped":
         keys = f"-H 'APCA-API-KEY-ID: {ACCESS}' -H 'APCA-API-SECRET-KEY: {ACCESS}'"
         return f"Time moves to the next open or close with: curl -X POST {keys} {url}/simulation/step"
-    if pace.multiple <= 1.0:
+    if pace.multiple == 1.0:
+        return "Time passes at the wall clock's pace."
+    if pace.multiple < 1.0:
         return f"Time passes at {pace.multiple:g} times the wall clock's pace."
     return (
         f"Time passes at {pace.multiple:g} times the wall clock's pace; nights and weekends last {pace.closed_s:g} s."

@@ -162,10 +162,10 @@ class Desk:
         self._configuration = Configuration()
         self._multiplier = exchange.multiplier
         self._records = Records()
-        self._base = float(exchange.account().equity)
+        self._base = exchange.equity
         self._watchlists = Watchlists(exchange.symbols, ids)
         exchange.on_order_event(self._records.on_order_event)
-        exchange.on_bars(lambda at, rows: self._records.on_close(exchange.now, float(exchange.account().equity)))
+        exchange.on_bars(lambda at, rows: self._records.on_close(exchange.now, exchange.equity))
 
     def operations(self) -> list[Operation]:
         """What is served: verb, path, method."""

@@ -348,6 +348,11 @@ class Exchange:
     # ---- account and data
 
     @property
+    def equity(self) -> float:
+        """Cash and positions at their last prices, USD."""
+        return self._ledger.equity
+
+    @property
     def multiplier(self) -> int:
         """The account's multiplier, 1, 2 or 4; what is bought with more than it allows is not sold."""
         return self._ledger.multiplier

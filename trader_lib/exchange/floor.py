@@ -89,7 +89,10 @@ class Floor:
         order = self._book(request, *self.admission.admit(request))
         if terms is not None:
             order.terms = terms
-            self._hold_exits(order)
+            if order.leg is None:
+                self._hold_exits(order)
+            elif terms.stop_loss_limit is not None:
+                order.leg.type, order.leg.limit_price = OrderType.STOP_LIMIT, terms.stop_loss_limit
             if order.type is OrderType.TRAILING_STOP:
                 self._trail(order, float(self._ledger.mark[order.column]))
         self.working.append(order)
@@ -207,9 +210,7 @@ class Floor:
             raise refusals.unprocessable(f"only the {name} of this exit can be replaced")
         if refusal := price_refusal(name, price):
             raise refusals.unprocessable(refusal)
-        limit, stop = (price, other.stop_price if other else None) if order.type is OrderType.LIMIT else (None, price)
-        limit = limit if limit is not None else (other.limit_price if other else None)
-        if limit is not None and stop is not None and not is_behind(-order.sign, float(limit), float(stop)):
+        if other is not None and not _are_apart(replace(order, **{name: price}), other):  # type: ignore[arg-type]
             raise refusals.unprocessable("take_profit.limit_price and stop_loss.stop_price must be 0.01 apart")
         client_order_id = str(changes.get("client_order_id") or self._ids.new())
         if client_order_id in self.by_client_id:
@@ -324,10 +325,23 @@ class Floor:
             )
             return order, price
         leg = order.leg
+        if leg.type is OrderType.STOP_LIMIT:
+            return self._stop_limit_price(order, leg, bar)
         price, by_stop, leg.triggered = match_oco(
             order.sign, to_float(order.limit_price), to_float(leg.stop_price), leg.triggered, *bar
         )
         return (leg if by_stop else order), price
+
+    def _stop_limit_price(
+        self, order: BookOrder, leg: BookOrder, bar: tuple[float, float, float]
+    ) -> tuple[BookOrder, float]:
+        """The same for a pair whose stop becomes a limit: the stop side first, as for any pair."""
+        limit, stop = to_float(leg.limit_price), to_float(leg.stop_price)
+        price, leg.triggered = match_price(leg.code, leg.sign, limit, stop, leg.triggered, *bar)
+        if not math.isnan(price):
+            return leg, price
+        target = to_float(order.limit_price)
+        return order, match_price(order.code, order.sign, target, math.nan, False, *bar)[0]
 
     def _execute(self, order: BookOrder, side: BookOrder, qty: float, price: float, factor: float) -> None:
         """Book one execution of an order, or of one side of a pair, and end the other side once nothing remains."""
@@ -376,7 +390,8 @@ class Floor:
         """Make the exits that wait for an entry's fill: a target, a stop, or a pair of them."""
         request, terms = entry.request, entry.terms
         side = OrderSide.SELL if entry.sign > 0 else OrderSide.BUY
-        wanted = ((OrderType.LIMIT, terms.take_profit, None), (OrderType.STOP, None, terms.stop_loss))
+        loss = OrderType.STOP if terms.stop_loss_limit is None else OrderType.STOP_LIMIT
+        wanted = ((OrderType.LIMIT, terms.take_profit, None), (loss, terms.stop_loss_limit, terms.stop_loss))
         for kind, limit, stop in wanted:
             if limit is None and stop is None:
                 continue
@@ -386,8 +401,8 @@ class Floor:
             leg.status, leg.entry = OrderStatus.HELD, entry
             entry.exits = (*entry.exits, leg)
         if len(entry.exits) == 2:
-            target, loss = entry.exits
-            target.leg, loss.parent = loss, target
+            target, protection = entry.exits
+            target.leg, protection.parent = protection, target
 
     def _protect(self, entry: BookOrder) -> None:
         """Let the exits of an entry work for what it has filled."""
@@ -472,3 +487,9 @@ class Floor:
         )
         for listener in self._listeners:
             listener(told)
+
+
+def _are_apart(half: BookOrder, other: BookOrder) -> bool:
+    """Whether the limit and the stop of a pair lie apart as they have to."""
+    limit, stop = (half, other) if half.type is OrderType.LIMIT else (other, half)
+    return is_behind(-half.sign, to_float(limit.limit_price), to_float(stop.stop_price))
