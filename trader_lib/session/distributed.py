@@ -41,7 +41,8 @@ from ..journal.chain import Journal
 from ..market.bars import Bars
 from ..market.record import recorded_history
 from ..steering.control import ControlFile
-from ..recovery.past import Recollection, RecordedBroker
+from ..recovery.answers import RecordedBroker
+from ..recovery.past import RecordedPast, read_past
 from .recorded import recorded_spec, recorded_strategy
 from .spec import SessionSpec
 from .stage import SCRIPTED, NotingBus, RecordedClock, RecordEnds, ScriptedBroker
@@ -244,7 +245,7 @@ class Casting:
     spec: SessionSpec
     started: SessionStarted
     history: Bars
-    past: Recollection
+    past: RecordedPast
     settings: Settings
     trust: Trust  # in the code that the session names
 
@@ -382,7 +383,7 @@ async def _serve_once(
             return "the session has not begun yet"
         simulated = bool(member.facts["simulated"])
         clock: Clock = HubClock(member) if simulated else WallClock()
-        past, spec = Recollection(event for event in events if event.source == name), recorded_spec(started)
+        past, spec = read_past(event for event in events if event.source == name), recorded_spec(started)
         cast = Casting(name, member, clock, spec, started, recorded_history(history), past, settings, trust)
         agent, broker = cast.agent()
         if broker is not None:

@@ -72,7 +72,7 @@ from trader_lib.session.orders import (
 )
 from .permit import use_live_permit
 from .reconcile import CONFIRM_S, LOOKS_MAX, Reconciler
-from ..recovery.past import Recollection
+from ..recovery.past import RecordedPast, read_past
 from ..recovery.snapshots import Snapshot, find_snapshot, identity, snapshot_folder
 from .spec import SessionSpec, session_name, title
 from .container import session_container
@@ -522,13 +522,13 @@ def _recall(
     wanted: str,  # identity of a snapshot that may be taken over; "" for none
     *,
     resume: bool,
-) -> tuple[Recollection, Snapshot | None]:
+) -> tuple[RecordedPast, Snapshot | None]:
     """What the journal holds already; raises Misused for a session that is not to be resumed."""
     if not journal_exists(journal_path):
-        return Recollection(), None
+        return RecordedPast(), None
     with open_journal(journal_path, settings, read_only=False) as journal:
         if journal.last_seq == 0:
-            return Recollection(), None
+            return RecordedPast(), None
         if not resume:
             raise Misused(
                 f"{journal_path} holds a session already. Resume it (`trader paper --resume RUN`, resume=True), or "
@@ -540,10 +540,10 @@ def _recall(
         snapshot = find_snapshot(snapshot_folder(journal_path), journal, wanted) if wanted else None
         with _collecting_later():
             if snapshot is None:
-                past = Recollection(journal.read())
+                past = read_past(journal.read())
             else:
                 rest = journal.read(snapshot.landmarks.last_seq + 1)
-                past = Recollection(rest, snapshot.landmarks, snapshot.standing)
+                past = read_past(rest, snapshot.landmarks, snapshot.standing)
     if past.failed:
         raise Misused(f"This session has ended in a failure: {past.ended and past.ended.reason} Start a new one.")
     return past, snapshot
@@ -614,7 +614,7 @@ def _permitted_account(spec: SessionSpec, settings: Settings, journal_path: Path
     return use_live_permit(Path(journal_path or "").parent, spec)
 
 
-def _meant_account(past: Recollection, settings: Settings, permitted: str) -> str:
+def _meant_account(past: RecordedPast, settings: Settings, permitted: str) -> str:
     """The number of the account that a session trades, "" for any of its stage: a resumed one keeps its stage and account.
 
     Raises Misconfigured where the settings or the permission are for another.
@@ -727,7 +727,7 @@ def _status(ended: SessionEnded) -> str:
     return "degraded" if ended.down else "completed"
 
 
-def _ending(past: Recollection) -> tuple[str, None] | None:
+def _ending(past: RecordedPast) -> tuple[str, None] | None:
     """Why a session ends that has ended before, or was asked to before it died: it trades no more."""
     if past.ended is not None:
         return past.ended.reason, None

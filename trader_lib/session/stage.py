@@ -17,7 +17,7 @@ from ..broker.inbox import Inbox
 from ..broker.port import Asset, MarketClock, StreamCounters
 from ..bus.bus import Handler, Subscription
 from ..errors.taxonomy import InvariantBroken, Misused, OutcomeUnknown, Rejected, Retryable, TraderError
-from ..recovery.past import repaired_at_once
+from ..recovery.answers import repaired_at_once
 from trader_lib.trading.events import (
     AccountReported,
     AgentFailed,
