@@ -442,7 +442,7 @@ def test_simulated_session_is_not_killed_at_a_broker(
     write_start(path, "simulated")
     settings = load_settings("live", environ={}, env_file=None, overrides={"broker": KEYS})
     steered = asyncio.run(kill(path, flatten=True, reason="r", by="ada", wait_s=1, operator=lambda: settings))
-    assert not steered.done and "account is simulated" in " ".join(steered.told)
+    assert not steered.done and "account is simulated" in " ".join(steered.sentences)
 
 
 # ---- from a notebook
