@@ -347,7 +347,7 @@ def _of_execution(name: str) -> tuple[str, ...]:
 
 
 RIGHT = {name: getattr(execution, name) for name in ("resolve", "send", "refresh", "repair", "on_trade_update")}
-EXECUTION = ("trader_lib.session.wiring.ExecutionAgent", "trader_lib.replay.replay.ExecutionAgent")
+EXECUTION = ("trader_lib.session.wiring.ExecutionAgent", "trader_lib.replay.fresh.ExecutionAgent")
 JOURNAL = ("tests.simulation.world.WatchedJournal",)
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation(

@@ -45,7 +45,7 @@ from ..recovery.answers import RecordedBroker
 from ..recovery.past import RecordedPast, read_past
 from .recorded import recorded_spec, recorded_strategy
 from .spec import SessionSpec
-from .stage import SCRIPTED, NotingBus, RecordedClock, RecordEnds, ScriptedBroker
+from .scripted import SCRIPTED, NotingBus, RecordedClock, RecordEnds, ScriptedBroker
 from trader_lib.session.wiring import (
     ORDER_FRESH_S,
     History,
@@ -111,7 +111,7 @@ class Understudy:
                 self._read = event.seq
                 if isinstance(event.payload, heard):
                     await self._tell(event, script.get(event.id, []))
-            self._bus.said[ExecutionAgent.name].clear()
+            self._bus.published[ExecutionAgent.name].clear()
 
     async def _tell(self, event: Event, script: list[Event]) -> None:
         self._clock.show(event.recorded_at)
