@@ -90,7 +90,7 @@ KINDS = {
     "reference": (
         "Reference",
         "What is there, complete and dry.",
-        ["api/index", "docs/figures", "docs/benchmarks", "CHANGELOG"],
+        ["docs/glossary", "api/index", "docs/figures", "docs/benchmarks", "CHANGELOG"],
     ),
 }
 
