@@ -44,13 +44,13 @@ FORMAT = 2  # of what is written; raised when it changes
 class Specified(Protocol):
     """What a session was asked for: a SessionSpec, which lives in a room that is built on this one."""
 
-    def told(self, built: Strategy | Mapping[str, Strategy]) -> dict[str, Any]:
+    def document(self, built: Strategy | Mapping[str, Strategy]) -> dict[str, Any]:
         """The specification as JSON has it, with every parameter of what was built from it."""
 
 
 def identity(spec: Specified, strategy: Strategy | Mapping[str, Strategy]) -> str:
     """Return the digest of what a snapshot is valid for: version, parameters and the strategies' source."""
-    valid_for = [FORMAT, __version__, spec.told(strategy), sources(strategy)]
+    valid_for = [FORMAT, __version__, spec.document(strategy), sources(strategy)]
     return hashlib.sha256(orjson.dumps(valid_for, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 # %% ../../nbs/recovery/03_snapshots.ipynb #a3d85293

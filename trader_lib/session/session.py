@@ -273,7 +273,7 @@ class Session:
                     stage=inputs.stage,
                     symbols=history.symbols,
                     timeframe=inputs.spec.timeframe,
-                    parameters=inputs.spec.told(inputs.strategy),
+                    parameters=inputs.spec.document(inputs.strategy),
                     versions=_versions(),
                     seed=inputs.spec.seed,
                     account="" if inputs.is_simulated else self._broker.account_number,
@@ -571,7 +571,7 @@ async def run_session(
     account = _permitted_account(spec, settings, journal_path)
     put_in_force(settings.secrets())
     strategy = strategy or spec.build()
-    refuse_secrets(spec.told(strategy))
+    refuse_secrets(spec.document(strategy))
     warmup = max(history_bars(one.strategy) for one in spec.assignments(strategy))
     simulated = settings.broker.kind == "simulated"
     if bars is not None and not simulated:
