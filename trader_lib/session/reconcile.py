@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONFIRM_S', 'LOOKS_MAX', 'SOURCE', 'Settle', 'Finding', 'position_findings', 'cash_findings', 'order_findings',
-           'missed_fills', 'unrecorded', 'Looks', 'missed_fill', 'resolution_of', 'Sides', 'Reconciler']
+           'missed_fills', 'unrecorded', 'Looks', 'missed_fill', 'resolution_of', 'resolved', 'conclusion_of',
+           'noted_drift', 'Sides', 'Reconciler']
 
 # %% ../../nbs/session/02_reconcile.ipynb #29db5628
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
@@ -191,6 +192,32 @@ def resolution_of(discrepancy: Discrepancy, *, is_left: bool, foresees_cash: boo
         return "halts"
     return "adopted" if discrepancy.kind == "external_order" else "repaired"
 
+
+def resolved(
+    asked: Iterable[tuple[Finding, Discrepancy]], left: Collection[tuple[str, ...]], *, foresees_cash: bool
+) -> tuple[Discrepancy, ...]:
+    """Return the discrepancies with what was done about them. left: what the findings after the repair are about."""
+    return tuple(
+        discrepancy.model_copy(
+            update={
+                "resolution": resolution_of(discrepancy, is_left=finding.about in left, foresees_cash=foresees_cash)
+            }
+        )
+        for finding, discrepancy in asked
+    )
+
+
+def conclusion_of(decided: tuple[Discrepancy, ...]) -> Reconciled:
+    """Return what a reconciliation comes to: in order, unless a difference halts entries."""
+    halting = tuple(one.sentence for one in decided if one.resolution == "halts")
+    return Reconciled(ok=not halting, differences=halting, discrepancies=decided)
+
+
+def noted_drift(decided: Iterable[Discrepancy]) -> Decimal:
+    """Return by how much the broker's cash lies above ours where that was only noted, USD."""
+    noted = [one for one in decided if one.resolution == "noted"]
+    return sum(((one.theirs or Decimal(0)) - (one.ours or Decimal(0)) for one in noted), Decimal(0))
+
 # %% ../../nbs/session/02_reconcile.ipynb #f395fca7
 @dataclass(frozen=True)
 class Sides:
@@ -237,8 +264,19 @@ class Sides:
             return await self.broker.order(now.order_id)
         return await self.broker.order_by_client_id(now.client_order_id)
 
-    async def explain(self, finding: Finding, since: datetime) -> tuple[list[Order], list[Discrepancy]]:
-        """Return the broker's records that may repair a difference, and the discrepancies to report for it."""
+    async def explain(
+        self, found: Iterable[Finding], since: datetime
+    ) -> tuple[tuple[Order, ...], list[tuple[Finding, Discrepancy]]]:
+        """Return the broker's records that may repair differences, and what to report for each. since: as `missed_fills`."""
+        records: dict[str, Order] = {}
+        asked: list[tuple[Finding, Discrepancy]] = []
+        for finding in found:
+            orders, discrepancies = await self._explain_one(finding, since)
+            records |= {order.id: order for order in orders}
+            asked += [(finding, discrepancy) for discrepancy in discrepancies]
+        return tuple(records.values()), asked
+
+    async def _explain_one(self, finding: Finding, since: datetime) -> tuple[list[Order], list[Discrepancy]]:
         if finding.discrepancy.kind == "quantity":
             orders = await self.broker.orders("all")
             missed = missed_fills(finding.discrepancy, self.execution.book, orders, since)
@@ -255,29 +293,15 @@ Settle = Callable[[], Awaitable[None]]
 
 
 class Reconciler:
-    """Compares the books with the broker's. since: when the session began. The rest is as `Sides` has it."""
+    """Compares the books with the broker's, and has them repaired. since: when the session began, UTC."""
 
-    def __init__(
-        self,
-        bus: Bus,
-        broker: Broker,
-        clock: Clock,
-        ids: Ids,
-        portfolio: PortfolioAgent,
-        execution: ExecutionAgent,
-        *,
-        since: datetime,
-        symbols: Collection[str],
-        foresees_cash: bool,
-        coming: Callable[[], Iterable[tuple[CorporateAction, float]]] = tuple,
-    ) -> None:
-        self._bus, self._clock, self._ids, self._since = bus, clock, ids, since
-        self._sides = Sides(broker, portfolio, execution, symbols, foresees_cash, coming)
+    def __init__(self, bus: Bus, clock: Clock, ids: Ids, sides: Sides, since: datetime) -> None:
+        self._bus, self._clock, self._ids, self._sides, self._since = bus, clock, ids, sides, since
         self._looks = Looks()
         self._drift = Decimal(0)  # of cash that was noted already, USD
         self._others: tuple[Position, ...] = ()  # held at the broker, in symbols that the session does not trade
         self.last: Reconciled | None = None
-        self.last_at: datetime | None = None
+        self.last_at: datetime | None = None  # UTC
 
     async def reconcile(
         self,
@@ -306,10 +330,8 @@ class Reconciler:
         if not self._looks.is_believed(found):
             return None
         decided = await self._repair(found, settle, opening=opening, at_rest=opening or closing) if found else ()
-        self._looks = Looks()
-        halting = tuple(one.sentence for one in decided if one.resolution == "halts")
-        self.last = Reconciled(ok=not halting, differences=halting, discrepancies=decided)
-        self.last_at = self._clock.now()
+        self._looks, self._drift = Looks(), self._drift + noted_drift(decided)
+        self.last, self.last_at = conclusion_of(decided), self._clock.now()
         if self._others:
             await self._publish(PositionsReported(positions=self._others))
         await self._publish(self.last)
@@ -324,24 +346,13 @@ class Reconciler:
         self, found: list[Finding], settle: Settle, *, opening: bool, at_rest: bool
     ) -> tuple[Discrepancy, ...]:
         """Have repaired what can be repaired, and return what was done about each difference."""
-        records: dict[str, Order] = {}
-        asked: list[tuple[Finding, Discrepancy]] = []
-        for finding in found:
-            orders, discrepancies = await self._sides.explain(finding, self._since)
-            records |= {order.id: order for order in orders}
-            asked += [(finding, discrepancy) for discrepancy in discrepancies]
+        records, asked = await self._sides.explain(found, self._since)
         left = {finding.about for finding in found}
         if records:
-            await self._publish(OrdersReported(orders=tuple(records.values()), counted=opening))
+            await self._publish(OrdersReported(orders=records, counted=opening))
             await settle()
             left = {finding.about for finding in await self._findings(opening=opening, at_rest=at_rest)}
-        return tuple(self._resolved(discrepancy, finding.about in left) for finding, discrepancy in asked)
-
-    def _resolved(self, discrepancy: Discrepancy, is_left: bool) -> Discrepancy:
-        resolution = resolution_of(discrepancy, is_left=is_left, foresees_cash=self._sides.foresees_cash)
-        if resolution == "noted" and discrepancy.ours is not None and discrepancy.theirs is not None:
-            self._drift += discrepancy.theirs - discrepancy.ours
-        return discrepancy.model_copy(update={"resolution": resolution})
+        return resolved(asked, left, foresees_cash=self._sides.foresees_cash)
 
     async def _publish(self, payload: Payload) -> None:
         await self._bus.publish(payload, source=SOURCE, correlation_id=self._ids.new())

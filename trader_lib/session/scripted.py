@@ -96,7 +96,7 @@ def submission_error(failed: OrderFailed, script: Iterable[Event]) -> Exception:
 
 # %% ../../nbs/session/07_scripted.ipynb #97267baa
 class NoWire:
-    """The calls of a broker that need a wire, each raising Misused."""
+    """A broker without a wire: nothing is streamed, and whatever needs a wire raises Misused."""
 
     def _refuse(self) -> Misused:
         return Misused("A replay has no wire. Read the journal.")
@@ -134,6 +134,17 @@ class NoWire:
     async def assets(self, symbols: Sequence[str]) -> dict[str, Asset]:
         """Raise Misused: what may be traded was checked by the session."""
         raise self._refuse()
+
+    def streams(self) -> Mapping[str, StreamCounters]:
+        """Return nothing: nothing is streamed."""
+        return {}
+
+    def troubles(self) -> tuple[str, ...]:
+        """Return nothing: nothing can fail."""
+        return ()
+
+    def refresh(self) -> None:
+        """Do nothing: no answer is kept."""
 
 # %% ../../nbs/session/07_scripted.ipynb #2f2e5fa0
 class ScriptedBroker(NoWire):
@@ -201,17 +212,6 @@ class ScriptedBroker(NoWire):
     async def orders(self, status: str = "open") -> tuple[Order, ...]:
         """Return those orders that are repaired without being looked up: what else the agent looks up is on record."""
         return repaired_at_once(event.payload for event in self.script)
-
-    def streams(self) -> Mapping[str, StreamCounters]:
-        """Return nothing: nothing is streamed."""
-        return {}
-
-    def troubles(self) -> tuple[str, ...]:
-        """Return nothing: nothing can fail."""
-        return ()
-
-    def refresh(self) -> None:
-        """Do nothing: no answer is kept."""
 
 # %% ../../nbs/session/07_scripted.ipynb #21478d7a
 @dataclass(frozen=True, slots=True)

@@ -179,6 +179,15 @@ class SessionQuestions(BaseModel):
             raise ValueError(f"the end {self.end} lies before the start {self.start}; swap them")
         return self
 
+    def values(self) -> dict[str, Any]:
+        """Return the specification as JSON has it."""
+        values = self.model_dump(mode="json")
+        for limits in (values["limits"], *(share["limits"] for share in values["strategies"])):
+            limits["restricted"] = sorted(limits["restricted"])
+        if not self.strategies:
+            del values["strategies"]
+        return values
+
 # %% ../../nbs/session/00_spec.ipynb #51f3487d
 @dataclass(frozen=True)
 class Assignment:
@@ -198,15 +207,6 @@ class Assignment:
 # %% ../../nbs/session/00_spec.ipynb #ee03be77
 class SessionSpec(SessionQuestions):
     """Everything a session is asked for. Raises pydantic.ValidationError."""
-
-    def values(self) -> dict[str, Any]:
-        """Return the specification as JSON has it."""
-        values = self.model_dump(mode="json")
-        for limits in (values["limits"], *(share["limits"] for share in values["strategies"])):
-            limits["restricted"] = sorted(limits["restricted"])
-        if not self.strategies:
-            del values["strategies"]
-        return values
 
     def build_strategy(self) -> Strategy:
         """Return the strategy with its parameters; raise Misused, also where there are several."""

@@ -51,7 +51,7 @@ from ..steering.control import ControlFile, Operator, SessionLock
 from .drivers import Desk, Driver, LockstepDriver, Progress, RealTimeDriver
 from .drivers import SOURCE as DESK
 from ..recovery.rebuild import REBUILDS, PeekableIds, Standing, rebuild
-from .reconcile import Reconciler
+from .reconcile import Reconciler, Sides
 from ..recovery.answers import RecordedBroker
 from ..recovery.past import RecordedPast
 from ..recovery.snapshots import Restorable, Snapshot, SnapshotKeeper, identity, snapshot_folder
@@ -600,17 +600,12 @@ class AgentProvider(Provider):
         market_data: MarketDataAgent,
     ) -> Reconciler:
         """Our books beside the broker's."""
-        since = inputs.past.started_at or clock.now()
-        foresees, symbols = inputs.is_simulated, inputs.spec.symbols
-        return Reconciler(
-            bus,
+        sides = Sides(
             broker,
-            clock,
-            ids,
             portfolio,
             execution,
-            since=since,
-            symbols=symbols,
-            foresees_cash=foresees,
+            symbols=inputs.spec.symbols,
+            foresees_cash=inputs.is_simulated,
             coming=lambda: actions_ahead(market_data.feed, market_data.state),
         )
+        return Reconciler(bus, clock, ids, sides, since=inputs.past.started_at or clock.now())
