@@ -320,7 +320,7 @@ def publish(
         status=status,
         started_at=moment,
         ended_at=moment,
-        parameters={name: json_value(value) for name, value in asked.told(asked.build()).items()},
+        parameters={name: json_value(value) for name, value in asked.document(asked.build()).items()},
         seed=asked.seed,
         versions=dict(versions()),
         data=data,
