@@ -1,8 +1,8 @@
 """A session over one-minute bars of one symbol, beside NautilusTrader and a plain loop in Python, in turns.
 
 All three trade the same crossover with market orders. The session writes its journal to disk and runs as it does for a
-user: risk with its checks, an exchange in the same process, nothing left out. The loop keeps orders and cash and nothing
-else. NautilusTrader runs in an environment of its own, which `make bench` makes; without it the row is left out.
+user: risk with its checks, an exchange in the same process, nothing left out. The loop keeps orders and cash alone.
+NautilusTrader runs in an environment of its own, which `make bench` makes; without it the row is left out.
 """
 
 from __future__ import annotations
@@ -125,8 +125,13 @@ def streaming(row: Callable[..., Any], bars_wanted: int = 20_000, turns: int = 3
     assert ours.order_list_hash == engine.order_list_hash, "the session ordered otherwise than the backtest"
     per_bar = {name: statistics.median(run.cpu_s / run.bars for run in each) * 1e6 for name, each in runs.items()}
     found = [
-        row(f"{name}, {each[-1].bars:,} minute bars, {each[-1].orders:,} orders", per_bar[name], "µs a bar", "session",
-            per_bar[name] / per_bar["session"])
+        row(
+            f"{name}, {each[-1].bars:,} minute bars, {each[-1].orders:,} orders",
+            per_bar[name],
+            "µs a bar",
+            "session",
+            per_bar[name] / per_bar["session"],
+        )
         for name, each in runs.items()
     ]
     grown = max(run.grown_mb for run in runs["session"])

@@ -191,10 +191,10 @@ class MonitorAgent(Agent):
         """Return the same function for every type of event that is watched."""
         return dict.fromkeys(WATCHED, lambda event: on_event(self.state, event.payload))
 
-    async def perform(self, step: Payload | Effect, event: Event) -> Any:
+    def perform_now(self, step: Payload | Effect, event: Event) -> Any:
         """Write a record."""
         if not isinstance(step, WriteRecord):
-            return await super().perform(step, event)
+            return super().perform_now(step, event)
         with bind_correlation(event.correlation_id):
             self._log.log(step.level, "{}", step.text)
         return None

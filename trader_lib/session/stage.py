@@ -231,7 +231,21 @@ class NotingBus:
         causation_id: str | None = None,
         time: datetime | None = None,
     ) -> Event:
-        """Note what an agent says; raises Misused outside of the handling of an event."""
+        """Note what an agent publishes; raises Misused outside of the handling of an event."""
+        return self.publish_now(
+            payload, source=source, correlation_id=correlation_id, causation_id=causation_id, time=time
+        )
+
+    def publish_now(
+        self,
+        payload: Payload,
+        *,
+        source: str,
+        correlation_id: str,
+        causation_id: str | None = None,
+        time: datetime | None = None,
+    ) -> Event:
+        """Note what an agent publishes; raises Misused outside of the handling of an event."""
         if self.cause is None:
             raise Misused("On the stage of a replay, agents speak when they are spoken to.")
         self.said[source].append(Line(source, self.cause, payload))
@@ -247,6 +261,10 @@ class NotingBus:
             session_id=self._session_id,
             payload=payload,
         )
+
+    def deliver(self) -> bool:
+        """Return that nothing is ever on its way."""
+        return True
 
     async def idle(self, timeout_s: float | None = None) -> None:
         """Nothing is ever on its way."""
