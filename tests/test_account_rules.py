@@ -19,11 +19,11 @@ from trader_lib.exchange.costs import Costs
 from trader_lib.exchange.engine import Exchange
 from trader_lib.journal.opening import open_journal
 from trader_lib.market.bars import Bars, Provenance, Timeframe
+from trader_lib.replay.replay import replay
 from trader_lib.research.backtest import BacktestResult, backtest
 from trader_lib.risk.limits import Limits
 from trader_lib.rules.sizing import SizingRules
 from trader_lib.runs.session_cells import session_notes
-from trader_lib.session.replay import replay
 from trader_lib.session.session import SessionResult, run_session
 from trader_lib.session.spec import SessionSpec
 from trader_lib.strategy.contract import Strategy

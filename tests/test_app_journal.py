@@ -23,11 +23,11 @@ from trader_lib.errors.taxonomy import InvariantBroken
 from trader_lib.journal.journal import SqliteJournal
 from trader_lib.market.bars import Bars
 from trader_lib.market.synthetic import synthetic_bars
+from trader_lib.replay.replay import ReplayResult, replay
 from trader_lib.session import session as session_module
-from trader_lib.session.control import ControlFile
-from trader_lib.session.replay import ReplayResult, replay
 from trader_lib.session.session import run_session
 from trader_lib.session.spec import SessionSpec
+from trader_lib.steering.control import ControlFile
 from trader_lib.strategy.contract import Strategy
 from trader_lib.trading.events import (
     AgentFailed,

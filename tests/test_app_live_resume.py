@@ -23,7 +23,7 @@ from trader_lib.exchange.server import ExchangeServer
 from trader_lib.journal.opening import open_journal
 from trader_lib.runs.resume import ensure_resumable
 from trader_lib.runs.store import RunFolder, RunStore
-from trader_lib.session.control import lock_path, who_runs
+from trader_lib.steering.control import lock_path, who_runs
 from trader_lib.trading.events import OrderIntended, SessionStarted
 
 TRADER = str(Path(sys.executable).with_name("trader"))

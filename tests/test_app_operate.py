@@ -21,10 +21,10 @@ from trader_lib.exchange.server import ExchangeServer
 from trader_lib.journal.journal import SqliteJournal
 from trader_lib.runs.store import RunFolder, RunStore
 from trader_lib.runs.templates import template_path
-from trader_lib.session.control import ControlFile
 from trader_lib.session.session import run_session
 from trader_lib.session.spec import SessionSpec
-from trader_lib.session.status import session_status
+from trader_lib.steering.control import ControlFile
+from trader_lib.steering.status import session_status
 from trader_lib.trading.events import SessionStarted, TradingState
 
 Trader = Callable[..., tuple[int, str, str]]

@@ -13,7 +13,7 @@ import orjson
 import pytest
 
 from trader_lib.app.cli import main
-from trader_lib.session.control import who_runs
+from trader_lib.steering.control import who_runs
 
 TRADER = str(Path(sys.executable).with_name("trader"))
 WHAT = ["--symbols", "AAPL,IBM", "--start", "2005-01-03", "--end", "2005-12-30", "-p", "fast=3", "-p", "slow=8"]

@@ -19,10 +19,10 @@ import pytest
 
 from trader_lib.config.settings import load_settings
 from trader_lib.runs.store import RunFolder, RunStore
-from trader_lib.session.control import ControlFile
 from trader_lib.session.session import run_session
 from trader_lib.session.spec import SessionSpec
-from trader_lib.session.status import session_status
+from trader_lib.steering.control import ControlFile
+from trader_lib.steering.status import session_status
 
 Trader = Callable[..., tuple[int, str, str]]
 

@@ -23,10 +23,10 @@ from trader_lib.observe.page import COOKIE, FolderControls, page_app
 from trader_lib.observe.server import MonitorServer
 from trader_lib.observe.watch import SessionWatch
 from trader_lib.runs.store import RunFolder
-from trader_lib.session.control import ControlFile
 from trader_lib.session.session import run_session
 from trader_lib.session.spec import SessionSpec, StrategyShare
-from trader_lib.session.status import session_status
+from trader_lib.steering.control import ControlFile
+from trader_lib.steering.status import session_status
 from trader_lib.trading.events import (
     BarRow,
     BarsClosed,

@@ -31,8 +31,9 @@ ROOMS: list[set[str]] = [
     {"exchange"},
     {"research", "bus", "journal", "broker"},
     {"agents"},
+    {"recovery", "steering"},
     {"session"},
-    {"observe"},
+    {"replay", "observe"},
     {"runs", "app"},
 ]
 # Narrower than the order of the rows: what a room may import beside errors, clock, trading and its own.

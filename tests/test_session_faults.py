@@ -27,7 +27,7 @@ from trader_lib.config.settings import load_settings
 from trader_lib.exchange.engine import Exchange
 from trader_lib.exchange.server import ExchangeServer
 from trader_lib.journal.journal import SqliteJournal
-from trader_lib.session.replay import replay
+from trader_lib.replay.replay import replay
 from trader_lib.session.session import run_session
 from trader_lib.session.spec import SessionSpec
 from trader_lib.trading.events import AgentFailed, OrderIntended, Reconciled

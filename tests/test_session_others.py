@@ -23,9 +23,9 @@ from trader_lib.exchange.server import ExchangeServer
 from trader_lib.journal.journal import SqliteJournal
 from trader_lib.market.bars import Bars
 from trader_lib.market.synthetic import synthetic_bars
+from trader_lib.replay.replay import replay
 from trader_lib.risk.limits import Limits
 from trader_lib.session.companions import SessionParts
-from trader_lib.session.replay import replay
 from trader_lib.session.session import Session, SessionResult, run_session
 from trader_lib.session.spec import SessionSpec
 from trader_lib.strategy.contract import Strategy

@@ -22,7 +22,7 @@ from trader_lib.journal.journal import SqliteJournal
 from trader_lib.market.bars import Bars
 from trader_lib.market.sample import sample_bars
 from trader_lib.market.synthetic import synthetic_bars
-from trader_lib.session.replay import replay
+from trader_lib.replay.replay import replay
 from trader_lib.session.session import SessionResult, run_session, stop_on_signals
 from trader_lib.session.spec import SessionSpec
 from trader_lib.strategy.contract import Strategy

@@ -24,12 +24,12 @@ from trader_lib.exchange.server import ExchangeServer
 from trader_lib.journal.journal import SqliteJournal
 from trader_lib.market.bars import Bars
 from trader_lib.market.sample import sample_bars
+from trader_lib.replay.replay import replay
 from trader_lib.research.backtest import BacktestResult, backtest
 from trader_lib.risk.limits import Limits
-from trader_lib.session.control import ControlFile
-from trader_lib.session.replay import replay
 from trader_lib.session.session import SessionResult, run_session
 from trader_lib.session.spec import SessionSpec, StrategyShare
+from trader_lib.steering.control import ControlFile
 from trader_lib.strategy.contract import Strategy
 from trader_lib.strategy.exits import ProtectiveExits
 from trader_lib.trading.events import (

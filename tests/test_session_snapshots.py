@@ -20,9 +20,9 @@ from trader_lib.agents.contract import Agent
 from trader_lib.agents.tracking import OrderBook
 from trader_lib.market.bars import Bars
 from trader_lib.observe.metering import Meter
-from trader_lib.session import snapshots
+from trader_lib.recovery import snapshots
+from trader_lib.recovery.snapshots import SnapshotKeeper, snapshot_folder
 from trader_lib.session.companions import SessionParts
-from trader_lib.session.snapshots import SnapshotKeeper, snapshot_folder
 
 pytestmark = pytest.mark.usefixtures("quiet")
 

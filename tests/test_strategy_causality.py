@@ -20,7 +20,8 @@ from trader_lib.session.session import run_session
 from trader_lib.session.spec import SessionSpec
 from trader_lib.strategy.causality import LookAhead, check_causal, first_change
 from trader_lib.strategy.checks import check_strategy, checked_weights, ensure_checked
-from trader_lib.strategy.contract import Strategy, build_strategy, history_bars, needed_bars, target_weights
+from trader_lib.strategy.contract import Strategy, history_bars, needed_bars, target_weights
+from trader_lib.strategy.registry import build_strategy
 from trader_lib.strategy.sma_cross import SmaCross
 from trader_lib.strategy.start import LookbackExceeded, check_start
 

@@ -6,7 +6,7 @@ import pytest
 
 import trader_lib.strategy.registry as registry
 from trader_lib.errors.taxonomy import Misused
-from trader_lib.strategy.contract import build_strategy
+from trader_lib.strategy.registry import build_strategy
 from trader_lib.strategy.sma_cross import SmaCross
 
 

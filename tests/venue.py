@@ -15,7 +15,7 @@ from trader_lib.journal.opening import journal_exists, open_journal
 from trader_lib.market.bars import Bars
 from trader_lib.market.synthetic import synthetic_bars
 from trader_lib.runs.store import RunFolder, RunStore
-from trader_lib.session.status import session_status
+from trader_lib.steering.status import session_status
 from trader_lib.trading.events import Reconciled
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .market.store import BarStore
     from .market.synthetic import synthetic_bars
     from .research.backtest import BacktestResult, backtest
+    from .research.sweep import SweepResult, sweep
+    from .research.walkforward import WalkForward, walk_forward
     from .risk.limits import Limits
     from .session.session import run_session
     from .session.spec import SessionSpec
@@ -43,7 +45,9 @@ HOMES = {
     "Settings": "config.settings",
     "SmaCross": "strategy.sma_cross",
     "Strategy": "strategy.contract",
+    "SweepResult": "research.sweep",
     "VolTarget": "strategy.vol_target",
+    "WalkForward": "research.walkforward",
     "backtest": "research.backtest",
     "check_causal": "strategy.causality",
     "check_start": "strategy.start",
@@ -52,7 +56,9 @@ HOMES = {
     "register": "strategy.registry",
     "run_session": "session.session",
     "sample_bars": "market.sample",
+    "sweep": "research.sweep",
     "synthetic_bars": "market.synthetic",
+    "walk_forward": "research.walkforward",
 }
 
 __all__ = sorted(HOMES)

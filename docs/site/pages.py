@@ -43,12 +43,18 @@ ROOMS = {
     "strategy": ("Strategies", "What a strategy is, four of them, and the check for look-ahead."),
     "risk": ("Risk", "Limits as people set them, and what an order is refused for, in a sentence."),
     "exchange": ("Exchange", "An account, a book and a server that speaks Alpaca's protocol."),
-    "research": ("Research", "The compiled engine of the backtest, its statistics, figures and report."),
+    "research": (
+        "Research",
+        "The compiled engine, backtests, sweeps and walk-forward, their statistics, figures and reports.",
+    ),
     "bus": ("Bus", "Events in order, within one process or between several."),
     "journal": ("Journal", "The hash-chained record of a session, and how it is read and verified."),
     "broker": ("Brokers", "One interface to Alpaca and to the embedded exchange."),
     "agents": ("Agents", "Market data, strategy, risk, execution, portfolio and monitor."),
-    "session": ("Sessions", "How agents become a session that can be stopped, resumed and replayed."),
+    "recovery": ("Recovery", "A journal read back: what a session had done, sent and known when it stopped."),
+    "steering": ("Steering", "What an operator does to a session from outside, and what the session's folder shows."),
+    "session": ("Sessions", "How agents, a broker and a clock become a session, are driven, and reconciled."),
+    "replay": ("Replay", "A session compared with itself, replayed, and with the backtest of the same strategy."),
     "observe": ("Observation", "What looks at a session from beside it: metrics, health, pages, messages."),
     "runs": ("Runs", "Notebooks as runs: templates, parameters, results, comparisons."),
     "app": ("Application", "The command line, the demo and the scheduler."),
@@ -59,7 +65,7 @@ KINDS = {
     "tutorials": (
         "Tutorials",
         "Begin with the README. Then read [a backtest](../chapters/runs/backtest.ipynb), "
-        "[a paper session](../chapters/runs/paper_session.ipynb) and "
+        "[a sweep](../chapters/runs/sweep.ipynb), [a paper session](../chapters/runs/paper_session.ipynb) and "
         "[a replay](../chapters/runs/replay.ipynb) as notebooks.",
         ["README"],
     ),
@@ -69,6 +75,7 @@ KINDS = {
         [
             "docs/commands",
             "docs/data",
+            "docs/sweeps",
             "docs/checks",
             "docs/operations",
             "docs/schedule",

@@ -29,6 +29,7 @@ from loguru import logger
 from tests.bench.recovering import recovering
 from tests.bench.scaling import scaling
 from tests.bench.streaming import streaming
+from tests.bench.sweeping import sweeping
 from tests.bench.watching import watching
 from trader_lib.agents.execution import ExecutionAgent
 from trader_lib.agents.monitor import MonitorAgent
@@ -362,6 +363,7 @@ PARTS = {
     "cache": calls_saved,
     "recovery": lambda: recovering(Row, EVENTS),
     "watching": lambda: watching(Row),
+    "sweeping": lambda: sweeping(Row),
     "scaling": lambda: scaling(Row),
 }
 

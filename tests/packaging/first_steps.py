@@ -58,9 +58,11 @@ STEPS: dict[str, tuple[str, ...]] = {
     "status": ("status", "latest-paper"),
     "strategies": ("strategies",),
     "summary": ("summary", "latest-paper"),
+    "sweep": ("sweep", "--grid", "fast=2:4:1", *WHAT[:-4], "-p", "slow=5"),
+    "walkforward": ("walkforward", "--grid", "fast=2,3", "--train", "40y", *WHAT[:-4]),
     "watch": ("watch", "latest-paper", "--once"),
 }
-WITH_REPORTS = ("backtest", "paper")
+WITH_REPORTS = ("backtest", "paper", "sweep")
 
 
 def first_step(words: tuple[str, ...]) -> dict[str, object]:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 PYTHONS = ("3.11", "3.12", "3.13")
 EXTRAS = ("", "research", "runs", "schedule", "scale", "observe", "all")
 NEEDS = {  # all of them, the one that is asked for first at the beginning
-    **dict.fromkeys(("backtest", "live", "paper", "run"), ("runs",)),
+    **dict.fromkeys(("backtest", "live", "paper", "run", "sweep", "walkforward"), ("runs",)),
     **dict.fromkeys(("schedule check", "schedule run"), ("schedule", "runs")),
     "dashboard": ("observe",),
 }
@@ -35,7 +35,7 @@ CODES = {
     "run": 2,
     "runs compare": 4,
 }
-CODES |= {"runs show": 4, "status": 7, "watch": 7}
+CODES |= {"runs show": 4, "status": 7, "walkforward": 4, "watch": 7}
 AFTER_REPORTS = {"runs compare", "runs show"}  # find a whole run where the reports were made before
 
 pytestmark = pytest.mark.packaging

@@ -39,9 +39,9 @@ from trader_lib.runs.result import RESULT_MIME
 from trader_lib.runs.resume import ensure_resumable
 from trader_lib.runs.runner import run_notebook
 from trader_lib.runs.store import RunFolder, RunStore
-from trader_lib.session.control import who_runs
 from trader_lib.session.session import SessionResult, run_session
 from trader_lib.session.spec import SessionSpec, StrategyShare
+from trader_lib.steering.control import who_runs
 from trader_lib.strategy.contract import Strategy
 from trader_lib.trading.events import Event, SessionEnded
 

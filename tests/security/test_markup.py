@@ -31,8 +31,8 @@ from trader_lib.research.backtest import backtest
 from trader_lib.risk.limits import Limits
 from trader_lib.runs.page import PLOTLY_MIME, render_page
 from trader_lib.runs.store import RunStore
-from trader_lib.session.control import ControlFile
-from trader_lib.session.status import session_status
+from trader_lib.steering.control import ControlFile
+from trader_lib.steering.status import session_status
 from trader_lib.strategy.registry import load_strategy
 from trader_lib.trading.events import (
     AccountReported,

@@ -35,12 +35,12 @@ from trader_lib.journal.opening import journal_exists, open_journal
 from trader_lib.runs.runner import run_notebook
 from trader_lib.runs.store import RunFolder, RunStore
 from trader_lib.runs.templates import template_path
-from trader_lib.session.control import ControlFile
 from trader_lib.session.distributed import serve_agent
 from trader_lib.session.permit import PERMIT_FD, REAL_MONEY, handed_over, issue_live_permit, use_live_permit
 from trader_lib.session.session import run_session
 from trader_lib.session.spec import SessionSpec
-from trader_lib.session.steering import kill
+from trader_lib.steering.commands import kill
+from trader_lib.steering.control import ControlFile
 from trader_lib.trading.events import OrderIntended, SessionStarted
 from trader_lib.trading.orders import OrderRequest, OrderSide
 

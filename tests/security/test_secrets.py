@@ -21,9 +21,9 @@ import requests
 from trader_lib.config.masking import MASKED, in_force, kept_secret
 from trader_lib.config.settings import load_settings
 from trader_lib.errors.taxonomy import Misconfigured, Misused
-from trader_lib.session.control import ControlFile
 from trader_lib.session.session import run_session
 from trader_lib.session.spec import SessionSpec
+from trader_lib.steering.control import ControlFile
 
 Trader = Callable[..., tuple[int, str, str]]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trader_lib.exchange.book import OrderEvent
 from trader_lib.journal.journal import SqliteJournal
-from trader_lib.session.replay import replay
+from trader_lib.replay.replay import replay
 from trader_lib.trading.events import (
     AccountReported,
     Event,

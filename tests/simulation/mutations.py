@@ -19,7 +19,7 @@ from trader_lib.agents.risk import RiskAgent
 from trader_lib.agents.tracking import LocalState, OrderBook, OrderTrack, is_unresolved
 from trader_lib.bus.bus import InProcessBus
 from trader_lib.errors.taxonomy import Misconfigured, OutcomeUnknown, Rejected, Retryable, TraderError
-from trader_lib.session.recovery import RecordedBroker
+from trader_lib.recovery.past import RecordedBroker
 from trader_lib.session.session import Session
 from trader_lib.session.wiring import Agents
 from trader_lib.trading.events import (
@@ -345,7 +345,7 @@ def _of_execution(name: str) -> tuple[str, ...]:
 
 
 RIGHT = {name: getattr(execution, name) for name in ("resolve", "send", "refresh", "repair", "on_trade_update")}
-EXECUTION = ("trader_lib.session.wiring.ExecutionAgent", "trader_lib.session.replay.ExecutionAgent")
+EXECUTION = ("trader_lib.session.wiring.ExecutionAgent", "trader_lib.replay.replay.ExecutionAgent")
 JOURNAL = ("tests.simulation.world.WatchedJournal",)
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation(

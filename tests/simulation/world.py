@@ -41,16 +41,16 @@ from trader_lib.journal.chain import Journal
 from trader_lib.journal.journal import SqliteJournal
 from trader_lib.market.bars import Bars
 from trader_lib.market.stamps import from_ns
+from trader_lib.recovery.snapshots import SnapshotKeeper
 from trader_lib.session import session as session_module
 from trader_lib.session import wiring as wiring_module
 from trader_lib.session.companions import Companion
-from trader_lib.session.control import SessionLock
 from trader_lib.session.drivers import Desk, Driver, RealTimeDriver
 from trader_lib.session.reconcile import Reconciler
 from trader_lib.session.session import SessionResult
-from trader_lib.session.snapshots import SnapshotKeeper
 from trader_lib.session.spec import SessionSpec
 from trader_lib.session.wiring import AgentProvider, CoreProvider, History, SessionInputs
+from trader_lib.steering.control import SessionLock
 from trader_lib.trading.events import AccountReported, OrderAcknowledged
 from trader_lib.trading.orders import Order, OrderRequest
 

@@ -44,6 +44,7 @@ from trader_lib.app.options import (
     strategy_params,
     usage_hint,
 )
+from .research import sweep, walkforward
 from .scheduling import schedule
 from .watch import dashboard, watch
 from ..errors.extras import require_extra
@@ -85,6 +86,8 @@ app.command(notify)
 app.command(summary)
 app.command(watch)
 app.command(dashboard)
+app.command(sweep)
+app.command(walkforward)
 
 Strategies = Annotated[
     Path | None,
@@ -173,7 +176,7 @@ def _name_changes(run: "RunFolder", trust: "Trust") -> None:
     """Say which of a run's strategies are not the code any more that it began with."""
     from trader_lib.app.console import say
     from trader_lib.journal.opening import journal_exists, open_journal
-    from trader_lib.session.replay import source_changes
+    from trader_lib.session.recorded import source_changes
 
     if journal_exists(run.journal):
         with open_journal(run.journal) as journal:
@@ -523,7 +526,8 @@ def _store(folder: str | None, profile: str | None = None) -> "RunStore":
 def list_(
     *,
     kind: Annotated[
-        Literal["backtest", "paper", "live", "notebook"] | None, Parameter(help="Only runs of this kind.")
+        Literal["backtest", "sweep", "walkforward", "paper", "live", "notebook"] | None,
+        Parameter(help="Only runs of this kind."),
     ] = None,
     limit: Annotated[int, Parameter(help="At most so many. [20]")] = 20,
     folder: Folder = None,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from trader_lib.journal.chain import Verification
     from trader_lib.journal.opening import AnyJournal
     from trader_lib.runs.store import RunStore
-    from trader_lib.session.replay import Divergence, ReplayResult
+    from trader_lib.replay.replay import Divergence, ReplayResult
     from trader_lib.strategy.contract import Strategy
     from trader_lib.strategy.trust import Trust
     from trader_lib.trading.events import Event, Payload
@@ -210,8 +210,9 @@ def other_version(
     """The version that is asked for, on top of what was recorded; None where none is. Raises Misused."""
     if strategy is None and not params:
         return None
-    from trader_lib.session.replay import least_trust, recorded_spec
-    from trader_lib.strategy.contract import build_strategy
+    from trader_lib.replay.replay import least_trust
+    from trader_lib.session.recorded import recorded_spec
+    from trader_lib.strategy.registry import build_strategy
     from trader_lib.strategy.trust import guarded
     from trader_lib.trading.events import SessionStarted
 
@@ -233,7 +234,7 @@ def other_version(
 def trusted(opened: "AnyJournal", trust: "Trust") -> "Trust":
     """The trust that a replay of a journal is bound to, once the foreign code that it names was shown; raises Misused."""
     from trader_lib.app.console import say
-    from trader_lib.session.replay import recorded_spec
+    from trader_lib.session.recorded import recorded_spec
     from trader_lib.strategy.registry import approved
     from trader_lib.trading.events import SessionStarted
 
@@ -328,7 +329,7 @@ def replay(
 
     Example: trader replay latest-paper -p fast=8 --until 2008-10-10
     """
-    from trader_lib.session.replay import replay as replay_journal
+    from trader_lib.replay.replay import replay as replay_journal
     from trader_lib.strategy.trust import read_trust, strange_folders
 
     moment = moment_or_number(until)

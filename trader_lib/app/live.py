@@ -23,7 +23,7 @@ from ..runs.rehearsal import find_rehearsal
 from ..runs.resume import changes, started_now
 from ..runs.store import RunFolder, RunStore
 from ..session.permit import LivePermit, issue_live_permit
-from ..session.replay import recorded_spec
+from ..session.recorded import recorded_spec
 from ..session.spec import SessionSpec
 from ..trading.events import SessionStarted
 

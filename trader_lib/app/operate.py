@@ -14,9 +14,9 @@ from .console import print_facts, print_json, print_line, print_table
 from ..errors.taxonomy import Misused
 from ..observe.address import monitor_url
 from ..runs.store import RunFolder, RunStore
-from ..session import steering
-from ..session.status import SessionStatus, StrategyStatus, session_status
-from ..session.steering import CONFIRMATION_S, Steered
+from ..steering import commands
+from ..steering.status import SessionStatus, StrategyStatus, session_status
+from ..steering.commands import CONFIRMATION_S, Steered
 from ..trading.orders import decimal_text
 
 SESSIONS = ("paper", "live")
@@ -51,13 +51,13 @@ async def kill(
 
     profile: of the operator's settings that reach the account, as typed; None for the environment's.
     """
-    steered = await steering.kill(
+    steered = await commands.kill(
         run.journal,
         flatten=flatten,
         reason=reason or "trader kill",
         by=by,
         wait_s=wait_s,
-        operator=None if profile is None else partial(steering.operator_settings, profile),
+        operator=None if profile is None else partial(commands.operator_settings, profile),
     )
     return _told(run, steered, as_json)
 
@@ -72,7 +72,7 @@ async def steer(
     as_json: bool = False,
 ) -> int:
     """Restrict a session to orders that reduce, or lift what an operator or a limit has imposed; 0 when confirmed."""
-    steered = await steering.steer(run.journal, action, reason=reason or f"trader {action}", by=by, wait_s=wait_s)
+    steered = await commands.steer(run.journal, action, reason=reason or f"trader {action}", by=by, wait_s=wait_s)
     return _told(run, steered, as_json)
 
 

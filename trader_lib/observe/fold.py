@@ -28,7 +28,7 @@ from trader_lib.observe.view import (
     PositionRow,
     StrategyRow,
 )
-from ..session.status import StatusFold
+from ..steering.status import StatusFold
 from trader_lib.trading.events import (
     AccountReported,
     AgentFailed,

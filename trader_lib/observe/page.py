@@ -37,9 +37,9 @@ from ..config.masking import masked, masked_bytes, masked_value
 from ..config.settings import Settings
 from ..errors.taxonomy import TraderError
 from .watch import SessionWatch
-from ..session import steering
+from ..steering import commands
 from ..session.companions import SessionParts
-from ..session.steering import Steered
+from ..steering.commands import Steered
 
 # %% ../../nbs/observe/13_page.ipynb #e0df8732
 SAFE_HEADERS = {
@@ -215,18 +215,18 @@ class FolderControls:
     def __init__(
         self,
         folder: Path,
-        wait_s: float = steering.CONFIRMATION_S,
+        wait_s: float = commands.CONFIRMATION_S,
         operator: Callable[[], Settings] | None = None,
     ) -> None:
         self._journal_path, self._wait_s, self._operator = folder / "journal.sqlite", wait_s, operator
 
     async def steer(self, action: Literal["reduce", "halt"], *, reason: str, by: str) -> Steered:
         """As `trader reduce`, and its halt."""
-        return await steering.steer(self._journal_path, action, reason=reason, by=by, wait_s=self._wait_s)
+        return await commands.steer(self._journal_path, action, reason=reason, by=by, wait_s=self._wait_s)
 
     async def kill(self, *, flatten: bool, reason: str, by: str) -> Steered:
         """As `trader kill`."""
-        return await steering.kill(
+        return await commands.kill(
             self._journal_path, flatten=flatten, reason=reason, by=by, wait_s=self._wait_s, operator=self._operator
         )
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from ..session.control import Runner
+from ..steering.control import Runner
 from ..trading.events import CheckOutcome, TradingState
 from ..trading.orders import Number, Utc
 

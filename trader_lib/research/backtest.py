@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'TYPES', 'STATUSES', 'Stated', 'PURPOSES', 'WORTHLESS', 'LookAheadWarning', 'Refusal', 'BacktestResult',
-           'market_of', 'backtest']
+           'market_of', 'Terms', 'agreed', 'cut_for', 'run_on', 'backtest']
 
 # %% ../../nbs/research/09_backtest.ipynb #a2922632
 import warnings
@@ -38,6 +38,7 @@ from ..rules.checks import CHECK_COUNT, Check, OrderFacts, RiskFacts, check_orde
 from ..strategy.checks import checked_weights, elsewhere
 from ..strategy.contract import Strategy, history_bars, target_weights
 from ..rules.exits import NO_EXITS
+from ..strategy.exits import ProtectiveExits
 from ..strategy.planner import ensure_placeable
 from ..rules.sizing import SizingRules
 from trader_lib.rules.numbers import (
@@ -470,6 +471,103 @@ def _first_fault(error: ValidationError) -> str:
     return f"{where}: {fault['msg'].removeprefix('Value error, ')}."
 
 
+@dataclass(frozen=True)
+class Terms:
+    """On what terms strategies are run: everything that `backtest` takes beside the strategy and the bars."""
+
+    start: date | str | None
+    end: date | str | None
+    starting_cash: float  # USD, to the cent
+    costs: Costs
+    limits: Limits
+    multiplier: int
+    sizing: SizingRules
+    seed: int = 0
+    calendar: TradingCalendar | None = None
+
+    def rules(self, symbols: tuple[str, ...], exits: ProtectiveExits | None) -> Rules:
+        """What holds during a run of these symbols; raises Misused for exits that cannot rest on such quantities."""
+        ensure_placeable(self.sizing, exits)
+        sizing = self.sizing
+        return Rules(
+            costs=self.costs.rates(),
+            limits=self.limits.table(symbols),
+            sizing=SizingRules(
+                bool(sizing.fractional), float(sizing.min_trade), float(sizing.leverage), bool(sizing.margin)
+            ),
+            exits=exits.rates() if exits is not None else NO_EXITS,
+            restricted=np.array([symbol in self.limits.restricted for symbol in symbols], dtype=np.bool_),
+            allow_short=np.array([self.limits.of(symbol).allow_short for symbol in symbols], dtype=np.bool_),
+            multiplier=float(self.multiplier),
+        )
+
+    def market(self, cut: Bars) -> tuple[Market, RunActions, str]:
+        """Bars as the engine takes them, what the run takes of corporate actions, and the calendar's name."""
+        calendar = self.calendar or TradingCalendar()
+        taken = cut.run_actions(calendar, self.costs.delisting_recovery)
+        return market_of(cut, calendar, taken), taken, calendar.name
+
+
+def agreed(
+    *,
+    start: date | str | None = None,
+    end: date | str | None = None,
+    cash: Decimal | float | str = 100_000,
+    costs: Costs | Mapping[str, object] | None = None,
+    limits: Limits | Mapping[str, object] | None = None,
+    multiplier: int = 2,
+    sizing: SizingRules | None = None,
+    seed: int = 0,
+    calendar: TradingCalendar | None = None,
+) -> Terms:
+    """The terms of a run, as `backtest` takes them; raises Misused for those that cannot be meant."""
+    starting_cash = _amount(cash)
+    if multiplier not in (1, 2, 4):
+        raise Misused(f"An account's multiplier is 1, 2 or 4, not {multiplier}.")
+    costs, limits = _stated(Costs, "costs", costs), _stated(Limits, "limits", limits)
+    sized = (sizing or SizingRules())._replace(margin=multiplier > 1)
+    return Terms(start, end, starting_cash, costs, limits, multiplier, sized, seed, calendar)
+
+
+def cut_for(bars: Bars, terms: Terms, history: int) -> tuple[Bars, int]:
+    """The bars of a run with so many before it, and the row of its first; raises Misused for what is no Bars."""
+    if not isinstance(bars, Bars):
+        raise Misused(
+            f"backtest needs Bars, not a {type(bars).__name__}: make them with Bars.from_frame(frame) or Bars.read(path)."
+        )
+    cut, first = window(bars, terms.start, terms.end, history)
+    check_splits(cut)
+    return cut, first
+
+
+def run_on(strategy: Strategy, bars: Bars, terms: Terms, *, check: bool = False) -> BacktestResult:
+    """Run a strategy over bars on these terms; raises as `backtest` does. check: look for look-ahead."""
+    ensure_placeable(terms.sizing, strategy.exits)
+    cut, first = cut_for(bars, terms, history_bars(strategy))
+    rules = terms.rules(cut.symbols, strategy.exits)
+    weights, look_ahead = checked_weights(strategy, cut) if check else (target_weights(strategy, cut), "")
+    weights = np.ascontiguousarray(weights)
+    market, taken, calendar = terms.market(cut)
+    simulation = run(market, weights, rules, start=first, starting_cash=terms.starting_cash)
+    return BacktestResult(
+        strategy,
+        cut,
+        first,
+        terms.starting_cash,
+        terms.costs,
+        terms.limits,
+        terms.multiplier,
+        terms.sizing,
+        terms.seed,
+        simulation,
+        taken,
+        weights,
+        calendar=calendar,
+        look_ahead=look_ahead,
+        doubt=elsewhere(strategy, cut) if check and not look_ahead else "",
+    )
+
+
 def backtest(
     strategy: Strategy,
     bars: Bars,
@@ -493,50 +591,18 @@ def backtest(
     """
     if not isinstance(strategy, Strategy):
         raise Misused(f"backtest needs a strategy object, not {strategy!r}: for example SmaCross(fast=10, slow=50).")
-    if not isinstance(bars, Bars):
-        raise Misused(
-            f"backtest needs Bars, not a {type(bars).__name__}: make them with Bars.from_frame(frame) or Bars.read(path)."
-        )
-    starting_cash = _amount(cash)
-    if multiplier not in (1, 2, 4):
-        raise Misused(f"An account's multiplier is 1, 2 or 4, not {multiplier}.")
-    costs, limits = _stated(Costs, "costs", costs), _stated(Limits, "limits", limits)
-    sizing = (sizing or SizingRules())._replace(margin=multiplier > 1)
-    ensure_placeable(sizing, strategy.exits)
-    cut, first = window(bars, start, end, history_bars(strategy))
-    check_splits(cut)
-    rules = Rules(
-        costs=costs.rates(),
-        limits=limits.table(cut.symbols),
-        sizing=SizingRules(
-            bool(sizing.fractional), float(sizing.min_trade), float(sizing.leverage), bool(sizing.margin)
-        ),
-        exits=strategy.exits.rates() if strategy.exits is not None else NO_EXITS,
-        restricted=np.array([symbol in limits.restricted for symbol in cut.symbols], dtype=np.bool_),
-        allow_short=np.array([limits.of(symbol).allow_short for symbol in cut.symbols], dtype=np.bool_),
-        multiplier=float(multiplier),
+    terms = agreed(
+        start=start,
+        end=end,
+        cash=cash,
+        costs=costs,
+        limits=limits,
+        multiplier=multiplier,
+        sizing=sizing,
+        seed=seed,
+        calendar=calendar,
     )
-    weights, look_ahead = checked_weights(strategy, cut) if check else (target_weights(strategy, cut), "")
-    if look_ahead:
-        warnings.warn(LookAheadWarning(f"{look_ahead} {WORTHLESS}"), stacklevel=2)
-    weights = np.ascontiguousarray(weights)
-    calendar = calendar or TradingCalendar()
-    taken = cut.run_actions(calendar, costs.delisting_recovery)
-    simulation = run(market_of(cut, calendar, taken), weights, rules, start=first, starting_cash=starting_cash)
-    return BacktestResult(
-        strategy,
-        cut,
-        first,
-        starting_cash,
-        costs,
-        limits,
-        multiplier,
-        sizing,
-        seed,
-        simulation,
-        taken,
-        weights,
-        calendar=calendar.name,
-        look_ahead=look_ahead,
-        doubt=elsewhere(strategy, cut) if check and not look_ahead else "",
-    )
+    result = run_on(strategy, bars, terms, check=check)
+    if result.look_ahead:
+        warnings.warn(LookAheadWarning(f"{result.look_ahead} {WORTHLESS}"), stacklevel=2)
+    return result

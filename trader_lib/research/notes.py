@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..clock.sessions import NEW_YORK
-from ..rules.numbers import compiled
+from ..rules.numbers import compiled_owner
 from ..rules.sizing import SizingRules, desired_order, fit_to_budget
 from ..trading.order_list import OrderRecord
 
@@ -79,7 +79,7 @@ def _money(amount: float) -> str:
     return f"{amount:,.2f}" if amount >= 1.0 else f"{amount:.4g}"
 
 # %% ../../nbs/research/07_notes.ipynb #cf14b7ab
-@compiled
+@compiled_owner
 def cut_closes(
     weights: NDArray[np.float64],
     close: NDArray[np.float64],

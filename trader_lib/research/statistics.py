@@ -33,7 +33,7 @@ from trader_lib.research.ratios import (
 )
 from ..rules.matching import commission
 from ..rules.folding import cash_flow
-from ..rules.numbers import CASH_DECIMALS, QTY_DECIMALS, compiled, round_to
+from ..rules.numbers import CASH_DECIMALS, QTY_DECIMALS, compiled_owner, round_to
 from ..trading.order_list import OrderRecord
 
 FILL_COLUMNS = ["bar", "symbol", "side", "qty", "price", "fee"]
@@ -66,7 +66,7 @@ FOLDED = np.dtype(
 )
 
 
-@compiled
+@compiled_owner
 def fold_trades(
     symbol: NDArray[np.int64],
     qty: Floats,

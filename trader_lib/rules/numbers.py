@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRICE_DECIMALS', 'QTY_DECIMALS', 'CASH_DECIMALS', 'AVERAGE_PRICE_DECIMALS', 'EXACT_MAX', 'PRICE_ERROR_MAX',
            'CASH_MAX', 'F', 'RULE_MARKS', 'rules_digest', 'machine_code_folder', 'compiled', 'compiled_part',
-           'round_to', 'round_down', 'qty_decimals', 'round_qty', 'qty_left', 'tick_decimals', 'off_tick', 'to_decimal',
-           'to_shares', 'to_float']
+           'compiled_owner', 'compiled_pointer', 'round_to', 'round_down', 'qty_decimals', 'round_qty', 'qty_left',
+           'tick_decimals', 'off_tick', 'to_decimal', 'to_shares', 'to_float']
 
 # %% ../../nbs/rules/00_numbers.ipynb #35c4bb5a
 import math
@@ -64,9 +64,10 @@ def machine_code_folder() -> Path:
 def compiled(function: F) -> F:
     """Compile a rule with numba, cached on disk where it belongs to the library.
 
-    function: takes scalars, arrays and NamedTuples of them; no I/O, no clock, no random numbers.
+    function: takes scalars, arrays and NamedTuples of them; no I/O, no clock, no random numbers. It makes no array and
+    returns none, so that nothing is counted while it runs.
     """
-    return _compiled(function, no_cfunc_wrapper=True)
+    return _compiled(function, no_cfunc_wrapper=True, nogil=True, _nrt=False)
 
 
 def compiled_part(function: F) -> F:
@@ -74,21 +75,37 @@ def compiled_part(function: F) -> F:
 
     function: as for `compiled`.
     """
-    return _compiled(function, no_cfunc_wrapper=True, no_cpython_wrapper=True)
+    return _compiled(function, no_cfunc_wrapper=True, no_cpython_wrapper=True, _nrt=False)
 
 
-def _compiled(function: F, **options: bool) -> F:
+def compiled_owner(function: F) -> F:
+    """Compile what makes and returns arrays and leaves the work to functions of `compiled_part`.
+
+    function: as for `compiled`, but that it may make arrays. Other threads run meanwhile.
+    """
+    return _compiled(function, no_cfunc_wrapper=True, nogil=True)
+
+
+def compiled_pointer(function: F, signature: Any) -> F:
+    """Compile a function of a known signature, as other compiled functions take it for an argument.
+
+    function: as for `compiled`, but that it may make arrays for itself. signature: of numba.
+    """
+    return _compiled(function, signature, nogil=True)
+
+
+def _compiled(function: F, signature: Any = None, **options: bool) -> F:
     jit: Any = njit  # its types leave these options out
     if function.__module__.startswith("trader_lib."):
         elsewhere = config.CACHE_DIR  # type: ignore[attr-defined]
         config.CACHE_DIR = str(machine_code_folder())  # type: ignore[attr-defined]
         try:
-            return cast(F, jit(cache=True, **options)(function))
+            return cast(F, jit(signature, cache=True, **options)(function))
         except RuntimeError:  # no place that can be written to
             pass
         finally:
             config.CACHE_DIR = elsewhere  # type: ignore[attr-defined]
-    return cast(F, jit(**options)(function))
+    return cast(F, jit(signature, **options)(function))
 
 # %% ../../nbs/rules/00_numbers.ipynb #1be505f6
 @compiled

@@ -41,10 +41,15 @@ from ..trading.order_list import OrderRecord
 from ..trading.orders import decimal_text
 
 # %% ../../nbs/runs/08_cells.ipynb #54fe0894
-def asked_piece(asked: RunParameters, *, real_time: bool = False) -> Piece:
-    """The parameters of a run, costs and limits only where they bind; in real time, the bars are the broker's."""
+def asked_piece(
+    asked: RunParameters, *, real_time: bool = False, strategy: Mapping[str, object] | None = None
+) -> Piece:
+    """The parameters of a run, costs and limits only where they bind; in real time, the bars are the broker's.
+
+    strategy: what is shown of it; its name and parameters unless given.
+    """
     shown: dict[str, object] = {
-        **_strategies_asked(asked),
+        **(_strategies_asked(asked) if strategy is None else strategy),
         "symbols": list(asked.symbols),
         "from": asked.start or ("its start" if real_time else "where the data begins"),
         "to": asked.end or ("its stop" if real_time else "where the data ends"),
@@ -287,8 +292,8 @@ def publish(
     asked: RunParameters,
     data: DataRow | None,  # None where no bar closed
     orders: Sequence[OrderRecord],
-    order_list_hash: str,
-    statistics: Statistics,
+    order_list_hash: str | None,  # None where no list was kept
+    statistics: Statistics | Mapping[str, Any],  # a sweep's are those of its best row
     equity_end: Decimal | float,  # USD at the last close
     refusals: Iterable[RefusalRow] = (),
     reconciliation: ReconciliationRow | None = None,
@@ -314,7 +319,7 @@ def publish(
         order_list_hash=order_list_hash,
         orders=tuple(orders),
         statistics=dict(statistics),
-        reasons=statistics.reasons,
+        reasons=statistics.reasons if isinstance(statistics, Statistics) else {},
         equity_end=Decimal(f"{equity_end:.2f}"),
         refusals=tuple(refusals),
         strategies=tuple(strategies),

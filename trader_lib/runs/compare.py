@@ -11,7 +11,7 @@ from decimal import Decimal
 
 from ..errors.taxonomy import Misused, did_you_mean
 from .result import RunResult
-from ..session.compare import ExplainedComparison, explain
+from ..replay.compare import ExplainedComparison, explain
 from ..session.orders import of_strategy as orders_of
 from ..trading.order_list import OrderListComparison, order_list_hash
 

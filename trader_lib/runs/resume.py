@@ -15,8 +15,8 @@ from ..errors.taxonomy import BadData, Misused
 from ..journal.opening import journal_exists, open_journal
 from .result import Kind
 from .store import RunFolder
-from ..session.control import lock_path, who_runs
-from ..session.replay import recorded_spec
+from ..steering.control import lock_path, who_runs
+from ..session.recorded import recorded_spec
 from ..session.spec import SessionSpec, title
 from ..strategy.source import sources
 from ..trading.events import SessionEnded, SessionStarted

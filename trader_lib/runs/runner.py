@@ -262,13 +262,13 @@ def _status(outcome: Any, left: Mapping[str, Any], failure: Failure | None) -> S
 def _way_on(run: RunFolder) -> str:
     """What to do about a run whose files could not be written."""
     resumed = _resumed_by(run)
-    return f"{resumed} then goes on where its journal ends." if resumed else "Then start it again."
+    return f"{resumed} then goes on where it ended." if resumed else "Then start it again."
 
 
 def _resumed_by(run: RunFolder) -> str:
-    """The command that goes on with a session; "" for a run that is none."""
+    """The command that goes on with a session or a sweep; "" for a run that is none."""
     account = " --account NUMBER" if run.kind == "live" else ""
-    return f"`trader {run.kind}{account} --resume {run.name}`" if run.kind in ("paper", "live") else ""
+    return f"`trader {run.kind}{account} --resume {run.name}`" if run.kind in ("paper", "live", "sweep") else ""
 
 
 def _why(outcome: Any) -> str:
@@ -285,9 +285,16 @@ def _family(kind: type[TraderError]) -> list[type[TraderError]]:
 
 
 def _interrupted(run: RunFolder, failure: Failure | None) -> str:
+    if failure is None and run.kind in ("sweep", "walkforward"):
+        way_on = f" {_resumed_by(run)} goes on." if _resumed_by(run) else ""
+        return f"Stopped as asked; what was done is kept. Its report is {run.report}.{way_on}"
     if failure is None:
         return f"Stopped as asked; the session drained. Its report is {run.report}."
     if failure.error == AGENT_DOWN:
         return f"Stopped as asked; the session drained. {failure.message} Its report is {run.report}."
     told = f"Stopped as asked{failure.where}, before it had a result. Its notebook is {run.notebook}."
-    return f"{told} {_resumed_by(run)} goes on." if _resumed_by(run) and run.journal.exists() else told
+    return (
+        f"{told} {_resumed_by(run)} goes on."
+        if _resumed_by(run) and (run.kind == "sweep" or run.journal.exists())
+        else told
+    )

@@ -20,6 +20,8 @@ from .result import Kind
 
 TEMPLATES: Mapping[Kind, str] = {
     "backtest": "backtest.ipynb",
+    "sweep": "sweep.ipynb",
+    "walkforward": "walkforward.ipynb",
     "paper": "paper_session.ipynb",
     "live": "paper_session.ipynb",
 }

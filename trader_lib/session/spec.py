@@ -26,7 +26,8 @@ from ..rules.actions import commission_as_traded
 from ..market.bars import Bars
 from ..market.stamps import from_ns
 from ..risk.limits import Limits
-from ..strategy.contract import Strategy, build_strategy, history_bars
+from ..strategy.contract import Strategy, history_bars
+from ..strategy.registry import build_strategy
 from ..rules.sizing import SizingRules
 from ..rules.numbers import CASH_DECIMALS, CASH_MAX, to_decimal, to_float
 from ..trading.events import FactorFrom
