@@ -15,7 +15,8 @@ from typing import Any
 import pandas as pd
 
 from ..errors.taxonomy import Misused, did_you_mean
-from ..strategy.contract import Strategy, build_strategy
+from ..strategy.contract import Strategy
+from ..strategy.registry import build_strategy
 
 Grid = Mapping[str, Iterable[object]]
 Samples = Sequence[Mapping[str, object]]

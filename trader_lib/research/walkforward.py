@@ -24,7 +24,8 @@ from .combinations import Grid, Samples, combinations
 from .measures import MEASURES
 from .statistics import statistics
 from .sweep import sweep
-from ..strategy.contract import Strategy, build_strategy
+from ..strategy.contract import Strategy
+from ..strategy.registry import build_strategy
 
 if TYPE_CHECKING:
     from trader_lib.research.plots import Figure
