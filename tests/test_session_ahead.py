@@ -14,7 +14,7 @@ from trader_lib.market.bars import Bars
 from trader_lib.strategy.ahead import LooksAhead
 from trader_lib.trading.events import OrderProposed, SessionEnded, TargetsDecided
 
-SPEC = {"strategy": "sma_cross", "symbols": ["IBM", "MSFT"], "start": "2009-01-05", "end": "2009-12-31"}
+SPEC = {"strategy": "sma_cross", "symbols": ["IBM", "MSFT"], "start": "2009-01-05", "end": "2010-12-31"}
 SETTINGS = load_settings(overrides={"broker": {"kind": "simulated", "transport": "in_process"}}, env_file=None)
 
 
@@ -31,7 +31,7 @@ class Tomorrow(Strategy):
 
 def test_a_look_ahead_stops_the_session_and_names_the_row(tmp_path: Path) -> None:
     spec, path = SessionSpec.model_validate(SPEC), tmp_path / "journal.sqlite"
-    bars = sample_bars(["IBM", "MSFT"], start="2008-12-01", end="2009-12-31")
+    bars = sample_bars(["IBM", "MSFT"], start="2008-12-01", end="2010-12-31")
     with pytest.raises(LooksAhead, match=r"the weight 0\.\d at .*, row \d+, when later bars are known"):
         asyncio.run(run_session(spec, SETTINGS, bars=bars, strategy=Tomorrow(), journal_path=path, check=False))
     with open_journal(path) as journal:
@@ -55,7 +55,7 @@ class Afraid(Strategy):
 
 def test_a_strategy_that_raises_fails_at_the_bar_at_which_it_would_without_a_block(tmp_path: Path) -> None:
     spec, path = SessionSpec.model_validate(SPEC), tmp_path / "journal.sqlite"
-    bars = sample_bars(["IBM", "MSFT"], start="2008-12-01", end="2009-12-31")
+    bars = sample_bars(["IBM", "MSFT"], start="2008-12-01", end="2010-12-31")
     result = asyncio.run(run_session(spec, SETTINGS, bars=bars, strategy=Afraid(), journal_path=path, check=False))
     (health,) = [one for one in result.health if one.agent == "strategy"]
     assert (health.failed, health.state, health.reason) == (6, "down", "ValueError: too high")
