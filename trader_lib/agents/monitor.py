@@ -24,6 +24,7 @@ from ..telemetry.log import bind_correlation, get_logger
 from trader_lib.trading.events import (
     AgentFailed,
     BarsClosed,
+    BarsSlice,
     Event,
     FillRecorded,
     OperatorCommand,
@@ -148,6 +149,9 @@ class WriteRecord(Effect):
 # %% ../../nbs/agents/07_monitor.ipynb #730c8f48
 def on_event(state: MonitorState, payload: Payload) -> Steps[None]:
     """Count an event and ask for the record that it deserves."""
+    if isinstance(payload, BarsSlice):
+        state.counts[BarsClosed.type] += len(payload.at_ns)
+        return
     state.counts[payload.type] += 1
     record = describe(payload)
     if confirms_only(state, payload) or record is None:
@@ -162,6 +166,7 @@ WATCHED: tuple[type[Payload], ...] = (
     SessionStarted,
     SessionEnded,
     BarsClosed,
+    BarsSlice,
     RiskDecided,
     OrderIntended,
     OrderAcknowledged,

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['OrderKey', 'AsLists', 'FromLists', 'order_request', 'StrategyState', 'StrategyRules', 'last_closes', 'new_state',
            'decide', 'propose_cancel', 'propose', 'forget_order', 'ask', 'is_alive', 'append_bars', 'follow_bars',
-           'on_action', 'on_bars', 'on_risk_decision', 'on_failure', 'cover_again', 'protection', 'close_order',
-           'on_acknowledgement', 'observe_order', 'on_trade_update', 'on_account', 'on_fill', 'cash_after',
-           'ProtectingAgent', 'FollowingAgent', 'StrategyAgent', 'strategy_agent', 'own_columns']
+           'on_action', 'on_bars', 'held_by', 'on_slice', 'on_risk_decision', 'on_failure', 'cover_again', 'protection',
+           'close_order', 'on_acknowledgement', 'observe_order', 'on_trade_update', 'on_account', 'on_fill',
+           'cash_after', 'ProtectingAgent', 'FollowingAgent', 'StrategyAgent', 'strategy_agent', 'own_columns']
 
 # %% ../../nbs/agents/02_strategy.ipynb #67f00437
 import math
@@ -30,6 +30,7 @@ from ..errors.taxonomy import InvariantBroken
 from ..market.bars import Bars
 from ..rules import folding
 from ..rules.exits import NO_EXITS, ExitRates, exit_due, exit_prices
+from ..rules.quiet import UNLIMITED, Held, Scratch, Worth, quiet_bars
 from ..rules.numbers import CASH_DECIMALS, PRICE_DECIMALS, round_to, to_decimal, to_float, to_shares
 from ..strategy.ahead import LooksAhead, WeightsAhead, alone
 from ..strategy.contract import Strategy
@@ -41,6 +42,7 @@ from trader_lib.trading.events import (
     AccountReported,
     BarRow,
     BarsClosed,
+    BarsSlice,
     CancelProposed,
     CorporateAction,
     Event,
@@ -289,6 +291,31 @@ def on_bars(
     if state.refused is not None and not state.protects_only:
         raise state.refused
 
+# %% ../../nbs/agents/02_strategy.ipynb #9436aba1
+def held_by(planner: Planner, mark: NDArray[np.float64]) -> Held:
+    """Return what a planner's decision rests on, in its own arrays. mark: last closes, USD [symbol]."""
+    return Held(planner.positions, planner.avg_entry, planner.extreme, planner.blocked_sign, mark)
+
+
+def on_slice(
+    rules: StrategyRules,
+    state: StrategyState,
+    stamps: Sequence[datetime],
+    closes: NDArray[np.float64],  # USD [time × symbol]
+    weights: NDArray[np.float64],  # of the bar before and of these [time × symbol]
+) -> None:
+    """Move on by bars at which nothing is decided; raises InvariantBroken where something would be."""
+    worth, figures = np.empty(len(closes)), Worth(0, state.cash, 1.0, 1.0)
+    held, planner = held_by(rules.planner, state.mark), rules.planner
+    room = Scratch.room(len(planner.symbols))
+    passed = quiet_bars(
+        weights[0], weights[1:], closes, held, figures, UNLIMITED, planner.rules, rules.rates, room, worth
+    )
+    if passed != len(closes):
+        raise InvariantBroken(f"Nothing was to be decided until {stamps[-1]}, and something is at {stamps[passed]}.")
+    state.close, state.decided_at = closes[-1].copy(), stamps[-1]
+    state.uncovered, state.numbers, state.proposed = set(), {}, {}
+
 # %% ../../nbs/agents/02_strategy.ipynb #a7c5cd1a
 def on_risk_decision(rules: StrategyRules, state: StrategyState, decision: RiskDecided) -> Steps[None]:
     """Note an approved order as working; put back the exit that made way for a refused one."""
@@ -437,6 +464,15 @@ class FollowingAgent(ProtectingAgent):
         self.bars = self.bars if bars is None else bars
         return bars
 
+    def take_slice(self, rows: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Add the next bars that were known ahead; return their closes, and the weights of the bar before and of these."""
+        first, ahead = self.bars.n, self.ahead
+        weights = None if ahead is None else ahead.stretch(first, rows)
+        if ahead is None or weights is None:
+            raise InvariantBroken("Bars were passed over that this agent did not know ahead.")
+        self.bars = ahead.bars.head(first + rows)
+        return self.bars.close[first:], weights
+
     def follow(
         self, symbols: Sequence[str], times_ns: NDArray[np.int64], block: NDArray[np.float64], whole: NDArray[np.bool_]
     ) -> None:
@@ -478,6 +514,7 @@ class StrategyAgent(FollowingAgent):
         """Return which function handles which type of event."""
         return {
             BarsClosed: lambda event: self._on_bars(event.payload),
+            BarsSlice: lambda event: self._on_slice(event.payload),
             AccountReported: lambda event: on_account(self.rules, self.state, event.payload),
             FillRecorded: lambda event: on_fill(self.rules, self.state, event.payload.fill),
             RiskDecided: lambda event: on_risk_decision(self.rules, self.state, event.payload),
@@ -489,6 +526,9 @@ class StrategyAgent(FollowingAgent):
     def _on_bars(self, closed: BarsClosed) -> Steps[None] | None:
         bars = self.take(closed, self.rules.planner.columns)
         return None if bars is None else on_bars(self.rules, self.state, bars, closed, self.ahead)
+
+    def _on_slice(self, part: BarsSlice) -> None:
+        on_slice(self.rules, self.state, part.stamps, *self.take_slice(len(part.at_ns)))
 
     def restore(self, snapshot: bytes) -> None:
         """Take over another one's state; the planner goes on with its holdings."""

@@ -6,7 +6,7 @@
 __all__ = ['Durability', 'SCHEMA_VERSION', 'KEYED_VERSION', 'SLICED', 'READ_ROWS', 'READ_BYTES', 'BUSY_TIMEOUT_S', 'WAL_PAGES',
            'FRAME_BYTES', 'SMALLER', 'QUIET_EVENTS', 'SCHEMA', 'ANY_TABLE', 'KEYED', 'SCHEMAS', 'KEYED_VERSIONS',
            'INSERT', 'SELECT', 'SELECT_LAST', 'SELECT_CANONICAL', 'WRITE_HEAD', 'P', 'R', 'DAMAGED', 'with_slices',
-           'SqliteJournal', 'end_of', 'NO_HASH', 'Journal', 'Verification']
+           'single_events', 'SqliteJournal', 'end_of', 'NO_HASH', 'Journal', 'Verification']
 
 # %% ../../nbs/journal/01_journal.ipynb #3ce3c247
 import os
@@ -142,6 +142,14 @@ def _translated(method: "Callable[Concatenate[SqliteJournal, P], R]") -> "Callab
 def with_slices(types: Collection[type[Payload]]) -> Collection[type[Payload]]:
     """Return payload types with the slices that stand for some of them; all, where none are given, as they are."""
     return (*types, BarsSlice) if set(types) & set(SLICED_TYPES) else types
+
+
+def single_events(event: Event, types: Collection[type[Payload]]) -> Iterator[Event]:
+    """Return the events of some payload types, of all where none are given, that a row stands for."""
+    if BarsSlice in types or not isinstance(event.payload, BarsSlice):
+        yield event
+    else:
+        yield from (one for one in expanded(event) if not types or isinstance(one.payload, tuple(types)))
 
 # %% ../../nbs/journal/01_journal.ipynb #8cd39c27
 class SqliteJournal:
@@ -371,13 +379,13 @@ class SqliteJournal:
     def read(self, from_seq: int = 0, types: Collection[type[Payload]] = ()) -> Iterator[Event]:
         """Events in order, from a number on, of some payload types or of all; raises BadData for an unreadable one.
 
-        The events that a slice stands for come one by one, under its number.
+        The events that a slice stands for come one by one, under its number, unless slices are what is asked for.
         """
         asked = with_slices(types)
         while rows := self._rows(from_seq, asked):
             for row in rows:
                 event = Event.from_row(dict(zip(ENVELOPE, row, strict=False)), row[len(ENVELOPE)])
-                yield from (one for one in expanded(event) if not types or isinstance(one.payload, tuple(types)))
+                yield from single_events(event, types)
             from_seq = rows[-1][ENVELOPE.index("seq")] + 1
 
     def payloads(self, kind: type[Payload], last: int) -> Iterator[str]:
@@ -399,8 +407,7 @@ class SqliteJournal:
         for row in rows:
             after = readable_row(row, after, self.path)[ENVELOPE.index("seq")]
         events = (Event.from_row(dict(zip(ENVELOPE, row, strict=False)), row[len(ENVELOPE)]) for row in rows)
-        wanted = (one for event in events for one in expanded(event) if isinstance(one.payload, tuple(types)))
-        return list(deque(wanted, maxlen=count))
+        return list(deque((one for event in events for one in single_events(event, types)), maxlen=count))
 
     @_translated
     def _rows(self, from_seq: int, types: Collection[type[Payload]] = ()) -> list[tuple[Any, ...]]:

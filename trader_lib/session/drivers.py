@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOURCE', 'Progress', 'STOPPED', 'ACCOUNTS_MAX', 'QUIET_DAYS', 'TURN_S', 'RECOVERY_PAUSE_S', 'Desk', 'Driver',
-           'LockstepDriver', 'RealTimeDriver']
+           'Stretches', 'LockstepDriver', 'RealTimeDriver']
 
 # %% ../../nbs/session/03_drivers.ipynb #0a3d83b2
 import asyncio
@@ -32,6 +32,7 @@ from ..recovery.snapshots import SnapshotKeeper
 from trader_lib.trading.events import (
     AccountReported,
     BarRow,
+    BarsSlice,
     CancelIntended,
     ClockTicked,
     Event,
@@ -106,6 +107,11 @@ class Desk:
             event = await self._bus.publish(report, source=SOURCE, correlation_id=correlation_id)
             self._reported, self._known = event.id, before
 
+    @property
+    def is_current(self) -> bool:
+        """Whether nothing is known to have changed the account since it was reported."""
+        return self._known == self._changes
+
     def doubt(self) -> None:
         """The account may have changed unheard: it is asked for again."""
         self._changes += 1
@@ -139,14 +145,26 @@ QUIET_DAYS = timedelta(
 TURN_S = 0.01  # real seconds after which a driver in lockstep commits and lets others of the event loop have their turn
 RECOVERY_PAUSE_S = 5.5  # a little longer than the execution agent waits for a fill before it repairs
 
+# %% ../../nbs/session/03_drivers.ipynb #55476016
+class Stretches(Protocol):
+    """Finds bars at which nothing happens, and plays them at once."""
+
+    def find(self, most: int) -> BarsSlice | None:
+        """Return the next bars, so many at most, at which nothing is decided; None where there are not two of them."""
+        ...
+
+    def play(self, part: BarsSlice) -> Step:
+        """Let the exchange play them."""
+        ...
+
 # %% ../../nbs/session/03_drivers.ipynb #e27013f3
 class LockstepDriver:
     """Drives a simulated exchange one bar at a time.
 
-    commit: makes the journal survive, every TURN_S at least; before an order the execution
-    agent does it. ensure_sound: raises what makes it wrong to go on, asked after each bar. operator: looked after before each bar. grace_s: real seconds that
-    agents may work before virtual sleepers are woken. timeout_s: real seconds after which a bar that does not come to
-    rest is an error. standing, count: after a restart, where the exchange stands and how many bars have closed.
+    commit: makes the journal survive, every TURN_S at least; before an order the execution agent does it. ensure_sound:
+    raises what makes it wrong to go on, asked after each bar. stretches: who finds bars at which nothing happens. operator:
+    looked after before each bar. grace_s: real seconds that agents may work before virtual sleepers are woken. timeout_s:
+    real seconds after which a bar that does not come to rest is an error. standing, count: after a restart, where the exchange stands and how many bars have closed.
     reconciler, reconcile_bars: who compares the books with the broker's, and after how many bars each.
     """
 
@@ -166,6 +184,7 @@ class LockstepDriver:
         reconciler: Reconciler | None = None,
         reconcile_bars: int = 100,
         ensure_sound: Callable[[], None] = lambda: None,
+        stretches: Stretches | None = None,
         standing: Standing = NOWHERE,
         count: int = 0,
         grace_s: float = 0.02,
@@ -178,7 +197,7 @@ class LockstepDriver:
         self._grace_s, self._timeout_s = grace_s, timeout_s
         self._reconciler, self._reconcile_bars = reconciler, reconcile_bars
         self._settled = 0  # of what the desk has sent
-        self._ensure_sound = ensure_sound
+        self._ensure_sound, self._stretches = ensure_sound, stretches
         self._wall, self._turn_at = WallClock(), 0.0
         self._standing, self._count = standing, count
 
@@ -191,14 +210,42 @@ class LockstepDriver:
             await self._take_turn()
             if self._operator is not None:
                 await self._operator.attend(self.settle)
-            step = await self._control.advance()
-            items = await self._broker.inbox.pump(
-                trade_updates=step.trade_updates, bars=step.bars, timeout_s=self._timeout_s
-            )
-            self._move_clock(step.closed_at)
-            await self._take(items)
-            await self._close_bar(step)
+            step = await self._play_many() or await self._play_one()
         return STOPPED if step is None or not step.last else "every bar was played"
+
+    async def _play_one(self) -> Step:
+        step = await self._control.advance()
+        items = await self._broker.inbox.pump(
+            trade_updates=step.trade_updates, bars=step.bars, timeout_s=self._timeout_s
+        )
+        self._move_clock(step.closed_at)
+        await self._take(items)
+        await self._close_bar(step)
+        return step
+
+    async def _play_many(self) -> Step | None:
+        """Play the bars at which nothing happens, up to the next look at the books; None where there are none."""
+        if self._stretches is None or self._clock.next_wake is not None:
+            return None
+        part = self._stretches.find(self._reconcile_bars - self._count % self._reconcile_bars)
+        if part is None:
+            return None
+        step = self._stretches.play(part)
+        self._move_clock(step.closed_at)
+        await self._market_data.release_slice(part, self._ids.new())
+        await self.settle()
+        before = self._count
+        self._count += len(part.at_ns)
+        await self._look(before)
+        if self._progress is not None:
+            for count, at in enumerate(part.stamps, before + 1):
+                self._progress(count, at)
+        return step
+
+    async def _look(self, before: int) -> None:
+        """Compare the books, where it is time since so many bars."""
+        if self._reconciler is not None and self._count // self._reconcile_bars > before // self._reconcile_bars:
+            await self._reconciler.reconcile(self.settle, self.pause)
 
     async def _take_turn(self) -> None:
         """Commit and let the event loop do what waits, such as signals, where it is time."""
@@ -220,8 +267,7 @@ class LockstepDriver:
             self._count += 1
         await self.settle()
         self._ensure_sound()
-        if self._reconciler is not None and self._count // self._reconcile_bars > before // self._reconcile_bars:
-            await self._reconciler.reconcile(self.settle, self.pause)
+        await self._look(before)
         if self._progress is not None:
             self._progress(self._count, step.bar_at)
 

@@ -615,10 +615,21 @@ class BarsSlice(Input):
     equity: tuple[Finite, ...] = Field(fail_fast=True)  # USD, cents, by stamp
 
     @property
-    def closes(self) -> dict[str, float]:
-        """The last close of each symbol that has a bar, USD."""
-        rows = {symbol: [row[3] for row in rows if row[3] is not None] for symbol, rows in self.bars.items()}
-        return {symbol: closes[-1] for symbol, closes in rows.items() if closes}
+    def last_closes(self) -> dict[str, tuple[float, datetime]]:
+        """The last close of each symbol that has a bar, USD, and when it was complete, UTC."""
+        found: dict[str, tuple[float, datetime]] = {}
+        for symbol, rows in self.bars.items():
+            for row in reversed(range(len(rows))):
+                close = rows[row][3]
+                if close is not None:
+                    found[symbol] = close, _moment(self.closed_ns[row])
+                    break
+        return found
+
+    @property
+    def stamps(self) -> tuple[datetime, ...]:
+        """The bars' stamps, UTC."""
+        return tuple(_moment(ns) for ns in self.at_ns)
 
     @property
     def last_closed_at(self) -> datetime:
