@@ -31,6 +31,7 @@ CASH = 100_000.0
 NAUTILUS = Path("build/bench/nautilus/bin/python")
 DURABILITY = "process"
 ORDERS_MAX = 100_000
+COSTS = {"volume_share": 1.0}  # an order fills at once, as with the two others
 
 
 class Run(NamedTuple):
@@ -74,7 +75,7 @@ def our_session(bars: Bars) -> Run:
     """`run_session` with its journal on disk."""
     limits = {"max_orders": ORDERS_MAX}
     spec = SessionSpec.model_validate(
-        {"strategy": "sma_cross", "symbols": ["SYN"], "timeframe": "1Min", "limits": limits}
+        {"strategy": "sma_cross", "symbols": ["SYN"], "timeframe": "1Min", "limits": limits, "costs": COSTS}
     )
     overrides = {"broker": {"kind": "simulated", "transport": "in_process"}, "journal": {"durability": DURABILITY}}
     settings = load_settings(overrides=overrides, env_file=None)
@@ -120,7 +121,7 @@ def streaming(row: Callable[..., Any], bars_wanted: int = 20_000, turns: int = 3
     for turn in range(turns):
         for name in sorted(kinds, reverse=bool(turn % 2)):
             runs[name].append(kinds[name](bars))
-    engine = backtest(SmaCross(fast=FAST, slow=SLOW), bars, limits=limits)
+    engine = backtest(SmaCross(fast=FAST, slow=SLOW), bars, limits=limits, costs=COSTS)
     ours = runs["session"][-1]
     assert ours.order_list_hash == engine.order_list_hash, "the session ordered otherwise than the backtest"
     per_bar = {name: statistics.median(run.cpu_s / run.bars for run in each) * 1e6 for name, each in runs.items()}

@@ -63,7 +63,8 @@ ROWS_MIN = 2
 
 def figures_of(bars: Bars, first: int, stop: int) -> dict[str, BarRows]:
     """Return open … volume by symbol and stamp, as an event has them. first, stop: rows."""
-    block = np.stack([bars.open, bars.high, bars.low, bars.close, bars.volume])[:, first:stop]
+    part = bars.rows_between(first, stop)
+    block = np.stack([part.open, part.high, part.low, part.close, part.volume])
     return {
         symbol: tuple(
             tuple(None if value != value else value for value in row) for row in block[:, :, column].T.tolist()
@@ -99,10 +100,12 @@ class QuietBars:
         """Return the next bars, so many at most, at which nothing is decided; None where there are not two of them."""
         if not (self.bus.is_idle and self.is_reported() and self._is_alone()):
             return None
-        strategy, risk, portfolio = self.strategy.state, self.risk.state, self.portfolio.state
-        if not (rests(strategy, risk, portfolio) and agree(self.strategy.bars.symbols, strategy, risk, portfolio)):
-            return None
         at_ns, closed_ns = self.exchange.quiet_ahead(min(most, ROWS_MAX))
+        strategy, risk, portfolio = self.strategy.state, self.risk.state, self.portfolio.state
+        if len(at_ns) < ROWS_MIN or not rests(strategy, risk, portfolio):
+            return None
+        if not agree(self.strategy.bars.symbols, strategy, risk, portfolio):
+            return None
         weights = self._weights(at_ns)
         if weights is None or from_ns(closed_ns[-1]).astimezone(NEW_YORK).date() != risk.day:
             return None
