@@ -88,8 +88,15 @@ docs: $(DOCS_INSTALLED) ## build the site into _docs; EXECUTE=1 runs the noteboo
 docs-serve: docs ## build the site and show it on http://127.0.0.1:8000
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _docs $(or $(PORT),8000)
 
-bench: install ## measured figures: import time, engines, order path
-	$(BIN)/python -m tests.bench
+# NautilusTrader, to measure beside; in an environment of its own (some 700 MB), made once.
+NAUTILUS := build/bench/nautilus
+$(NAUTILUS)/.installed:
+	$(PYTHON) -m venv $(NAUTILUS)
+	$(NAUTILUS)/bin/python -m pip install --quiet --disable-pip-version-check nautilus_trader==1.221.0
+	@touch $@
+
+bench: install $(NAUTILUS)/.installed ## measured figures: import time, engines, sessions beside NautilusTrader (BARS=20000), order path
+	BENCH_BARS=$(or $(BARS),20000) $(BIN)/python -m tests.bench $(PARTS)
 
 simulate: install ## play SEEDS sessions behind a bad connection (300), and report what broke
 	@$(BIN)/python -m tests.simulation --seeds $(or $(SEEDS),300)

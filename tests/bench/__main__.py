@@ -28,6 +28,7 @@ from loguru import logger
 
 from tests.bench.recovering import recovering
 from tests.bench.scaling import scaling
+from tests.bench.streaming import streaming
 from tests.bench.sweeping import sweeping
 from tests.bench.watching import watching
 from trader_lib.agents.execution import ExecutionAgent
@@ -325,6 +326,7 @@ def journal_throughput() -> list[Row]:
 
 
 EVENTS = 1_000_000
+BARS = int(os.environ.get("BENCH_BARS", "20000"))  # of `minutes`
 
 
 def calls_saved() -> list[Row]:
@@ -355,6 +357,7 @@ PARTS = {
     "import": importing,
     "engines": lambda: engines(1_000_000),
     "sessions": sessions,
+    "minutes": lambda: streaming(Row, BARS),
     "orders": order_path,
     "journal": journal_throughput,
     "cache": calls_saved,

@@ -608,14 +608,18 @@ class BrokerAgent(Agent):
         super().__init__(bus, clock)
         self._broker, self._commit, self._is_stopped = broker, commit, is_stopped
 
-    async def perform(self, step: Payload | Effect, event: Event) -> Any:
-        """Ask the broker, the journal or the operator, or publish."""
-        if isinstance(step, BrokerEffect):
-            return await ask_broker(self._broker, step)
+    def perform_now(self, step: Payload | Effect, event: Event) -> Any:
+        """Ask the journal or the operator, or publish; the broker has to be waited for."""
         if isinstance(step, Commit):
             return self._commit()
         if isinstance(step, AskHalted):
             return self._is_stopped()
+        return super().perform_now(step, event)
+
+    async def perform(self, step: Payload | Effect, event: Event) -> Any:
+        """Ask the broker, the journal or the operator, or publish."""
+        if isinstance(step, BrokerEffect):
+            return await ask_broker(self._broker, step)
         return await super().perform(step, event)
 
     def health(self) -> AgentHealth:

@@ -24,7 +24,7 @@ from ..clock.sessions import NEW_YORK, TradingCalendar
 from ..market.bars import Bars
 from ..market.record import record_history
 from ..market.stamps import from_ns
-from ..trading.events import BarRow, BarsClosed, CorporateAction, Event, HistoryLoaded, Payload
+from ..trading.events import BarRow, BarsClosed, BarsSlice, CorporateAction, Event, HistoryLoaded, Payload
 
 # %% ../../nbs/agents/01_market_data.ipynb #8dc0d61f
 @dataclass(slots=True)
@@ -132,7 +132,7 @@ class MarketDataAgent(Agent):
     """
 
     name = "market_data"
-    emits = (BarsClosed, HistoryLoaded)
+    emits = (BarsClosed, BarsSlice, HistoryLoaded)
     state_kind = TypeAdapter(MarketDataState)
     state: MarketDataState
 
@@ -173,6 +173,13 @@ class MarketDataAgent(Agent):
         self.tally.handled += 1
         self.tally.last_event_at = self._clock.now()
         return await self.publish(closed, correlation_id)
+
+    async def release_slice(self, part: BarsSlice, correlation_id: str) -> Event:
+        """Publish the bars of many stamps at which nothing happens."""
+        self.state.released = part.stamps[-1]
+        self.tally.handled += len(part.at_ns)
+        self.tally.last_event_at = self._clock.now()
+        return await self.publish(part, correlation_id)
 
     def resume(self, released: datetime | None, count: int) -> None:
         """Go on after a restart. released: the last stamp that is out, or history's end. count: stamps that are out."""

@@ -24,6 +24,7 @@ from ..telemetry.log import bind_correlation, get_logger
 from trader_lib.trading.events import (
     AgentFailed,
     BarsClosed,
+    BarsSlice,
     Event,
     FillRecorded,
     OperatorCommand,
@@ -148,6 +149,9 @@ class WriteRecord(Effect):
 # %% ../../nbs/agents/07_monitor.ipynb #730c8f48
 def on_event(state: MonitorState, payload: Payload) -> Steps[None]:
     """Count an event and ask for the record that it deserves."""
+    if isinstance(payload, BarsSlice):
+        state.counts[BarsClosed.type] += len(payload.at_ns)
+        return
     state.counts[payload.type] += 1
     record = describe(payload)
     if confirms_only(state, payload) or record is None:
@@ -162,6 +166,7 @@ WATCHED: tuple[type[Payload], ...] = (
     SessionStarted,
     SessionEnded,
     BarsClosed,
+    BarsSlice,
     RiskDecided,
     OrderIntended,
     OrderAcknowledged,
@@ -191,10 +196,10 @@ class MonitorAgent(Agent):
         """Return the same function for every type of event that is watched."""
         return dict.fromkeys(WATCHED, lambda event: on_event(self.state, event.payload))
 
-    async def perform(self, step: Payload | Effect, event: Event) -> Any:
+    def perform_now(self, step: Payload | Effect, event: Event) -> Any:
         """Write a record."""
         if not isinstance(step, WriteRecord):
-            return await super().perform(step, event)
+            return super().perform_now(step, event)
         with bind_correlation(event.correlation_id):
             self._log.log(step.level, "{}", step.text)
         return None

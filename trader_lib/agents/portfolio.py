@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PortfolioState', 'on_account', 'on_fill', 'on_positions', 'market_prices', 'after_action', 'on_action', 'on_bars',
-           'PortfolioAgent']
+           'on_slice', 'PortfolioAgent']
 
 # %% ../../nbs/agents/06_portfolio.ipynb #976c5b4f
 import math
@@ -25,6 +25,7 @@ from ..rules.numbers import to_float
 from trader_lib.trading.events import (
     AccountReported,
     BarsClosed,
+    BarsSlice,
     CorporateAction,
     FillRecorded,
     Payload,
@@ -126,6 +127,11 @@ def on_bars(state: PortfolioState, closed: BarsClosed) -> Steps[None]:
         ),
     )
 
+# %% ../../nbs/agents/06_portfolio.ipynb #2943a7fb
+def on_slice(state: PortfolioState, part: BarsSlice) -> None:
+    """Take the last closes of many bars, which say themselves what the portfolio was worth at each."""
+    state.marks.update((symbol, close) for symbol, (close, _) in part.last_closes.items())
+
 # %% ../../nbs/agents/06_portfolio.ipynb #19aa9bca
 class PortfolioAgent(Agent):
     """Keeps the portfolio and publishes it at every closed bar.
@@ -159,6 +165,7 @@ class PortfolioAgent(Agent):
             PositionsReported: lambda event: on_positions(self.state, event.payload),
             FillRecorded: lambda event: self._on_fill(event.payload.fill),
             BarsClosed: lambda event: on_bars(self.state, event.payload),
+            BarsSlice: lambda event: on_slice(self.state, event.payload),
         }
 
     def _on_fill(self, fill: Fill) -> None:

@@ -8,7 +8,7 @@ __all__ = ['ACCOUNT', 'SEVERITY', 'VITAL', 'ApprovedOrder', 'OpenOrder', 'open_o
            'washes_with', 'facts', 'set_state', 'tighten', 'breach', 'on_command', 'on_agent_failure',
            'on_reconciliation', 'owners_of', 'judge', 'approve', 'on_proposal', 'start_cancel', 'end_order',
            'end_short', 'book_fill', 'worst_price', 'remaining_shares', 'adopt_order', 'column_of', 'on_positions',
-           'on_fill', 'on_account', 'value', 'on_action', 'change_shares', 'on_bars', 'observe_order',
+           'on_fill', 'on_account', 'value', 'on_action', 'change_shares', 'on_bars', 'on_slice', 'observe_order',
            'on_acknowledgement', 'on_failure', 'on_cancel', 'on_adoption', 'on_trade_update', 'on_assets',
            'end_everywhere', 'RiskAgent']
 
@@ -62,6 +62,7 @@ from trader_lib.trading.events import (
     AgentFailed,
     AssetsReported,
     BarsClosed,
+    BarsSlice,
     CancelProposed,
     CheckOutcome,
     CorporateAction,
@@ -567,6 +568,15 @@ def on_bars(rules: RiskRules, state: RiskState, closed: BarsClosed) -> Steps[Non
             becomes, reason = breach(rules.books[owner], book)
             yield from tighten(state, becomes, reason, owner, exits_pass=becomes is TradingState.HALTED)
 
+# %% ../../nbs/agents/03_risk.ipynb #b7aa509d
+def on_slice(state: RiskState, part: BarsSlice) -> None:
+    """Take the closes of many bars, at none of which the trading state changes."""
+    state.closed_at, market, book = part.last_closed_at, state.market, state.books[""]
+    for symbol, (close, closed_at) in part.last_closes.items():
+        column = state.columns[symbol]
+        market.mark[column], market.time_s[column] = close, closed_at.timestamp()
+    book.equity, book.peak = part.equity[-1], max(book.peak, *part.equity)
+
 # %% ../../nbs/agents/03_risk.ipynb #079350cf
 def observe_order(state: RiskState, client_order_id: str, order: Order) -> None:
     """Take in the broker's record of an order, under the client order id that it has here."""
@@ -647,6 +657,7 @@ class RiskAgent(Agent):
         return {
             OrderProposed: lambda event: on_proposal(self.rules, self.state, event.payload),
             BarsClosed: lambda event: on_bars(self.rules, self.state, event.payload),
+            BarsSlice: lambda event: on_slice(self.state, event.payload),
             AssetsReported: lambda event: on_assets(self.state, event.payload),
             AccountReported: lambda event: on_account(self.state, event.payload),
             PositionsReported: lambda event: on_positions(self.rules, self.state, event.payload),

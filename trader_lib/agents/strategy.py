@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['OrderKey', 'AsLists', 'FromLists', 'order_request', 'StrategyState', 'StrategyRules', 'last_closes', 'new_state',
-           'decide', 'propose_cancel', 'propose', 'forget_order', 'ask', 'is_alive', 'append_bars', 'on_action',
-           'on_bars', 'on_risk_decision', 'on_failure', 'cover_again', 'protection', 'close_order',
-           'on_acknowledgement', 'observe_order', 'on_trade_update', 'on_account', 'on_fill', 'cash_after',
-           'ProtectingAgent', 'StrategyAgent', 'strategy_agent', 'own_columns']
+           'decide', 'propose_cancel', 'propose', 'forget_order', 'ask', 'is_alive', 'append_bars', 'follow_bars',
+           'on_action', 'on_bars', 'held_by', 'on_slice', 'on_risk_decision', 'on_failure', 'cover_again', 'protection',
+           'close_order', 'on_acknowledgement', 'observe_order', 'on_trade_update', 'on_account', 'on_fill',
+           'cash_after', 'ProtectingAgent', 'FollowingAgent', 'StrategyAgent', 'strategy_agent', 'own_columns']
 
 # %% ../../nbs/agents/02_strategy.ipynb #67f00437
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
@@ -26,11 +26,14 @@ from .contract import AS_PAIRS, FROM_PAIRS, WITH_NAN, Agent, FloatArray, Reactio
 # %% ../../nbs/agents/02_strategy.ipynb #f34b39d4
 from ..bus.bus import Bus
 from ..clock.clock import Clock
+from ..errors.taxonomy import InvariantBroken
 from ..market.bars import Bars
 from ..rules import folding
 from ..rules.exits import NO_EXITS, ExitRates, exit_due, exit_prices
+from ..rules.quiet import UNLIMITED, Held, Scratch, Worth, quiet_bars
 from ..rules.numbers import CASH_DECIMALS, PRICE_DECIMALS, round_to, to_decimal, to_float, to_shares
-from ..strategy.contract import Strategy, needed_bars, target_weights
+from ..strategy.ahead import LooksAhead, WeightsAhead, alone
+from ..strategy.contract import Strategy
 from ..strategy.planner import Holdings, PlannedAction, PlannedType, Planner
 from ..trading.portfolio import Commission, Fill, no_commission
 
@@ -39,6 +42,7 @@ from trader_lib.trading.events import (
     AccountReported,
     BarRow,
     BarsClosed,
+    BarsSlice,
     CancelProposed,
     CorporateAction,
     Event,
@@ -203,17 +207,22 @@ def forget_order(state: StrategyState, key: OrderKey) -> str:
     return order_id
 
 # %% ../../nbs/agents/02_strategy.ipynb #577f2b78
-def ask(rules: StrategyRules, state: StrategyState, bars: Bars) -> NDArray[np.float64] | None:
+def ask(
+    rules: StrategyRules,
+    state: StrategyState,
+    bars: Bars,
+    ahead: WeightsAhead | None = None,  # over the same bars and those to come
+) -> NDArray[np.float64] | None:
     """Return the strategy's targets [symbol]; None where it raised, or has raised too often to be asked again."""
     if state.protects_only:
         return None
     state.refused = None
+    row = bars.n - 1
     try:
-        weights: NDArray[np.float64] = target_weights(rules.strategy, needed_bars(rules.strategy, bars))[-1]
+        return alone(rules.strategy, bars, row) if ahead is None else ahead.weights(row)
     except Exception as error:
         state.refused = error
         return None
-    return weights
 
 # %% ../../nbs/agents/02_strategy.ipynb #2a0e6a12
 def is_alive(bars: Bars) -> bool:
@@ -230,6 +239,18 @@ def append_bars(bars: Bars, own: Mapping[str, BarRow], closed: BarsClosed, *, fo
         for at in closed.quiet or ():
             bars = bars.append(at, {}, carry=True)
     return bars.append(closed.at, own, carry=forward_fill)
+
+
+def follow_bars(known: Bars, row: int, own: Mapping[str, BarRow], closed: BarsClosed) -> Bars | None:
+    """Return the bars up to the ones that closed, out of bars that were known ahead; None where there is no row of theirs.
+
+    row: theirs. own: rows of their symbols. Raises InvariantBroken where other bars closed.
+    """
+    if not own:
+        return None
+    if row >= known.n or known.at(row) != closed.at:
+        raise InvariantBroken(f"The bars of {closed.at} closed, and others were known to come at row {row}.")
+    return known.head(row + 1)
 
 # %% ../../nbs/agents/02_strategy.ipynb #2a0e6a14
 def on_action(rules: StrategyRules, state: StrategyState, action: CorporateAction) -> None:
@@ -248,7 +269,9 @@ def on_action(rules: StrategyRules, state: StrategyState, action: CorporateActio
         state.cash = round_to(state.cash + paid, CASH_DECIMALS)
 
 # %% ../../nbs/agents/02_strategy.ipynb #f4d81baf
-def on_bars(rules: StrategyRules, state: StrategyState, bars: Bars, closed: BarsClosed) -> Steps[None]:
+def on_bars(
+    rules: StrategyRules, state: StrategyState, bars: Bars, closed: BarsClosed, ahead: WeightsAhead | None = None
+) -> Steps[None]:
     """Decide at a close; raises what the strategy raised, once the exits are kept. bars: with the one that closed."""
     state.close = bars.close[-1].copy()
     for action in closed.actions:
@@ -257,7 +280,7 @@ def on_bars(rules: StrategyRules, state: StrategyState, bars: Bars, closed: Bars
     rules.planner.on_close(state.close)
     if closed.late:
         return
-    weights = ask(rules, state, bars)
+    weights = ask(rules, state, bars, ahead)
     if weights is None:
         yield from decide(rules, state, closed.at, np.full(len(state.close), math.nan))
     else:
@@ -267,6 +290,31 @@ def on_bars(rules: StrategyRules, state: StrategyState, bars: Bars, closed: Bars
         yield from decide(rules, state, closed.at, weights)
     if state.refused is not None and not state.protects_only:
         raise state.refused
+
+# %% ../../nbs/agents/02_strategy.ipynb #9436aba1
+def held_by(planner: Planner, mark: NDArray[np.float64]) -> Held:
+    """Return what a planner's decision rests on, in its own arrays. mark: last closes, USD [symbol]."""
+    return Held(planner.positions, planner.avg_entry, planner.extreme, planner.blocked_sign, mark)
+
+
+def on_slice(
+    rules: StrategyRules,
+    state: StrategyState,
+    stamps: Sequence[datetime],
+    closes: NDArray[np.float64],  # USD [time × symbol]
+    weights: NDArray[np.float64],  # of the bar before and of these [time × symbol]
+) -> None:
+    """Move on by bars at which nothing is decided; raises InvariantBroken where something would be."""
+    worth, figures = np.empty(len(closes)), Worth(0, state.cash, 1.0, 1.0)
+    held, planner = held_by(rules.planner, state.mark), rules.planner
+    room = Scratch.room(len(planner.symbols))
+    passed = quiet_bars(
+        weights[0], weights[1:], closes, held, figures, UNLIMITED, planner.rules, rules.rates, room, worth
+    )
+    if passed != len(closes):
+        raise InvariantBroken(f"Nothing was to be decided until {stamps[-1]}, and something is at {stamps[passed]}.")
+    state.close, state.decided_at = closes[-1].copy(), stamps[-1]
+    state.uncovered, state.numbers, state.proposed = set(), {}, {}
 
 # %% ../../nbs/agents/02_strategy.ipynb #a7c5cd1a
 def on_risk_decision(rules: StrategyRules, state: StrategyState, decision: RiskDecided) -> Steps[None]:
@@ -398,12 +446,47 @@ class ProtectingAgent(Agent):
         self.state.protects_only = error is self.state.refused and self.policy.gives_up(self.tally, error)
         await super().recover(event, error)
 
+# %% ../../nbs/agents/02_strategy.ipynb #96f0ba9f
+class FollowingAgent(ProtectingAgent):
+    """An agent that knows the bars of its symbols."""
+
+    bars: Bars  # as far as they have closed
+    forward_fill: bool  # a symbol without a bar repeats its last close
+    ahead: WeightsAhead | None  # over the same bars and those to come, where they are known
+
+    def take(self, closed: BarsClosed, symbols: Container[str]) -> Bars | None:
+        """Add the bars that closed and return all; None where none is of these symbols."""
+        own = {symbol: row for symbol, row in closed.bars.items() if symbol in symbols}
+        if self.ahead is None:
+            bars = append_bars(self.bars, own, closed, forward_fill=self.forward_fill)
+        else:
+            bars = follow_bars(self.ahead.bars, self.bars.n, own, closed)
+        self.bars = self.bars if bars is None else bars
+        return bars
+
+    def take_slice(self, rows: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Add the next bars that were known ahead; return their closes, and the weights of the bar before and of these."""
+        first, ahead = self.bars.n, self.ahead
+        weights = None if ahead is None else ahead.stretch(first, rows)
+        if ahead is None or weights is None:
+            raise InvariantBroken("Bars were passed over that this agent did not know ahead.")
+        self.bars = ahead.bars.head(first + rows)
+        return self.bars.close[first:], weights
+
+    def follow(
+        self, symbols: Sequence[str], times_ns: NDArray[np.int64], block: NDArray[np.float64], whole: NDArray[np.bool_]
+    ) -> None:
+        """Add bars that closed before a snapshot, undecided; as in `own_columns`. whole: who has no bar did not trade."""
+        times, own = own_columns(self.bars, symbols, times_ns, block, whole & self.forward_fill)
+        self.bars = self.bars.extend(times, own, carry=self.forward_fill)
+
 # %% ../../nbs/agents/02_strategy.ipynb #510d5800
-class StrategyAgent(ProtectingAgent):
+class StrategyAgent(FollowingAgent):
     """Decides at every closed bar.
 
     history: the bars before the session's first, warm-up included. capital: USD; None for the account's cash.
-    forward_fill: a symbol without a bar repeats its last close (for feeds that leave out quiet minutes).
+    forward_fill: a symbol without a bar repeats its last close (for feeds that leave out quiet minutes). ahead: over the
+    history and all bars to come, where they are known; the strategy is then asked for many at once.
     """
 
     name = "strategy"
@@ -419,17 +502,19 @@ class StrategyAgent(ProtectingAgent):
         *,
         capital: Decimal | None = None,
         forward_fill: bool = False,
+        ahead: WeightsAhead | None = None,
     ) -> None:
         super().__init__(bus, clock)
         if rules.label:
             self.name = strategy_agent(rules.label)
-        self.rules, self.bars, self._forward_fill = rules, history, forward_fill
+        self.rules, self.bars, self.forward_fill, self.ahead = rules, history, forward_fill, ahead
         self.state = new_state(rules, history, math.nan if capital is None else float(capital))
 
     def reactions(self) -> Mapping[type[Payload], Reaction]:
         """Return which function handles which type of event."""
         return {
             BarsClosed: lambda event: self._on_bars(event.payload),
+            BarsSlice: lambda event: self._on_slice(event.payload),
             AccountReported: lambda event: on_account(self.rules, self.state, event.payload),
             FillRecorded: lambda event: on_fill(self.rules, self.state, event.payload.fill),
             RiskDecided: lambda event: on_risk_decision(self.rules, self.state, event.payload),
@@ -439,19 +524,11 @@ class StrategyAgent(ProtectingAgent):
         }
 
     def _on_bars(self, closed: BarsClosed) -> Steps[None] | None:
-        own = {symbol: row for symbol, row in closed.bars.items() if symbol in self.rules.planner.columns}
-        bars = append_bars(self.bars, own, closed, forward_fill=self._forward_fill)
-        if bars is None:
-            return None
-        self.bars = bars
-        return on_bars(self.rules, self.state, bars, closed)
+        bars = self.take(closed, self.rules.planner.columns)
+        return None if bars is None else on_bars(self.rules, self.state, bars, closed, self.ahead)
 
-    def follow(
-        self, symbols: Sequence[str], times_ns: NDArray[np.int64], block: NDArray[np.float64], whole: NDArray[np.bool_]
-    ) -> None:
-        """Add bars that closed before a snapshot, undecided; as in `own_columns`. whole: who has no bar did not trade."""
-        times, own = own_columns(self.bars, symbols, times_ns, block, whole & self._forward_fill)
-        self.bars = self.bars.extend(times, own, carry=self._forward_fill)
+    def _on_slice(self, part: BarsSlice) -> None:
+        on_slice(self.rules, self.state, part.stamps, *self.take_slice(len(part.at_ns)))
 
     def restore(self, snapshot: bytes) -> None:
         """Take over another one's state; the planner goes on with its holdings."""

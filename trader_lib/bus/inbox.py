@@ -9,12 +9,13 @@ __all__ = ['Handler', 'Overloaded', 'Subscription']
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection
+from contextvars import copy_context
 
 from ..errors.taxonomy import TraderError
 from ..trading.events import Event, Payload
 
 # %% ../../nbs/bus/00_inbox.ipynb #a66a6042
-Handler = Callable[[Event], Awaitable[None]]
+Handler = Callable[[Event], Awaitable[None] | None]  # what is left to await; None where the event is handled already
 
 
 class Overloaded(TraderError):
@@ -33,6 +34,8 @@ class Subscription:
         self.failed = 0
         self.busy = False
         self.current: Event | None = None  # that is handled, or was last
+        self.rest: Awaitable[None] | None = None  # of a handler that has begun and waits for something
+        self.context = copy_context()  # in which the handler runs
         self.inbox: deque[Event] = deque()
         self.arrived = asyncio.Event()
         self.waiting: deque[asyncio.Future[None]] = deque()  # publishers, in the order they came
@@ -50,13 +53,18 @@ class Subscription:
         """Add an event; the caller has made sure that there is room."""
         assert self.depth < self.queue_max, f"the inbox of {self.name} is full"
         self.inbox.append(event)
-        self.arrived.set()
 
     async def take(self) -> Event:
-        """The next event, as soon as there is one."""
-        while not self.inbox:
+        """The next event, as soon as there is one; the present one, where its handler has begun and is not done."""
+        while not self.inbox and self.rest is None:
             self.arrived.clear()
             await self.arrived.wait()
+        if self.rest is not None and self.current is not None:
+            return self.current
+        return self.begin()
+
+    def begin(self) -> Event:
+        """Take the next event, which there must be, to handle it."""
         event = self.inbox.popleft()
         self.busy, self.current = True, event
         self.wake()

@@ -297,6 +297,10 @@ class RedisHub(InProcessBus):
             self._remotes[name] = _Remote(subscription)
         return subscription
 
+    def deliver(self) -> bool:
+        """Return False: every handler has a task of its own."""
+        return False
+
     def state_of(self, name: str) -> dict[str, Any]:
         """What an agent elsewhere said of itself after the last event that it handled."""
         remote = self._remotes.get(name)
@@ -355,6 +359,9 @@ class RedisHub(InProcessBus):
         return [f"to:{name}" for name in self._remotes]
 
     # --- telling
+
+    def _announce(self, subscription: Subscription) -> None:
+        subscription.arrived.set()  # its task takes it, in its turn
 
     async def _consume(self, subscription: Subscription) -> None:
         if subscription.name in self.elsewhere:
@@ -611,12 +618,33 @@ class RedisMember(InProcessBus):
 
         async def told(event: Event) -> None:
             try:
-                await handler(event)
+                rest = handler(event)
+                if rest is not None:
+                    await rest
             finally:
                 self._handled = max(self._handled, event.seq)
                 self._kick.set()
 
         return super().subscribe(name, types, told)
+
+    def _announce(self, subscription: Subscription) -> None:
+        subscription.arrived.set()
+
+    def deliver(self) -> bool:
+        """Return False: every handler has a task of its own, and other processes have theirs."""
+        return False
+
+    def publish_now(
+        self,
+        payload: Payload,
+        *,
+        source: str,
+        correlation_id: str,
+        causation_id: str | None = None,
+        time: datetime | None = None,
+    ) -> Event | None:
+        """None: the hub has to be asked, and its answer waited for."""
+        return None
 
     async def publish(
         self,
@@ -737,9 +765,7 @@ class RedisMember(InProcessBus):
         for event in fresh:
             self._taken = event.seq
             for subscription in self._route(type(event.payload)):
-                subscription.put(event)
-                self._outstanding += 1
-                self._quiet.clear()
+                self._put(subscription, event)
         self._entries.append((fresh[-1].seq, entry))
         return True
 

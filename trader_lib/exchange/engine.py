@@ -24,6 +24,7 @@ from .floor import Floor, OrderListener
 from ..market.actions import action_at
 from ..market.bars import Bars, BarValues
 from ..market.stamps import from_ns, to_ns
+from ..rules.margin import owes
 from trader_lib.rules.numbers import (
     AVERAGE_PRICE_DECIMALS,
     CASH_DECIMALS,
@@ -261,6 +262,36 @@ class Exchange:
     def _factor(self, row: int) -> NDArray[np.float64] | None:
         factors = self.taken.factor
         return factors[row] if len(factors) else None
+
+    def quiet_ahead(self, most: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Stamps and closes, ns UTC, of the next bars of this session at which only prices move, so many at most.
+
+        None where an order works, where a margin call may come, before a session's first bar, and at the last bar of all.
+        """
+        first, stop = self.index + 1, min(self.index + 1 + most, self.bars.n - 1)
+        ledger = self._ledger
+        begins = self.index < 0 or bool(self._session_ends[self.index])
+        if begins or self._floor.working or ledger.is_ruined or owes(ledger.cash, ledger.qty):
+            stop = first
+        ends = np.flatnonzero(self._session_ends[first:stop])
+        stop = first + int(ends[0]) + 1 if len(ends) else max(stop, first)
+        changes = np.flatnonzero(self.taken.changes[first:stop])
+        stop = first + int(changes[0]) if len(changes) else stop
+        return self.bars.times_ns[first:stop], self._closes[first:stop]
+
+    def skip(self, rows: int) -> Step:
+        """Play so many bars at once; raises Misused for more than `quiet_ahead` names."""
+        if rows > len(self.quiet_ahead(rows)[0]):
+            raise Misused(f"Something may happen within the next {rows} bars. Play them one by one.")
+        closes = self.taken.close[self.index + 1 : self.index + 1 + rows]
+        for row in range(
+            0 if np.isnan(closes[-1:]).any() else rows - 1, rows
+        ):  # the last one says it all, where it has all
+            self._ledger.mark_to(closes[row])
+        self.index += rows
+        self._bar_count += int(np.count_nonzero(~np.isnan(closes)))
+        self._floor.now = from_ns(int(self._closes[self.index]))
+        return Step(self.index, self.bars.at(self.index), self.now, self.is_over, self._floor.told, self._bar_count)
 
     def _change_shares(self, row: int) -> None:
         """Split and pay out positions at a row's close; what is open of their symbols expires."""

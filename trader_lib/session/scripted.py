@@ -249,6 +249,20 @@ class NotingBus:
         time: datetime | None = None,
     ) -> Event:
         """Note what an agent publishes; raise Misused outside of the handling of an event."""
+        return self.publish_now(
+            payload, source=source, correlation_id=correlation_id, causation_id=causation_id, time=time
+        )
+
+    def publish_now(
+        self,
+        payload: Payload,
+        *,
+        source: str,
+        correlation_id: str,
+        causation_id: str | None = None,
+        time: datetime | None = None,
+    ) -> Event:
+        """Note what an agent publishes; raise Misused outside of the handling of an event."""
         if self.cause is None:
             raise Misused("In a replay an agent publishes only while it handles an event.")
         self.published[source].append(Published(source, self.cause, payload))
@@ -264,6 +278,10 @@ class NotingBus:
             session_id=self._session_id,
             payload=payload,
         )
+
+    def deliver(self) -> bool:
+        """Return that nothing is ever on its way."""
+        return True
 
     async def idle(self, timeout_s: float | None = None) -> None:
         """Return at once: nothing is ever on its way."""

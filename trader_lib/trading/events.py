@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['Finite', 'Figure', 'Kind', 'PAYLOADS', 'PROBLEMS_MAX', 'SYMBOLS_MAX', 'BarFigures', 'BarRows', 'DiscrepancyKind',
-           'Resolution', 'ENVELOPE', 'utc_text', 'Payload', 'Input', 'Output', 'payload_from_json', 'FactorFrom',
-           'SessionStarted', 'BarRow', 'CorporateAction', 'BarsClosed', 'HistoryLoaded', 'TradeUpdated',
+           'Resolution', 'ENVELOPE', 'SLICED', 'utc_text', 'Payload', 'Input', 'Output', 'payload_from_json',
+           'FactorFrom', 'SessionStarted', 'BarRow', 'CorporateAction', 'BarsClosed', 'HistoryLoaded', 'TradeUpdated',
            'AssetsReported', 'AccountReported', 'PositionsReported', 'OrdersReported', 'OrderAcknowledged',
            'OrderFailed', 'OperatorCommand', 'SnapshotTaken', 'ClockTicked', 'TradingState', 'TargetsDecided',
            'OrderProposed', 'CancelProposed', 'CheckOutcome', 'RiskDecided', 'OrderIntended', 'CancelIntended',
            'FillRecorded', 'StrategyHoldings', 'PortfolioChanged', 'TradingStateChanged', 'OrderAdopted', 'Discrepancy',
-           'Reconciled', 'AgentFailed', 'SessionEnded', 'degraded_sentence', 'Event', 'canonical_row']
+           'Reconciled', 'AgentFailed', 'SessionEnded', 'degraded_sentence', 'Event', 'canonical_row', 'BarsSlice',
+           'expanded']
 
 # %% ../../nbs/trading/04_events.ipynb #23a33cd0
-from collections.abc import Mapping
-from datetime import UTC, date, datetime
+from collections.abc import Iterator, Mapping
+from datetime import UTC, date, datetime, timedelta
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -34,6 +35,7 @@ from pydantic import (
 from ..config.masking import masked_bytes
 from ..errors.taxonomy import BadData, did_you_mean
 from ..rules.actions import split_position
+from ..rules.numbers import CASH_DECIMALS, to_decimal
 from .capability import Asset
 from .orders import Label, Number, Order, OrderRequest, Utc
 from .portfolio import Fill, FrozenMap, Position
@@ -516,6 +518,17 @@ class Event(BaseModel):
     session_id: str
     payload: SerializeAsAny[Payload]
 
+    @classmethod
+    def made(cls, **fields: Any) -> Self:
+        """Return an event of all its fields, as our own code has built them: nothing is checked."""
+        event = cls.__new__(cls)
+        put = object.__setattr__
+        put(event, "__dict__", fields)
+        put(event, "__pydantic_fields_set__", set(fields))
+        put(event, "__pydantic_extra__", None)
+        put(event, "__pydantic_private__", None)
+        return event
+
     @property
     def type(self) -> str:
         """The payload's type."""
@@ -585,3 +598,91 @@ ENVELOPE = (
 def canonical_row(envelope: dict[str, Any], payload: bytes) -> bytes:
     """The bytes that stand for an event, made of its envelope and its payload's canonical JSON."""
     return orjson.dumps(envelope | {"payload": orjson.Fragment(payload)}, option=orjson.OPT_SORT_KEYS)
+
+# %% ../../nbs/trading/04_events.ipynb #9b4fe262
+class BarsSlice(Input):
+    """Bars at which nothing changed but prices, with the targets and the worth of the portfolio at each."""
+
+    type: ClassVar[str] = "bars_slice"
+    at_ns: tuple[int, ...] = Field(fail_fast=True)  # the bars' stamps: their starts, ns UTC
+    closed_ns: tuple[int, ...] = Field(fail_fast=True)
+    bars: FrozenMap[str, BarRows] = Field(max_length=SYMBOLS_MAX)  # open … volume by stamp, nulls for no bar
+    strategy: str  # the agent whose targets they are
+    weights: FrozenMap[str, Finite]  # at each bar
+    portfolio: str  # the agent that says what is held
+    cash: Number  # USD, at each bar
+    positions: tuple[Position, ...] = ()  # at each bar
+    equity: tuple[Finite, ...] = Field(fail_fast=True)  # USD, cents, by stamp
+
+    @property
+    def last_closes(self) -> dict[str, tuple[float, datetime]]:
+        """The last close of each symbol that has a bar, USD, and when it was complete, UTC."""
+        found: dict[str, tuple[float, datetime]] = {}
+        for symbol, rows in self.bars.items():
+            for row in reversed(range(len(rows))):
+                close = rows[row][3]
+                if close is not None:
+                    found[symbol] = close, _moment(self.closed_ns[row])
+                    break
+        return found
+
+    @property
+    def stamps(self) -> tuple[datetime, ...]:
+        """The bars' stamps, UTC."""
+        return tuple(_moment(ns) for ns in self.at_ns)
+
+    @property
+    def last_closed_at(self) -> datetime:
+        """When the last of them was complete, UTC."""
+        return _moment(self.closed_ns[-1])
+
+
+def _moment(ns: int) -> datetime:
+    return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=ns // 1000)
+
+# %% ../../nbs/trading/04_events.ipynb #fe2b65ff
+SLICED = (
+    BarsClosed,
+    TargetsDecided,
+    PortfolioChanged,
+)  # the events that a slice stands for, in the sequence of one bar
+
+
+def _payloads(part: BarsSlice, row: int) -> tuple[tuple[str, Payload], ...]:
+    """What is said at one bar of a slice, and by whom; the first is the cause of the others."""
+    at = _moment(part.at_ns[row])
+    bars = {
+        symbol: BarRow.model_validate(dict(zip(BarRow.model_fields, rows[row], strict=True)))
+        for symbol, rows in part.bars.items()
+        if rows[row][3] is not None
+    }
+    worth = to_decimal(part.equity[row], CASH_DECIMALS)
+    return (
+        ("market_data", BarsClosed(at=at, closed_at=_moment(part.closed_ns[row]), bars=bars)),
+        (part.portfolio, PortfolioChanged(cash=part.cash, equity=worth, positions=part.positions)),
+        (part.strategy, TargetsDecided(at=at, weights=part.weights)),
+    )
+
+
+def expanded(event: Event) -> Iterator[Event]:
+    """Return the events of the single bars that a slice stands for, and any other event itself."""
+    part = event.payload
+    if not isinstance(part, BarsSlice):
+        yield event
+        return
+    for row, closed_ns in enumerate(part.closed_ns):
+        moment, cause = _moment(closed_ns), None
+        for place, (source, payload) in enumerate(_payloads(part, row)):
+            name = f"{event.id}.{3 * row + place}"
+            yield Event.made(
+                id=name,
+                seq=event.seq,
+                time=moment,
+                recorded_at=moment,
+                correlation_id=f"{event.correlation_id}.{row}",
+                causation_id=cause,
+                source=source,
+                session_id=event.session_id,
+                payload=payload,
+            )
+            cause = cause or name
