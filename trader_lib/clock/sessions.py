@@ -111,6 +111,7 @@ def keep_sessions(file: Path, schedule: Schedule) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as part:
             np.save(part, np.stack(schedule))
+        os.chmod(part.name, 0o644)  # another user reads what an installation has kept
         os.replace(part.name, file)
         for earlier in file.parent.glob(f"{'-'.join(file.name.split('-')[:2])}-*.npy"):
             if earlier != file:
@@ -123,9 +124,10 @@ def schedule_of(name: str) -> Schedule:
     if not name.isalnum():  # no name of a file, such as that of the calendar 24/7
         return published(name)
     file = sessions_file(name)
-    schedule = read_sessions(file) or published(name)
-    if not file.exists():
-        keep_sessions(file, schedule)
+    if (kept := read_sessions(file)) is not None:
+        return kept
+    schedule = published(name)
+    keep_sessions(file, schedule)
     return schedule
 
 # %% ../../nbs/clock/02_sessions.ipynb #38ec7dc0
