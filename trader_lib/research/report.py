@@ -246,7 +246,7 @@ p { margin: .5em 0; max-width: 90ch; } blockquote { margin: 0 0 12px; color: #6b
 code { font: 13px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; background: #f3f4f6; padding: 1px 5px;
   border-radius: 4px; }
 pre { font: 13px/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-x: auto; }
-.anchor-link { display: none; }
+img { max-width: 100%; }
 @media (max-width: 760px) { main { margin: 0; border-radius: 0; padding: 20px; }
   .tl table { display: block; overflow-x: auto; } .tl .facts { column-width: auto; column-count: 1; } }
 @media print { body { background: #fff; } main { box-shadow: none; margin: 0; max-width: none; } }
