@@ -32,6 +32,7 @@ from .data import data
 from .journal import journal, replay
 from .notify import announce_death, notify, summary
 from trader_lib.app.options import (
+    WHAT,
     CostOptions,
     HowOptions,
     LimitOptions,
@@ -51,7 +52,7 @@ from ..errors.taxonomy import Interrupted, Misconfigured, Misused, RunFailed, Tr
 from ..telemetry.visible import visible
 
 if TYPE_CHECKING:
-    from trader_lib.config.settings import Settings
+    from trader_lib.config.settings import SettingRow, Settings
     from trader_lib.runs.result import Kind
     from trader_lib.runs.store import RunFolder, RunStore
     from trader_lib.strategy.trust import Trust
@@ -287,6 +288,10 @@ def extra_parameters(kind: str, broker: str, transport: str) -> dict[str, object
 @app.command
 def backtest(
     *,
+    csv: Annotated[
+        Path | None,
+        Parameter(group=WHAT, help="A CSV or Parquet file of bars, in place of a source: examples/ibm.csv."),
+    ] = None,
     what: WhatOptions | None = None,
     costs: CostOptions | None = None,
     limits: LimitOptions | None = None,
@@ -297,7 +302,10 @@ def backtest(
     Example: trader backtest --strategy sma_cross --symbols AAPL,IBM,MSFT \
         --start 2005-01-03 --end 2012-12-31 -p fast=10 -p slow=50
     """
-    return _run("backtest", given_parameters(what, costs, limits, how), how, {})
+    given = given_parameters(what, costs, limits, how)
+    if csv is not None and "source" in given:
+        raise Misused("--csv and --source each say where the bars come from: give one of them.")
+    return _run("backtest", given | ({} if csv is None else {"csv": str(csv.absolute())}), how, {})
 
 
 @app.command
@@ -690,12 +698,28 @@ def config(*, profile: Profile = None, json: Json = False) -> int:
     from trader_lib.app.console import print_json, print_table
     from trader_lib.config.settings import explain, load_settings
 
-    rows = explain(load_settings(profile))
+    try:
+        rows, lacking = explain(load_settings(profile)), None
+    except Misconfigured as error:
+        rows, lacking = _without_broker(profile, error), error
     if json:
         print_json([row._asdict() for row in rows])
     else:
         print_table(("Setting", "Value", "Source"), [(row.name, row.value, row.source) for row in rows])
+    if lacking is not None:
+        raise lacking
     return 0
+
+
+def _without_broker(profile: str | None, error: Misconfigured) -> "list[SettingRow]":
+    """What is in force beside the broker, whose keys are most often what is missing; raises the error for other causes."""
+    from trader_lib.config.settings import explain, load_settings
+
+    try:
+        settings = load_settings(profile, overrides={"broker": {"kind": "simulated"}})
+    except Misconfigured:
+        raise error from None
+    return [row for row in explain(settings) if row.name != "broker.kind"]
 
 
 @app.command

@@ -247,6 +247,8 @@ def usage_hint(arguments: Sequence[str], problem: str) -> str:
         for place, word in enumerate(rest):
             if word.startswith("--") and word.split("=")[0] in problem:
                 name, _, value = word[2:].partition("=")
+                if name == "csv":
+                    return "A session takes its bars from a source: `trader data import FILE --symbol SYMBOL`, then --source store."
                 value = value or next(iter(rest[place + 1 : place + 2]), "") or "VALUE"
                 return f"A strategy's own parameter is given with -p: -p {name.replace('-', '_')}={value}."
     if problem.startswith("Unused Tokens") and rest[0] and not rest[0].startswith("-"):

@@ -50,7 +50,7 @@ def asked_piece(asked: RunParameters, *, real_time: bool = False) -> Piece:
         "symbols": list(asked.symbols),
         "from": asked.start or ("its start" if real_time else "where the data begins"),
         "to": asked.end or ("its stop" if real_time else "where the data ends"),
-        "bars": f"{asked.timeframe}, {'as the broker sends them' if real_time else asked.source}, "
+        "bars": f"{asked.timeframe}, {'as the broker sends them' if real_time else asked.csv or asked.source}, "
         f"adjusted: {asked.adjustment}",
         "cash": float(asked.cash),
         "multiplier": asked.multiplier,

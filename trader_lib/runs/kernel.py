@@ -499,4 +499,5 @@ def with_notes(error: str, message: str, traceback: Sequence[str]) -> str:
     """
     lines = [COLOUR.sub("", line) for line in traceback]
     said = f"{error}: {message}"
-    return " ".join([message, *(lines[lines.index(said) + 1 :] if said in lines else ())])
+    notes = lines[lines.index(said) + 1 :] if said in lines else []
+    return " ".join([f"{message.rstrip('.')}." if notes and message else message, *notes])

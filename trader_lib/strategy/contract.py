@@ -16,6 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from ..errors.places import add_place
 from ..errors.taxonomy import BadData, Misused, did_you_mean
 from ..market.bars import Bars
 from .exits import ProtectiveExits
@@ -109,7 +110,12 @@ def target_weights(strategy: Strategy, bars: Bars) -> NDArray[np.float64]:
     first = max(strategy.warmup - 1, 0)
     if bars.n <= first:
         return np.zeros(shape)
-    weights = _as_array(strategy, strategy.targets(bars.without_actions()), bars)
+    try:
+        targets = strategy.targets(bars.without_actions())
+    except Exception as error:
+        add_place(error)
+        raise
+    weights = _as_array(strategy, targets, bars)
     if weights.shape != shape:
         raise Misused(
             f"Strategy {strategy.name!r} returned weights of shape {weights.shape} for bars of shape {shape}: "
