@@ -54,9 +54,12 @@ from ..telemetry.visible import visible
 if TYPE_CHECKING:
     from trader_lib.config.settings import SettingRow, Settings
     from trader_lib.runs.result import Kind
+    from trader_lib.runs.parameters import RunParameters
     from trader_lib.runs.store import RunFolder, RunStore
+    from trader_lib.session.permit import LivePermit
     from trader_lib.strategy.trust import Trust
 
+# %% ../../nbs/app/22_cli.ipynb #eb4a0299
 app = App(
     name="trader",
     help="""Same strategy, same orders, explained: backtest, simulate, trade on paper, compare.
@@ -99,6 +102,49 @@ Profile = Annotated[Literal["research", "paper", "live"] | None, Parameter(help=
 Folder = Annotated[str | None, Parameter(name="--runs", help="Folder of the run folders. [./runs]")]
 
 # %% ../../nbs/app/22_cli.ipynb #c5799485
+def _asked(given: dict[str, object], chosen: HowOptions, extra: dict[str, object]) -> "tuple[RunParameters, Settings]":
+    """What is to run, filled in from the settings, and these settings; raises Misused and Misconfigured."""
+    from trader_lib.config.settings import load_settings
+    from trader_lib.runs.parameters import RunParameters, resolved
+    from trader_lib.runs.runner import checked
+
+    overrides = {**setting_overrides(chosen), **({"broker": extra} if extra else {})}
+    settings = load_settings(chosen.profile, overrides=overrides)
+    if extra.get("kind") == "alpaca" and settings.profile == "research" and chosen.profile is None:
+        given = {**given, "profile": "paper"}  # a day in real time outlasts what research allows a run
+        settings = load_settings("paper", overrides=overrides)
+    asked = checked(RunParameters, resolved(given, settings))
+    assert isinstance(asked, RunParameters)
+    return asked, settings
+
+
+def _ensure_ready(settings: "Settings") -> None:
+    """Refuse a session whose port is taken or whose extras are missing, and print where its page is."""
+    from trader_lib.app.console import say
+    from trader_lib.app.extras import require_extras_of
+
+    if settings.broker.kind == "simulated" and settings.broker.transport == "http":
+        check_port(settings.exchange.host, settings.exchange.port)
+    require_extras_of(settings)
+    if settings.monitoring.port is not None:
+        say(page_sentence(settings.monitoring.host, settings.monitoring.port))
+
+
+def _permit(
+    asked: "RunParameters",
+    settings: "Settings",
+    account: str,
+    typed_limits: "Mapping[str, object]",
+    resume: "RunFolder | None",
+) -> "LivePermit":
+    """What lets a session trade real money; raises Misused with the first reason against it."""
+    from trader_lib.app.live import check_live
+    from trader_lib.runs.store import RunStore
+
+    store = RunStore(settings.runs.path)
+    return check_live(asked, settings, account=account, given_limits=typed_limits, store=store, resume=resume)
+
+# %% ../../nbs/app/22_cli.ipynb #5535ac1d
 def _run(
     kind: "Kind",
     given: dict[str, object],
@@ -112,53 +158,34 @@ def _run(
 ) -> int:
     """Check, run, and print what came of it."""
     from trader_lib.app.console import progress_bar, say
-    from trader_lib.app.extras import require_extras_of
-    from trader_lib.config.settings import load_settings
-    from trader_lib.runs.parameters import RunParameters, resolved
-    from trader_lib.runs.runner import checked, run_notebook
+    from trader_lib.runs.runner import run_notebook
     from trader_lib.runs.store import RunStore
     from trader_lib.session.permit import REAL_MONEY
     from trader_lib.strategy.registry import approved
     from trader_lib.strategy.trust import guarded
 
     require_extra("runs", f"`trader {kind}`")
-    chosen = how or HowOptions()
-    overrides = {**setting_overrides(how), **({"broker": extra} if extra else {})}
-    settings = load_settings(chosen.profile, overrides=overrides)
-    if extra.get("kind") == "alpaca" and settings.profile == "research" and chosen.profile is None:
-        given = {**given, "profile": "paper"}  # a day in real time outlasts what research allows a run
-        settings = load_settings("paper", overrides=overrides)
-    asked = checked(RunParameters, resolved(given, settings))
-    assert isinstance(asked, RunParameters)
+    chosen, is_session = how or HowOptions(), kind != "backtest"
+    asked, settings = _asked(given, chosen, extra)
     trust = None if trust is None else approved(asked.references, trust, say)
-    if kind != "backtest" and settings.broker.kind == "simulated" and settings.broker.transport == "http":
-        check_port(settings.exchange.host, settings.exchange.port)
-    real_time = kind != "backtest" and settings.broker.kind == "alpaca"
-    if kind != "backtest":
-        require_extras_of(settings)
-        if settings.monitoring.port is not None:
-            say(page_sentence(settings.monitoring.host, settings.monitoring.port))
     permit = None
+    if is_session:
+        _ensure_ready(settings)
     if kind == "live":
-        from trader_lib.app.live import check_live
-
-        store, own = RunStore(settings.runs.path), typed_limits or {}
         with guarded(trust):
-            permit = check_live(asked, settings, account=account, given_limits=own, store=store, resume=resume)
-    elif kind != "backtest" and settings.broker.stage == "live":
+            permit = _permit(asked, settings, account, typed_limits or {}, resume)
+    elif is_session and settings.broker.stage == "live":
         raise Misused(REAL_MONEY)
     if resume is not None and trust is not None:
         _name_changes(resume, trust)
-    told = settings if kind != "backtest" else None
-    with guarded(trust), _shown(chosen, told) as done, progress_bar(kind) as report:
+    checks = {"real_time": is_session and settings.broker.kind == "alpaca", "session": is_session and resume is None}
+    with guarded(trust), _shown(chosen, settings if is_session else None) as done, progress_bar(kind) as report:
         done(
             run_notebook(
                 kind,
                 asked.values() | extra_parameters(kind, settings.broker.kind, settings.broker.transport),
                 store=RunStore(settings.runs.path),
-                check=lambda _: asked.check(
-                    settings, real_time=real_time, session=kind != "backtest" and resume is None, say=say
-                ),
+                check=lambda _: asked.check(settings, say=say, **checks),
                 timeout_s=settings.runs.timeout_s,
                 report=report,
                 said=say,
@@ -169,7 +196,7 @@ def _run(
         )
     return 0
 
-
+# %% ../../nbs/app/22_cli.ipynb #bc976e69
 def _name_changes(run: "RunFolder", trust: "Trust") -> None:
     """Say which of a run's strategies are not the code any more that it began with."""
     from trader_lib.app.console import say
@@ -202,7 +229,7 @@ def _shown(how: HowOptions, told: "Settings | None" = None) -> "Iterator[Callabl
     for run in runs:
         show_run(run, as_json=how.json)
 
-
+# %% ../../nbs/app/22_cli.ipynb #ae529d6d
 def _resume(
     command: "Kind",
     which: str,
@@ -233,7 +260,7 @@ def _resume(
     profile = chosen.profile or cast("Literal['research', 'paper', 'live'] | None", given.get("profile"))
     return _run(kind, given, replace(chosen, profile=profile), extra, resume=run, trust=named)
 
-
+# %% ../../nbs/app/22_cli.ipynb #0d7f64ec
 def check_port(host: str, port: int) -> None:
     """Refuse an address that the embedded exchange cannot listen on; port 0 is any free one.
 
@@ -263,7 +290,7 @@ def page_sentence(host: str, port: int) -> str:
         )
     return f"The session's page: http://{host}:{port}/"
 
-
+# %% ../../nbs/app/22_cli.ipynb #331f4dc7
 def _several(file: Path | None) -> dict[str, object]:
     """The strategies that a file lists, as parameters."""
     return {} if file is None else {"strategies": read_strategies(file)}
@@ -284,7 +311,7 @@ def extra_parameters(kind: str, broker: str, transport: str) -> dict[str, object
     """What only a session's template takes."""
     return {} if kind == "backtest" else {"broker": broker, "transport": transport}
 
-
+# %% ../../nbs/app/22_cli.ipynb #1e521803
 @app.command
 def backtest(
     *,
@@ -307,7 +334,7 @@ def backtest(
         raise Misused("--csv and --source each say where the bars come from: give one of them.")
     return _run("backtest", given | ({} if csv is None else {"csv": str(csv.absolute())}), how, {})
 
-
+# %% ../../nbs/app/22_cli.ipynb #7f6dc4b2
 @app.command
 def paper(
     *,
@@ -349,7 +376,7 @@ def paper(
         raise Misused(f"A resumed run keeps its parameters. Leave out {told}, or start a new run.")
     return _resume("paper", resume, how, trust=trust)
 
-
+# %% ../../nbs/app/22_cli.ipynb #54734d99
 @app.command
 def live(
     *,
@@ -387,7 +414,7 @@ def live(
         raise Misused(f"A resumed run keeps its parameters. Leave out {told}, or start a new run.")
     return _resume("live", resume, how, account, typed, trust=trust)
 
-
+# %% ../../nbs/app/22_cli.ipynb #1a1a3473
 @app.command(name="run")
 def run_(
     notebook: Annotated[str, Parameter(help="backtest, paper, or the path of a notebook with a cell of parameters.")],
@@ -435,7 +462,7 @@ def _ensure_taken(kind: str, given: Mapping[str, object]) -> None:
                 f"A parameter of the strategy is one of params: `trader {kind} -p {name}=VALUE`."
             )
 
-
+# %% ../../nbs/app/22_cli.ipynb #05e82850
 def _from_file(path: Path | None) -> dict[str, object]:
     if path is None:
         return {}
@@ -491,7 +518,7 @@ def _readable(notebook: Path, trust: bool | str) -> Iterator[Path]:
         copy.write_bytes(source.content)
         yield copy
 
-
+# %% ../../nbs/app/22_cli.ipynb #acb20609
 @app.command
 def exchange(
     *,
@@ -546,7 +573,7 @@ def list_(
     list_runs(_store(folder).runs(kind)[: max(limit, 0)], as_json=json)
     return 0
 
-
+# %% ../../nbs/app/22_cli.ipynb #8dd30b83
 @runs.command
 def show(
     run: Annotated[
@@ -632,7 +659,7 @@ def kill(
     done = act(found, flatten=flatten, profile=profile, reason=reason, by=_by(by), wait_s=wait, as_json=json)
     return _done(done)
 
-
+# %% ../../nbs/app/22_cli.ipynb #dde4a36c
 @app.command
 def reduce(
     run: Session,
@@ -721,7 +748,7 @@ def _without_broker(profile: str | None, error: Misconfigured) -> "list[SettingR
         raise error from None
     return [row for row in explain(settings) if row.name != "broker.kind"]
 
-
+# %% ../../nbs/app/22_cli.ipynb #4af160e8
 @app.command
 def doctor(
     *,
@@ -744,7 +771,7 @@ def doctor(
     problems = {finding.name for finding in found if finding.verdict == "problem"}
     return Misconfigured.exit_code if "settings" in problems else 1 if problems else 0
 
-
+# %% ../../nbs/app/22_cli.ipynb #031d1f81
 @app.command
 def demo(*, folder: Folder = None) -> int:
     """Run the main job: a backtest, a simulated session of the same strategy, and their comparison.

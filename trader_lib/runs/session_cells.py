@@ -26,6 +26,7 @@ from ..journal.opening import open_journal
 from ..market.bars import Bars, Provenance, Timeframe, window
 from ..market.validity import FIELDS
 from ..research.plots import equity_figure, price_figure
+from ..research.still import Still
 from ..research.notes import Seen, account_notes, notes
 from ..research.report import Piece, note, table, words
 from ..rules.actions import odd_shares, split_position
@@ -291,7 +292,7 @@ def ending_failure(result: SessionResult) -> Failure | None:
 
 def price_piece(result: SessionResult, bars: Bars | None) -> Any:
     """Price with orders, or a note where no bar closed."""
-    return note("No bar closed in this session.") if bars is None else price_figure(bars, result.orders)
+    return note("No bar closed in this session.") if bars is None else Still(price_figure(bars, result.orders))
 
 
 def worth_piece(result: SessionResult, bars: Bars | None) -> Any:
@@ -299,7 +300,7 @@ def worth_piece(result: SessionResult, bars: Bars | None) -> Any:
     equity = equity_by_bar(result)
     if bars is None or not len(equity):
         return note("No bar closed in this session.")
-    return equity_figure(equity, exposure_by_bar(result, bars))
+    return Still(equity_figure(equity, exposure_by_bar(result, bars)))
 
 
 def health_piece(health: tuple[AgentHealth, ...]) -> Piece:
