@@ -25,6 +25,7 @@ from .store import RunFolder, RunStore, json_value, write_atomic
 from .templates import check_names, template_path
 from ..session.permit import REAL_MONEY, LivePermit, handed_over
 from ..strategy.trust import Trust, environment_of
+from ..telemetry.progress import PROGRESS_VARIABLE
 
 # %% ../../nbs/runs/05_runner.ipynb #0538368d
 def readable(error: ValidationError, known: Mapping[str, object] | None = None) -> str:
@@ -52,7 +53,7 @@ def checked(model: type[BaseModel], values: Mapping[str, object]) -> BaseModel:
 # %% ../../nbs/runs/05_runner.ipynb #4dafa914
 def kernel_environment() -> dict[str, str]:
     """The environment that a run's kernel gets."""
-    quiet = {"PYTHONWARNINGS": "ignore", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    quiet = {"PYTHONWARNINGS": "ignore", "PYDEVD_DISABLE_FILE_VALIDATION": "1", PROGRESS_VARIABLE: "off"}
     return {**quiet, **os.environ, "PLOTLY_RENDERER": "plotly_mimetype"}
 
 
