@@ -87,7 +87,7 @@ EXTRAS = {
 
 
 def check_extras() -> str:
-    """Every extra is installed, or it is said what does not work without it."""
+    """Every extra is installed, or the check names what does not work without it."""
     missing = [extra for extra in EXTRAS if missing_packages(extra)]
     if missing:
         without = "; ".join(f"{extra} ({EXTRAS[extra]})" for extra in missing)

@@ -170,7 +170,7 @@ class Scheduler:
         return missed + [self._see_to(job, firing) for firing in taken]
 
     def beat(self) -> None:
-        """Say that this scheduler lives, and tell of firings whose scheduler does not."""
+        """Record that this scheduler lives, and report firings whose scheduler does not."""
         for firing in self._firings.beat(self._clock.now()):
             run = f" Its run is {firing.run}." if firing.run else ""
             self._alert(f"{firing.job}, due at {_told(firing.due)}, was not finished: {firing.reason}.{run}")

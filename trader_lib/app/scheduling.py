@@ -84,7 +84,7 @@ def _opened(store: Path | None, settings: "Settings") -> "Firings":
 
 
 def alarm(settings: "Settings") -> Callable[[str], None]:
-    """What tells of a job that failed or was missed: the terminal, and whoever the settings want to be told."""
+    """What reports a job that failed or was missed: the terminal, and whoever the settings name."""
     from trader_lib.app.console import say
     from trader_lib.app.notify import announce
     from trader_lib.observe.notices import Notice

@@ -48,7 +48,7 @@ SUMMARISED: tuple[type[Payload], ...] = (
     AgentFailed,
     SessionEnded,
 )
-INCIDENTS_MAX = 20  # that are told one by one
+INCIDENTS_MAX = 20  # that are listed one by one
 
 # %% ../../nbs/observe/23_day.ipynb #1fa0055e
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class DaySummary:
     refusals: dict[str, int]  # by check
     rejected: int  # by the broker, or not sent
     incidents: tuple[str, ...]
-    incidents_more: int  # that are not told one by one
+    incidents_more: int  # that are not listed one by one
     positions: tuple[Position, ...]
     books_agree: bool | None  # by the last reconciliation
     ended: str | None  # why, where the session ended on this day

@@ -67,7 +67,7 @@ class OrderRow(Row):
 
 
 class DecisionRow(Row):
-    """What the strategy wanted, what risk said check by check, and what became of it."""
+    """What the strategy wanted, what risk decided check by check, and what became of it."""
 
     at: Utc
     symbol: str

@@ -139,7 +139,7 @@ def strict_json(notebook: "NotebookNode") -> str:
 
 @dataclass
 class Watch:
-    """What the executing thread and its supervisor tell each other."""
+    """What the executing thread and its supervisor share."""
 
     report: Callable[[Progress], None]
     environ: Mapping[str, str]
@@ -361,7 +361,7 @@ class Patience:
     timed_out: bool = False
 
     def step(self, watch: Watch, asked: int, now: float) -> tuple[signal.Signals | None, str]:
-        """The signal that the kernel gets now, if any, and what the user is told. asked: requests to stop so far."""
+        """The signal that the kernel gets now, if any, and what is printed for the user. asked: requests to stop so far."""
         if now > self.kill_at or (self.answered == 2 and asked > 2):
             self.answered, self.kill_at, watch.stop = max(self.answered, 3), now + self.grace_s, True
             return signal.SIGKILL, "Killed." if asked else ""
@@ -393,7 +393,7 @@ def execute(
     timeout_s: float = 3600.0,
     grace_s: float = 20.0,
     report: Callable[[Progress], None] = lambda progress: None,
-    said: Callable[[str], None] = lambda words: None,  # what the user should be told
+    said: Callable[[str], None] = lambda words: None,  # takes sentences for the user
     asked: Sequence[int] = (),  # grows by one with every request to stop, as `stop_requests` gives it
     clock: Clock | None = None,
 ) -> Outcome:

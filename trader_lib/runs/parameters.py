@@ -132,7 +132,7 @@ class RunParameters(SessionSpec):
         """Refuse what cannot work, as far as it can be seen without running: strategy, symbols, dates, data.
 
         real_time: the bars are still to come, so there are none to look at. session: a strategy that looks ahead, or that
-        depends on more bars than it says, is refused as well. say: told what the user should know of it.
+        depends on more bars than it says, is refused as well. say: takes a sentence for the user.
         """
         self.build()
         bars = None

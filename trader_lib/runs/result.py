@@ -88,7 +88,7 @@ class StrategyRow(Part):
 
 
 class ReconciliationRow(Part):
-    """What the broker's books and ours said about each other at the end."""
+    """Whether the broker's books and ours agreed at the end."""
 
     ok: bool
     differences: tuple[str, ...] = ()

@@ -79,7 +79,7 @@ def run_notebook(
     template: Path | None = None,  # the kind's own unless given; a user's own notebook, where the kind is notebook
     timeout_s: float = 3600.0,
     report: Callable[[Any], None] = lambda progress: None,  # takes Progress
-    said: Callable[[str], None] = lambda words: None,  # takes what the user should be told
+    said: Callable[[str], None] = lambda words: None,  # takes sentences for the user
     resume: RunFolder | None = None,  # go on in the folder of this run instead of making one
     permit: LivePermit | None = None,  # live: from `trader live`'s checks; the kernel inherits it
     trust: Trust | None = None,  # in the code that a file has named; None: the user has named it
@@ -152,7 +152,7 @@ def _begin(run: RunFolder, asked_for: Mapping[str, object]) -> None:
 
 def _refuse_secrets(source: Path, parameters: Mapping[str, object]) -> None:
     """Raise Misused where what would be written down as it is holds a secret of this process's settings."""
-    with suppress(TraderError):  # what is wrong with the settings is said by whoever needs them
+    with suppress(TraderError):  # what is wrong with the settings is reported by whoever needs them
         load_settings()
     refuse_secrets(parameters)
     if source.is_file() and in_force().holds(source.read_text(encoding="utf-8", errors="replace")):

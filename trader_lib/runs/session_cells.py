@@ -74,7 +74,7 @@ def bars_to_come(asked: RunParameters, bars: Bars | None) -> int:
 def progress_teller(
     total: int, tell_at_most: int = 200, to: Callable[[int, int], None] = tell
 ) -> Callable[[int, datetime], None]:
-    """A callback that tells the runner how many of the bars have closed, without telling it every one."""
+    """A callback that reports to the runner how many of the bars have closed, without reporting every one."""
     step = max(total // tell_at_most, 1)
 
     def closed(bars: int, _stamp: datetime) -> None:

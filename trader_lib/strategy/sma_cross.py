@@ -6,14 +6,17 @@
 __all__ = ['SmaCross']
 
 # %% ../../nbs/strategy/10_sma_cross.ipynb #2fde1ceb
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
-import pandas as pd
 from pydantic import Field, model_validator
 
-from ..market.bars import Bars
 from .contract import Strategy
 from .windows import window_mean
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from trader_lib.market.bars import Bars
 
 # %% ../../nbs/strategy/10_sma_cross.ipynb #d2929efc
 class SmaCross(Strategy):
@@ -43,7 +46,9 @@ class SmaCross(Strategy):
         """The slow average's length."""
         return self.slow
 
-    def targets(self, bars: Bars) -> pd.DataFrame:
+    def targets(self, bars: "Bars") -> "pd.DataFrame":
         """1/N of the equity in each of the N symbols whose fast average is above its slow one."""
+        import pandas as pd
+
         rising = window_mean(bars.close, self.fast) > window_mean(bars.close, self.slow)
         return pd.DataFrame(rising / len(bars.symbols), bars.index, list(bars.symbols))
