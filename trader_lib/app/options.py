@@ -92,7 +92,7 @@ class CostOptions:
     volume_share: Annotated[float | None, _told(Costs, "volume_share", ACCOUNT)] = None
     delisting_recovery: Annotated[float | None, _told(Costs, "delisting_recovery", ACCOUNT)] = None
 
-
+# %% ../../nbs/app/01_options.ipynb #f30f4d82
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class LimitOptions:
@@ -182,7 +182,7 @@ def how_parameters(how: HowOptions | None) -> dict[str, object]:
     given = {name: value for name in ("seed", "profile") if (value := getattr(chosen, name)) is not None}
     return given if chosen.check else {**given, "check_strategy": False}
 
-
+# %% ../../nbs/app/01_options.ipynb #98b4bbb5
 def given_parameters(
     what: WhatOptions | None, costs: CostOptions | None, limits: LimitOptions | None, how: HowOptions | None
 ) -> dict[str, object]:
@@ -234,7 +234,7 @@ def _ensure_date(name: str, text: object) -> None:
     except ValueError:
         raise Misused(f"--{name} {text} is not a date. Write year-month-day, such as --{name} 2005-01-03.") from None
 
-
+# %% ../../nbs/app/01_options.ipynb #1e33f956
 def usage_hint(arguments: Sequence[str], problem: str) -> str:
     """What was probably meant by a command line that cannot be parsed; "" where nothing suggests itself.
 
@@ -278,7 +278,7 @@ def read_strategies(path: Path) -> list[dict[str, object]]:
         raise Misused(f"{path} lists no strategy. Begin each with its name in brackets: [trend].")
     return shares
 
-
+# %% ../../nbs/app/01_options.ipynb #2fae3223
 def _share(name: str, table: Mapping[str, object]) -> dict[str, object]:
     from trader_lib.session.spec import StrategyShare
 

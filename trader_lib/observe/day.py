@@ -95,7 +95,7 @@ def trading_day(when: datetime) -> date:
     """The date in New York."""
     return when.astimezone(NEW_YORK).date()
 
-
+# %% ../../nbs/observe/23_day.ipynb #d65ab553
 def summarise(
     events: Iterable[Event],  # of one session, in order; those of other types than SUMMARISED do not count
     day: date | None = None,  # None: the last one on which anything happened
@@ -119,7 +119,7 @@ def summarise(
         raise Misused(f"Nothing happened in this session on {day}. Its days until then: {known[0]} to {known[-1]}.")
     return found.summary()
 
-
+# %% ../../nbs/observe/23_day.ipynb #f5f55d61
 class _Day:
     """What is known of a day so far; it begins where the one before ended."""
 

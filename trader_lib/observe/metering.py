@@ -363,7 +363,7 @@ class Meter:
         for result, count in (("hit", kept.hits), ("joined", kept.joined), ("miss", kept.misses)):
             put("trader_cache_requests_total", count, result)
 
-
+# %% ../../nbs/observe/01_metering.ipynb #f2b69f48
 def _remember(memory: OrderedDict[str, T], name: str, value: T) -> None:
     memory[name] = value
     if len(memory) > REMEMBERED_MAX:

@@ -71,7 +71,7 @@ def notice_of(event: Event) -> Notice | None:
         runbook=runbook,
     )
 
-
+# %% ../../nbs/observe/20_notices.ipynb #72c9be56
 def _known(event: Event) -> tuple[NoticeLevel, str, str, str] | None:
     """Level, title, fingerprint and runbook."""
     payload: Payload = event.payload

@@ -89,7 +89,7 @@ class Lane:
     busy: bool = False
     last_error: str = ""
 
-
+# %% ../../nbs/observe/22_notifier.ipynb #06c7199e
 class Notifier:
     """Tells people, in the background.
 

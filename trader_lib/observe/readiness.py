@@ -58,7 +58,7 @@ def bar_due(
     due = session.open + (now - session.open) // length * length
     return due if due > session.open else None
 
-
+# %% ../../nbs/observe/02_readiness.ipynb #5cff2586
 def readiness(
     condition: Condition,
     bounds: MonitoringSettings,
@@ -112,7 +112,7 @@ def _stream(condition: Condition, bounds: MonitoringSettings, timeframe: str, ca
     told = f"the bar that closed at {due.astimezone(NEW_YORK):%H:%M} in New York is {late_s:.0f} s late"
     return Finding("market data", late_s <= bounds.stream_max_age_s, told)
 
-
+# %% ../../nbs/observe/02_readiness.ipynb #8dd08fea
 def _books(condition: Condition, bounds: MonitoringSettings, simulated: bool) -> Finding:
     if condition.reconciled_at is None:
         return Finding("reconciliation", False, "the books were not laid beside the broker's yet")

@@ -138,7 +138,7 @@ def stamp_text(when: datetime) -> str:
     daily = when.hour in (4, 5) and not when.minute and not when.second
     return f"{when:%Y-%m-%d}" if daily else f"{when:%Y-%m-%d %H:%M}Z"
 
-
+# %% ../../nbs/runs/08_cells.ipynb #0975eab5
 class Refused(Protocol):
     """An order that risk refused, as both engines describe it."""
 
@@ -171,7 +171,7 @@ def refusal_rows(refusals: Iterable[Refused]) -> list[RefusalRow]:
         for one in refusals
     ]
 
-
+# %% ../../nbs/runs/08_cells.ipynb #3dc82c99
 def refusals_piece(
     refusals: Sequence[RefusalRow],
     count: int | None = None,  # how many there were, where not all are kept
@@ -211,7 +211,7 @@ def notes_piece(notes: Sequence[str]) -> Piece | None:
     """What happened beside the orders, and why there are none: a sentence each; nothing where there is nothing to say."""
     return table(("Note",), [(one,) for one in notes]) if notes else None
 
-
+# %% ../../nbs/runs/08_cells.ipynb #8d3264b8
 def strategies_piece(rows: Sequence[StrategyRow]) -> Piece | None:
     """Each of several strategies with its capital and what became of it; nothing where there is one."""
     if not rows:

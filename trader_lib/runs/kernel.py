@@ -136,7 +136,7 @@ def strict_json(notebook: "NotebookNode") -> str:
     except ValueError:
         return str(nbformat.writes(nbformat.from_dict(json_value(notebook)), allow_nan=False))  # type: ignore[no-untyped-call]
 
-
+# %% ../../nbs/runs/03_kernel.ipynb #253e2210
 @dataclass
 class Watch:
     """What the executing thread and its supervisor share."""
@@ -192,7 +192,7 @@ class Watch:
 ENGINE = "trader"
 SESSION_TAG = "session"  # marks the cell that trades; those after it report what it did
 
-
+# %% ../../nbs/runs/03_kernel.ipynb #68e49a55
 def register_engine() -> str:
     """Make papermill know the engine below, and return the name to call it by."""
     from jupyter_client.kernelspec import KernelSpec
@@ -292,7 +292,7 @@ def register_engine() -> str:
 
 LINE_MAX = 60  # characters
 
-
+# %% ../../nbs/runs/03_kernel.ipynb #91eda196
 def first_line(code: str) -> str:
     """The first line of a cell that does something, cut where it is long; its first comment if none does."""
     lines = [line.strip() for line in code.splitlines() if line.strip()]
@@ -381,7 +381,7 @@ class Patience:
             watch.stop = True
         return None, ""
 
-
+# %% ../../nbs/runs/03_kernel.ipynb #733f2535
 def execute(
     notebook: Path,  # to execute
     output: Path,  # where it is kept, also while it runs
@@ -411,7 +411,7 @@ def execute(
         outcome.ending, outcome.message = "timeout", f"it took longer than {timeout_s:g} s"
     return outcome
 
-
+# %% ../../nbs/runs/03_kernel.ipynb #e94a7fc0
 def _supervised(
     work: Callable[[], Outcome],
     watch: Watch,
@@ -445,7 +445,7 @@ def _supervised(
         outcome.message = "its kernel was killed" if code is not None and code < 0 else "its kernel died"
     return outcome
 
-
+# %% ../../nbs/runs/03_kernel.ipynb #3ec66582
 def _run(notebook: Path, parameters: Mapping[str, object], watch: Watch) -> Outcome:
     """The executing thread: everything that papermill can answer, as an outcome."""
     import papermill
@@ -491,7 +491,7 @@ def _literal(path: Path) -> str:
     """A path for papermill, which fills in parameters where a path has braces."""
     return str(path).replace("{", "{{").replace("}", "}}")
 
-
+# %% ../../nbs/runs/03_kernel.ipynb #47c7932b
 def with_notes(error: str, message: str, traceback: Sequence[str]) -> str:
     """What an error says, and the notes that were added to it, which stand behind it in a kernel's traceback.
 

@@ -34,7 +34,7 @@ def symbols_in(file: str) -> tuple[str, ...]:
     names_them = table.columns.nlevels > 1 or "symbol" in renamed(table)
     return Bars.read(file).symbols if names_them else (Path(file).name.partition(".")[0].upper(),)
 
-
+# %% ../../nbs/runs/06_parameters.ipynb #3ed6d98b
 class RunParameters(SessionSpec):
     """What a backtest and a session are asked for; raises ValidationError for values that make no sense."""
 
@@ -150,7 +150,7 @@ class RunParameters(SessionSpec):
                 for words in ensure_sound(one.strategy, one.symbols, self.timeframe, own):
                     say(words)
 
-
+# %% ../../nbs/runs/06_parameters.ipynb #1461c9af
 def history_client(settings: "Settings") -> "StockHistoricalDataClient":
     """Alpaca's client for history, with the timeouts and the pool of every connection; raises Misconfigured without keys."""
     if settings.broker.key_id is None or settings.broker.secret_key is None:

@@ -69,7 +69,7 @@ def guard_environment(kind: Kind, trust: Trust | None) -> dict[str, str]:
 RUN_FOLDER = "run_folder"
 RESUME = "resume"
 
-
+# %% ../../nbs/runs/05_runner.ipynb #3ed99657
 def run_notebook(
     kind: Kind,
     parameters: Mapping[str, object],  # by name, JSON-able; never a secret
@@ -135,7 +135,7 @@ def run_notebook(
             )
         return _conclude(kind, run, parameters, started, outcome, clock)
 
-
+# %% ../../nbs/runs/05_runner.ipynb #64407825
 def _inheritance(permit: LivePermit | None, run: RunFolder) -> AbstractContextManager[Mapping[str, int]]:
     return nullcontext({}) if permit is None else handed_over(permit, run.path)
 
@@ -169,7 +169,7 @@ def _folder_parameter(source: Path, run: RunFolder) -> dict[str, object]:
         return {}
     return {RUN_FOLDER: str(run.path)}
 
-
+# %% ../../nbs/runs/05_runner.ipynb #723182cd
 def _conclude(
     kind: Kind, run: RunFolder, parameters: Mapping[str, object], started: datetime, outcome: Any, clock: Clock
 ) -> RunFolder:
@@ -215,7 +215,7 @@ def _drop_empty(log: Path) -> None:
     if log.exists() and not log.stat().st_size:
         log.unlink()
 
-
+# %% ../../nbs/runs/05_runner.ipynb #e006e636
 def _unwritten_report(run: RunFolder) -> str:
     """Write the report; why it could not be written, as a sentence, or ""."""
     from trader_lib.runs.page import render_page
@@ -271,7 +271,7 @@ def _resumed_by(run: RunFolder) -> str:
     account = " --account NUMBER" if run.kind == "live" else ""
     return f"`trader {run.kind}{account} --resume {run.name}`" if run.kind in ("paper", "live") else ""
 
-
+# %% ../../nbs/runs/05_runner.ipynb #c6bce75f
 def _why(outcome: Any) -> str:
     """The reason of an ending, in the error's own words; the class is named unless it is one of ours."""
     message = " ".join(outcome.message.split())

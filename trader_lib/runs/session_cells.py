@@ -118,7 +118,7 @@ def equity_by_bar(result: SessionResult) -> "pd.Series[float]":
     """Equity at each close, USD; the last figure where a bar brought several."""
     return result.equity.groupby(level=0).last()
 
-
+# %% ../../nbs/runs/09_session_cells.ipynb #1b4f6e5a
 def with_actions(
     fills: pd.DataFrame, closes: pd.DataFrame, actions: Iterable[tuple[datetime, CorporateAction]]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -174,7 +174,7 @@ def session_fills(result: SessionResult, bars: Bars) -> tuple[pd.DataFrame, pd.D
         fills["fee"] = shown.where(~fills["bar"].isin([at for at, _ in actions]), fills["fee"])
     return with_actions(fills, bars.frame("close").ffill(), actions)
 
-
+# %% ../../nbs/runs/09_session_cells.ipynb #1659717a
 def exposure_by_bar(result: SessionResult, bars: Bars) -> "pd.Series[float]":
     """Long plus short, as a multiple of equity, at each close."""
     equity = equity_by_bar(result)
@@ -220,7 +220,7 @@ def _closes(result: SessionResult) -> list[dict[str, Any]]:
                     rows[-1] |= {"positions": positions, "equity": float(equity), "cash": float(cash)}
     return [row for row in rows if "weights" in row and "equity" in row]
 
-
+# %% ../../nbs/runs/09_session_cells.ipynb #17d2950e
 def session_notes(result: SessionResult) -> tuple[str, ...]:
     """Why a symbol was never ordered, what was cut, margin calls and ruin, from a session's journal: a sentence each.
 
@@ -244,7 +244,7 @@ def session_notes(result: SessionResult) -> tuple[str, ...]:
     seen = Seen(symbols, *figures, result.spec.sizing, counts(result.orders), counts(result.refusals))
     return notes(seen, called, at, then)
 
-
+# %% ../../nbs/runs/09_session_cells.ipynb #00ef0238
 def strategy_rows(result: SessionResult) -> tuple[StrategyRow, ...]:
     """What each of several strategies had and did, from the session's journal; nothing where there is one."""
     with open_journal(result.journal_path) as journal:
@@ -302,7 +302,7 @@ def worth_piece(result: SessionResult, bars: Bars | None) -> Any:
         return note("No bar closed in this session.")
     return Still(equity_figure(equity, exposure_by_bar(result, bars)))
 
-
+# %% ../../nbs/runs/09_session_cells.ipynb #e5c0fa6d
 def health_piece(health: tuple[AgentHealth, ...]) -> Piece:
     """How the agents were at the end."""
     columns = ("Agent", "State", "Events#", "Failed#", "Missed#", "Restarts#", "Last failure")

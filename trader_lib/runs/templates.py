@@ -73,7 +73,7 @@ def _parameters_cell(notebook: Path) -> str:
         raise Misused(f"{notebook} is written in {language}; only notebooks in Python are run.", path=str(notebook))
     return next((str(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", ())), "")
 
-
+# %% ../../nbs/runs/02_templates.ipynb #3ba108ed
 def assigned(source: str) -> dict[str, Parameter]:
     """The names that a cell assigns at its top level, in their order, each with the comment behind it.
 
