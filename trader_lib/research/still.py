@@ -146,7 +146,7 @@ def draw_trace(draw: Any, frame: Frame, trace: Trace) -> None:
         if "fill" in trace.style:
             zero = frame.points(trace.x[part][[0, -1]], np.zeros(2))
             draw.polygon([zero[0], *points, zero[1]], fill=pale(color))
-        draw.line(points, fill=color, width=width, joint="curve")
+        draw.line(points, fill=color, width=width)
 
 
 def draw_marker(draw: Any, across: float, down: float, symbol: str, color: str) -> None:
