@@ -145,7 +145,7 @@ class Mail:
         """Hand a message to the mail server."""
         to = ", ".join(self._settings.email_to)
         try:
-            refused = self._deliver(self._mail(message))
+            refused = self._deliver(self.composed(message))
         except smtplib.SMTPAuthenticationError:
             raise Misconfigured("The mail server does not take the name and password of notify.smtp_*.") from None
         except smtplib.SMTPNotSupportedError:
@@ -180,7 +180,8 @@ class Mail:
                 server.login(s.smtp_user, s.smtp_password.get_secret_value())
             return dict(server.send_message(mail))
 
-    def _mail(self, message: Message) -> EmailMessage:
+    def composed(self, message: Message) -> EmailMessage:
+        """A message as a mail, one line a header."""
         mail = EmailMessage()
         mail["Subject"] = " ".join(message.subject.split())
         mail["From"] = self._settings.email_from or ""

@@ -114,6 +114,10 @@ class Deduplicator:
         self._clock, self._window_s = clock, window_s
         self._seen: OrderedDict[str, _Seen] = OrderedDict()
 
+    def __len__(self) -> int:
+        """How many kinds of notice are remembered."""
+        return len(self._seen)
+
     def admit(self, notice: Notice) -> bool:
         """Whether it is to be sent now."""
         known = self._seen.get(notice.fingerprint)
