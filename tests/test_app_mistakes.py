@@ -1,5 +1,6 @@
 """Mistakes of the first hour: each gets the sentence that says what was meant, and the exit code of its kind."""
 
+import json
 import socket
 import subprocess
 import sys
@@ -37,6 +38,17 @@ Trader = Callable[..., tuple[int, str, str]]
         ("run backtest -p fast=abc", 2, "one of params: `trader backtest -p fast=VALUE`."),
         ("run backtest -p symbol=AAPL", 2, "takes no parameter 'symbol'. Did you mean 'symbols'?"),
         ("live", 2, "trader live --account NUMBER."),
+        ("backtest --csv nowhere.csv", 2, "nowhere.csv"),
+        ("backtest --csv a.csv --source store", 2, "--csv and --source each say where the bars come from"),
+        ("paper --csv ibm.csv", 2, "A session takes its bars from a source: `trader data import FILE --symbol SYMBOL`"),
+        (
+            "backtest -p fats=10",
+            2,
+            "Strategy 'sma_cross' has no parameter 'fats'; it takes fast, slow. Did you mean 'fast'?",
+        ),
+        ("backtest --strategy sma_crss", 2, "Did you mean 'sma_cross'?"),
+        ("backtest --symbols APPL", 4, "Did you mean 'AAPL'?"),
+        ("resume latest-paper", 2, "--by"),
         ("runs show nowhere", 2, "`trader runs list` shows all of them."),
     ],
 )
@@ -66,6 +78,64 @@ def test_doctor_calls_a_bad_setting_one(trader: Trader, monkeypatch: pytest.Monk
     monkeypatch.setenv("TRADER_RISK__MAX_ORDERS", "abc")
     code, out, _ = trader("doctor", "--offline")
     assert code == 3 and "TRADER_RISK__MAX_ORDERS" in out
+
+
+def test_config_without_keys_shows_what_it_can(trader: Trader) -> None:
+    code, out, err = trader("config", "--profile", "paper")
+    assert code == 3 and "broker.key_id: is needed for broker.kind=alpaca" in err
+    assert "runs.path" in out and "profile paper" in out and "broker.kind" not in out
+
+
+def test_a_bad_setting_leaves_config_nothing_to_show(trader: Trader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRADER_RISK__MAX_ORDERS", "abc")
+    code, out, err = trader("config")
+    assert (code, out) == (3, "") and "TRADER_RISK__MAX_ORDERS" in err
+
+
+def test_an_ended_session_takes_no_command(trader: Trader, tmp_path: Path) -> None:
+    words = ("--transport", "in_process", "--symbols", "AAPL", "--start", "2012-01-03", "--end", "2012-02-01")
+    assert trader("paper", *words, "-p", "fast=2", "-p", "slow=5")[0] == 0
+    journal = next((tmp_path / "runs").glob("*/journal.sqlite"))
+    before = journal.read_bytes()
+    for command in (("kill", "latest-paper", "--flatten"), ("resume", "latest-paper", "--by", "ada")):
+        code, out, _ = trader(*command)
+        assert code == 7 and "has ended (every bar was played): there is no session to steer." in out
+    assert journal.read_bytes() == before and not list(journal.parent.glob("*control*"))
+
+
+RAISES = """
+import numpy as np
+from trader_lib import Bars, Strategy
+
+
+class Broken(Strategy):
+    @property
+    def warmup(self) -> int:
+        return 2
+
+    def targets(self, bars: Bars) -> np.ndarray:
+        return {}["nothing"]
+"""
+
+
+def test_a_strategy_that_raises_is_reported_with_its_file_and_line(trader: Trader, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(RAISES)
+    code, _, err = trader("backtest", "--strategy", "mine.py:Broken", "--symbols", "AAPL")
+    line = RAISES.splitlines().index('        return {}["nothing"]') + 1
+    assert code == 5 and f"KeyError: 'nothing'. It was raised in mine.py, line {line}" in err
+
+
+def test_a_csv_file_is_backtested_as_it_is(trader: Trader, tmp_path: Path) -> None:
+    examples = Path(__file__).parents[1] / "examples"
+    code, out, err = trader("backtest", "--csv", str(examples / "ibm.csv"), "-p", "fast=5", "-p", "slow=20", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["data"]["source"] == "file" and result["data"]["symbols"] == ["IBM"] and result["orders"]
+    notebook = json.loads((Path(result["folder"]) / "notebook.ipynb").read_text())
+    figures = [one["data"] for cell in notebook["cells"] for one in cell.get("outputs", ()) if "data" in one]
+    drawn = [data for data in figures if "application/vnd.plotly.v1+json" in data]
+    assert len(drawn) == 2 and all(data["image/png"].startswith("iVBOR") for data in drawn)
+    assert len(result["curve"]) > 100
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +192,8 @@ def test_a_strategy_without_its_warmup_is_told_what_to_define() -> None:
 def test_help_and_refused_options_wait_for_no_compiler() -> None:
     """numba, numpy and pandas are most of a second; nobody needs them to read a help page."""
     code = "import sys, trader_lib.app.cli as c; c.main(['--help']); c.main(['backtest', '--symbols', 'A B'])"
-    heavy = "sys.exit(' '.join({'numba', 'numpy', 'pandas', 'plotly', 'papermill'} & set(sys.modules)) or 0)"
+    code += "; assert 'numpy' not in sys.modules; c.main(['backtest', '-p', 'fats=3'])"
+    heavy = "sys.exit(' '.join({'numba', 'pandas', 'plotly', 'papermill', 'alpaca'} & set(sys.modules)) or 0)"
     ran = subprocess.run([sys.executable, "-c", f"{code}; {heavy}"], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
 

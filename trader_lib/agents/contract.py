@@ -33,6 +33,7 @@ from pydantic import (
 from ..bus.bus import Bus
 from ..clock.clock import Clock
 from ..config.masking import masked
+from ..errors.places import described
 from ..errors.taxonomy import BadData, InvariantBroken
 from ..trading.events import AgentFailed, Event, Payload
 
@@ -298,7 +299,7 @@ class Subscriber(Shell, abc.ABC):
 
     async def recover(self, event: Event, error: Exception) -> None:
         """Count and publish a failure, then pause, or go down where it was the last one."""
-        reason, gives_up = masked(f"{type(error).__name__}: {error}"), self.policy.gives_up(self.tally, error)
+        reason, gives_up = masked(described(error)), self.policy.gives_up(self.tally, error)
         count_failure(self.tally, reason, gives_up=gives_up)
         failed = AgentFailed(agent=self.name, error=reason, restarts=self.tally.restarts)
         await self._bus.publish(failed, source=self.name, correlation_id=event.correlation_id, causation_id=event.id)

@@ -40,7 +40,13 @@ def print_json(document: object) -> None:
     sys.stdout.write(visible_json(orjson.dumps(document, default=str, option=orjson.OPT_INDENT_2).decode()) + "\n")
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> None:
+def print_table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    title: str | None = None,
+    *,
+    width: int = 110,  # characters, where standard output is no terminal
+) -> None:
     """Write a table to standard output; a heading that ends in # is numeric and stands right."""
     table = Table(title=_heading(title), title_justify="left", header_style="bold")
     for place, column in enumerate(columns):
@@ -48,7 +54,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title:
         table.add_column(shown(column.rstrip("#")), justify=side, overflow="fold", no_wrap=place == 0)
     for row in rows:
         table.add_row(*(shown(masked(plain(value))) for value in row))  # before a long word is folded
-    _stdout().print(table)
+    _stdout(width).print(table)
 
 
 def print_facts(values: Mapping[str, object], title: str | None = None) -> None:
@@ -81,8 +87,8 @@ def _heading(title: str | None) -> Text | None:
     return None if title is None else shown(title, "bold")
 
 
-def _stdout() -> Console:
-    wide = None if sys.stdout.isatty() else 110
+def _stdout(width: int = 110) -> Console:
+    wide = None if sys.stdout.isatty() else width
     return Console(file=sys.stdout, force_jupyter=False, soft_wrap=False, highlight=False, width=wide)
 
 # %% ../../nbs/app/00_console.ipynb #c78ba44f

@@ -73,7 +73,7 @@ def read_file(file: Path, symbol: str | None, **options: Any) -> "Bars":
             words = re.sub(rf"\b{name}='?([\w/]+)'?", rf"--{name} \1", words)
         raise type(error)(f"{file}: {words}", **{**error.context, "path": file}) from error
 
-
+# %% ../../nbs/app/12_data.ipynb #66fb38ea
 @data.command(name="import")
 def import_(
     file: Annotated[Path, Parameter(help="A CSV or Parquet file.")],
@@ -138,7 +138,7 @@ def import_(
         ) from error
     return show_imported(file, bars, as_json=json)
 
-
+# %% ../../nbs/app/12_data.ipynb #c84a98bf
 def show_imported(file: Path, bars: "Bars", *, as_json: bool = False) -> int:
     """Print what was taken from a file, symbol by symbol; the exit code."""
     import numpy as np
@@ -226,7 +226,7 @@ def symbol_report(store: "BarStore", entry: "StoreEntry", calendar: str) -> dict
         "holes": [{"first": hole.first, "last": hole.last, "sessions": hole.sessions} for hole in found],
     }
 
-
+# %% ../../nbs/app/12_data.ipynb #420cdbe2
 @data.command
 def show(
     symbol: Annotated[str, Parameter(help="One symbol: IBM.")],

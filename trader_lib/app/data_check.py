@@ -97,7 +97,7 @@ def show_coverage(found: "Sequence[Coverage]", title: str) -> None:
     else:
         say("Nothing to look at.")
 
-
+# %% ../../nbs/app/15_data_check.ipynb #57f26696
 def check(
     what: Annotated[str | None, Parameter(help="A symbol of the store, or a file. [all that is stored]")] = None,
     /,

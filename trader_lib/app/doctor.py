@@ -87,7 +87,7 @@ EXTRAS = {
 
 
 def check_extras() -> str:
-    """Every extra is installed, or it is said what does not work without it."""
+    """Every extra is installed, or the check names what does not work without it."""
     missing = [extra for extra in EXTRAS if missing_packages(extra)]
     if missing:
         without = "; ".join(f"{extra} ({EXTRAS[extra]})" for extra in missing)
@@ -112,7 +112,7 @@ def check_versions(demanded: Sequence[str] | None = None) -> str:
         raise Misconfigured(f"Versions that were not tried: {', '.join(wrong)}. Install again, with constraints.txt.")
     return f"trader_lib {__version__}, {len(asked)} requirements"
 
-
+# %% ../../nbs/app/02_doctor.ipynb #9fcfe6c9
 def check_strategies() -> str:
     """Every strategy that is installed can be loaded."""
     from trader_lib.strategy.registry import load_strategy, strategy_names
@@ -172,7 +172,7 @@ def check_runs(settings: Settings) -> str:
         path.rmdir()
     return str(path.absolute())
 
-
+# %% ../../nbs/app/02_doctor.ipynb #2a57ed7d
 def check_calendar(now: datetime) -> str:
     """The exchange's calendar reaches far enough ahead to plan with."""
     known = TradingCalendar().horizon
@@ -228,7 +228,7 @@ def check_journal_key(settings: Settings) -> str:
         raise Doubt(f"Others may write to the ledger of runs. Close it: `chmod 600 {vouching.ledger}`.")
     return f"{told}: {noted:,} ends noted with it"
 
-
+# %% ../../nbs/app/02_doctor.ipynb #b9a299b4
 def check_broker(settings: Settings, clock: Clock, *, offline: bool = False) -> str:
     """The chosen broker answers, takes the keys, and agrees about the time; no order is sent."""
     broker = settings.broker

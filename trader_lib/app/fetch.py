@@ -148,7 +148,7 @@ def _report(
     for one in refused:
         say(f"{one['symbol']}: {one['reason']}")
 
-
+# %% ../../nbs/app/14_fetch.ipynb #e72c1f27
 def fetch(
     symbols: Annotated[str, Parameter(help="AAPL,IBM.")],
     /,

@@ -180,7 +180,7 @@ class Firings:
                 [job, job, KEPT],
             )
 
-
+# %% ../../nbs/app/18_firings.ipynb #9a240111
 def _wanted(job: Job, due: list[datetime], now: datetime) -> list[datetime]:
     """Which of the moments since the last look are run: the latest if it is on time, and what is to be caught up."""
     if not due:

@@ -28,7 +28,7 @@ UNIT_SECONDS = {"s": 1, "min": 60, "h": 3600}
 OFFSET_MAX = timedelta(hours=24)
 AHEAD_DAYS = 400  # how far a next moment is looked for
 
-
+# %% ../../nbs/app/17_jobs.ipynb #c4ea0dd8
 class Moments:
     """When a job is due. Raises ValueError for words that say nothing, and Misused for an unknown calendar."""
 
@@ -84,7 +84,7 @@ class Moments:
             yield due
             seen = due
 
-
+# %% ../../nbs/app/17_jobs.ipynb #35275e64
 def _day(moment: datetime) -> date:
     return moment.astimezone(NEW_YORK).date()
 

@@ -92,7 +92,7 @@ class CostOptions:
     volume_share: Annotated[float | None, _told(Costs, "volume_share", ACCOUNT)] = None
     delisting_recovery: Annotated[float | None, _told(Costs, "delisting_recovery", ACCOUNT)] = None
 
-
+# %% ../../nbs/app/01_options.ipynb #f30f4d82
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class LimitOptions:
@@ -201,7 +201,7 @@ def figure_parameters(figures: FigureOptions | None) -> dict[str, object]:
     given = _given(figures or FigureOptions())
     return given | ({"benchmark": str(given["benchmark"]).upper()} if "benchmark" in given else {})
 
-
+# %% ../../nbs/app/01_options.ipynb #98b4bbb5
 def given_parameters(
     what: WhatOptions | None, costs: CostOptions | None, limits: LimitOptions | None, how: HowOptions | None
 ) -> dict[str, object]:
@@ -253,7 +253,7 @@ def _ensure_date(name: str, text: object) -> None:
     except ValueError:
         raise Misused(f"--{name} {text} is not a date. Write year-month-day, such as --{name} 2005-01-03.") from None
 
-
+# %% ../../nbs/app/01_options.ipynb #1e33f956
 def usage_hint(arguments: Sequence[str], problem: str) -> str:
     """What was probably meant by a command line that cannot be parsed; "" where nothing suggests itself.
 
@@ -268,6 +268,8 @@ def usage_hint(arguments: Sequence[str], problem: str) -> str:
                 name, _, value = word[2:].partition("=")
                 if name in ("calendar", "benchmark"):
                     return f"Only `trader backtest` takes --{name}: a session follows the calendar of the NYSE."
+                if name == "csv":
+                    return "A session takes its bars from a source: `trader data import FILE --symbol SYMBOL`, then --source store."
                 value = value or next(iter(rest[place + 1 : place + 2]), "") or "VALUE"
                 return f"A strategy's own parameter is given with -p: -p {name.replace('-', '_')}={value}."
     if problem.startswith("Unused Tokens") and rest[0] and not rest[0].startswith("-"):
@@ -297,7 +299,7 @@ def read_strategies(path: Path) -> list[dict[str, object]]:
         raise Misused(f"{path} lists no strategy. Begin each with its name in brackets: [trend].")
     return shares
 
-
+# %% ../../nbs/app/01_options.ipynb #2fae3223
 def _share(name: str, table: Mapping[str, object]) -> dict[str, object]:
     from trader_lib.session.spec import StrategyShare
 

@@ -52,7 +52,7 @@ class Outcome:
 
 Attempt = Callable[[Job, str, threading.Event], Outcome]  # the second: the run to resume, "" for a new one
 
-
+# %% ../../nbs/app/19_schedule.ipynb #32a5b312
 class CommandAttempt:
     """Runs a job as `trader run` does, in a process of its own.
 
@@ -108,7 +108,7 @@ class CommandAttempt:
             elif asked and left <= 0:
                 _signal(process, signal.SIGKILL)
 
-
+# %% ../../nbs/app/19_schedule.ipynb #5d7e7652
 def trusted_code(job: Job) -> list[str]:
     """The option that trusts the code that a job names, as it is now: whoever wrote the jobs file named it."""
     several = job.parameters.get("strategies")
@@ -170,7 +170,7 @@ class Scheduler:
         return missed + [self._see_to(job, firing) for firing in taken]
 
     def beat(self) -> None:
-        """Say that this scheduler lives, and tell of firings whose scheduler does not."""
+        """Record that this scheduler lives, and report firings whose scheduler does not."""
         for firing in self._firings.beat(self._clock.now()):
             run = f" Its run is {firing.run}." if firing.run else ""
             self._alert(f"{firing.job}, due at {_told(firing.due)}, was not finished: {firing.reason}.{run}")
@@ -229,7 +229,7 @@ class Scheduler:
         self._log.error("{}", text)
         self._tell(text)
 
-
+# %% ../../nbs/app/19_schedule.ipynb #019d1406
 def _told(moment: datetime) -> str:
     return f"{moment:%Y-%m-%d %H:%M} UTC"
 

@@ -84,7 +84,7 @@ def _opened(store: Path | None, settings: "Settings") -> "Firings":
 
 
 def alarm(settings: "Settings") -> Callable[[str], None]:
-    """What tells of a job that failed or was missed: the terminal, and whoever the settings want to be told."""
+    """What reports a job that failed or was missed: the terminal, and whoever the settings name."""
     from trader_lib.app.console import say
     from trader_lib.app.notify import announce
     from trader_lib.observe.notices import Notice
@@ -117,7 +117,7 @@ def _scheduler(
     attempt = CommandAttempt(jobs, runs.path.absolute())
     return Scheduler(jobs, firings, attempt, WallClock(), runs=runs, stop=stop, alert=alert)
 
-
+# %% ../../nbs/app/20_scheduling.ipynb #180882c5
 @schedule.command
 def run(
     file: JobsPath,
@@ -163,7 +163,7 @@ def run(
             signal.signal(number, handler)
     return 0
 
-
+# %% ../../nbs/app/20_scheduling.ipynb #cf047936
 @schedule.command
 def check(
     file: JobsPath,
@@ -212,7 +212,7 @@ def history(
     _show(_opened(store, load_settings(profile)).history(job, max(limit, 0)), as_json=json)
     return 0
 
-
+# %% ../../nbs/app/20_scheduling.ipynb #03031d09
 def _show(firings: "list[Firing]", *, as_json: bool) -> None:
     from trader_lib.app.console import print_json, print_line, print_table
 

@@ -127,7 +127,7 @@ def show_measures(found: Sequence[Measures], title: str) -> None:
     ]
     print_table(heads, rows, title=title)
 
-
+# %% ../../nbs/app/16_screen.ipynb #058298d0
 def screen(
     symbols: Annotated[str | None, Parameter(help="AAPL,IBM. [all there are]")] = None,
     /,

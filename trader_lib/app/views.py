@@ -167,7 +167,7 @@ def list_runs(runs: Iterable[RunFolder], *, as_json: bool = False) -> None:
             "sharpe_ratio",
             "max_drawdown",
         )
-        print_table(columns, [[_cell(name, row[name]) for name in names] for row in rows])
+        print_table(columns, [[_cell(name, row[name]) for name in names] for row in rows], width=140)
 
 
 def _cell(name: str, value: object) -> object:

@@ -67,7 +67,7 @@ CONDITIONS = {
 }
 STATES = {"ACTIVE": ("▶", "green"), "REDUCING": ("▼", "bold black on yellow"), "HALTED": ("■", "bold white on red")}
 
-
+# %% ../../nbs/app/11_watch.ipynb #0c3c955d
 def picture(view: "SessionView", width: int, height: int = 60) -> RenderableType:
     """A session for a terminal of that many columns and lines."""
     parts: list[RenderableType] = [_head(view), *_alerts(view), _figures(view, width)]
@@ -144,7 +144,7 @@ def picture(view: "SessionView", width: int, height: int = 60) -> RenderableType
         return Group(*parts, held, waits, decided, told, agents, logged)
     return Group(*parts, _beside(held, waits), decided, _beside(told, agents), logged)
 
-
+# %% ../../nbs/app/11_watch.ipynb #769ba89f
 def _beside(left: RenderableType, right: RenderableType) -> Table:
     grid = Table.grid(expand=True, padding=(0, 2))
     grid.add_column(ratio=1)
@@ -170,7 +170,7 @@ def _head(view: "SessionView") -> RenderableType:
     more = f", {view.behind:,} events yet to be read" if view.behind else ""
     return Panel(Group(line, shown(f"{when}, event {view.events:,}{more}", style="dim")), border_style="dim")
 
-
+# %% ../../nbs/app/11_watch.ipynb #374af05c
 def _alerts(view: "SessionView") -> list[RenderableType]:
     told: list[tuple[str, str]] = []
     if view.condition == "dead":
@@ -205,7 +205,7 @@ def _alerts(view: "SessionView") -> list[RenderableType]:
         for style, sentence in told
     ]
 
-
+# %% ../../nbs/app/11_watch.ipynb #7737f084
 def _figures(view: "SessionView", width: int) -> RenderableType:
     figures = view.figures
     books = "not yet" if view.books is None else "agree" if view.books.ok else "differ"
@@ -263,7 +263,7 @@ def _moved(value: object) -> Text:
     sign, style = ("▲ +", "green") if figure > 0 else ("▼ ", "red") if figure < 0 else ("", "")
     return shown(f"{sign}{figure:,.2f}", style=style)
 
-
+# %% ../../nbs/app/11_watch.ipynb #1e04d7a9
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.2%}"
 
@@ -315,7 +315,7 @@ def watch(
         return RunFailed.exit_code
     return 0 if view.condition == "alive" or (began_alive and view.condition == "ended") else NOT_RUNNING
 
-
+# %% ../../nbs/app/11_watch.ipynb #58e3ae4b
 def _show_once(view: "SessionView", *, as_json: bool) -> None:
     from trader_lib.app.console import print_json
 

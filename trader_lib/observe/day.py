@@ -48,7 +48,7 @@ SUMMARISED: tuple[type[Payload], ...] = (
     AgentFailed,
     SessionEnded,
 )
-INCIDENTS_MAX = 20  # that are told one by one
+INCIDENTS_MAX = 20  # that are listed one by one
 
 # %% ../../nbs/observe/23_day.ipynb #1fa0055e
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class DaySummary:
     refusals: dict[str, int]  # by check
     rejected: int  # by the broker, or not sent
     incidents: tuple[str, ...]
-    incidents_more: int  # that are not told one by one
+    incidents_more: int  # that are not listed one by one
     positions: tuple[Position, ...]
     books_agree: bool | None  # by the last reconciliation
     ended: str | None  # why, where the session ended on this day
@@ -95,7 +95,7 @@ def trading_day(when: datetime) -> date:
     """The date in New York."""
     return when.astimezone(NEW_YORK).date()
 
-
+# %% ../../nbs/observe/23_day.ipynb #d65ab553
 def summarise(
     events: Iterable[Event],  # of one session, in order; those of other types than SUMMARISED do not count
     day: date | None = None,  # None: the last one on which anything happened
@@ -119,7 +119,7 @@ def summarise(
         raise Misused(f"Nothing happened in this session on {day}. Its days until then: {known[0]} to {known[-1]}.")
     return found.summary()
 
-
+# %% ../../nbs/observe/23_day.ipynb #f5f55d61
 class _Day:
     """What is known of a day so far; it begins where the one before ended."""
 

@@ -107,7 +107,7 @@ def guarded_route(names: Collection[str]) -> type[APIRoute]:
 
 
 def _problems(error: RequestValidationError) -> str:
-    """What is wrong with a request, without what it said: that may be a token, or no text and no number at all."""
+    """What is wrong with a request, without what it held: that may be a token, or no text and no number at all."""
     told = [{name: problem[name] for name in ("type", "loc", "msg")} for problem in error.errors()]
     return json.dumps({"detail": told}, default=str)
 

@@ -41,7 +41,7 @@ class _Decision:
         self.span, self.last_ns = span, now_ns
         self.orders: set[str] = set()
 
-
+# %% ../../nbs/observe/05_traces.ipynb #5ca32a3c
 class DecisionSpans:
     """Makes the spans of decisions and fills from a session's events. wall: real time, whatever the session's clock is."""
 

@@ -67,7 +67,7 @@ class OrderRow(Row):
 
 
 class DecisionRow(Row):
-    """What the strategy wanted, what risk said check by check, and what became of it."""
+    """What the strategy wanted, what risk decided check by check, and what became of it."""
 
     at: Utc
     symbol: str
@@ -81,6 +81,7 @@ class DecisionRow(Row):
     checks: tuple[CheckOutcome, ...]
     client_order_id: str
     correlation_id: str
+    times: int = 1  # refusals of the same strategy, symbol and side by the same checks, this one the latest
 
 
 class FillRow(Row):
@@ -155,6 +156,7 @@ class RunSummary(Row):
     kind: str
     status: str
     statistics: dict[str, float | int | str | None]
+    equity_end: Number | None = None  # USD
     orders: int
     refused: int
     order_list_hash: str | None

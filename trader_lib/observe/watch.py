@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import orjson
 
@@ -20,13 +20,14 @@ from ..agents.contract import AgentHealth
 from ..clock.clock import Clock, WallClock
 from ..errors.taxonomy import TraderError
 from ..journal.opening import journal_exists, open_journal
-from .fold import ViewFold
-from .view import LogRow, RunSummary, SessionView
+from .finished import Finished, finished
+from .fold import ROWS_MAX, ViewFold
+from .view import LogRow, SessionView
 from ..steering.status import status_of
 
 Health = Callable[[], Sequence[AgentHealth]]
 
-EVENTS_MAX = 10_000  # that one look reads
+EVENTS_MAX = 2_000  # that one look reads: a page draws within a moment, however long the journal
 FRESH_S = 0.2  # within which a second look gives the first one's picture
 LOG_ROWS_MAX = 200
 LOG_TAIL_BYTES = 256 * 1024  # of a log that was there before us
@@ -112,14 +113,14 @@ class SessionWatch:
         self._fold, self._log = ViewFold(), LogTail(folder / "log.jsonl")
         self._seq = self._behind = 0
         self._trouble = ""
-        self._result: tuple[tuple[int, int], RunSummary | None] | None = None
+        self._result: tuple[tuple[int, int], Finished] | None = None
         self._seen: tuple[float, SessionView] | None = None
         self._lock = threading.Lock()
 
     def look(self) -> SessionView:
         """The picture as of now."""
         with self._lock:
-            if self._seen is not None and self._clock.monotonic() - self._seen[0] < FRESH_S:
+            if self._seen is not None and not self._behind and self._clock.monotonic() - self._seen[0] < FRESH_S:
                 return self._seen[1]
             self._read()
             view = self._picture()
@@ -160,14 +161,15 @@ class SessionWatch:
     def _picture(self) -> SessionView:
         fold, now = self._fold, self._clock.now()
         status = status_of(fold.status, self.journal_path, self._clock)
-        result = self._summary()
+        left = self._left()
         condition: Literal["waiting", "alive", "dead", "ended", "report"]
         if status.started_at is not None or status.alive:
             condition = "alive" if status.alive else "dead" if status.ended is None else "ended"
         else:
-            condition = "waiting" if result is None else "report"
+            condition = "waiting" if left.summary is None else "report"
         if self._behind and not status.alive:
             condition = "waiting"  # its end may be among what is yet to be read
+        report = left if condition == "report" else Finished()
         return SessionView(
             run=self.folder.name,
             seen_at=now,
@@ -187,21 +189,21 @@ class SessionWatch:
             events=self._seq,
             behind=self._behind,
             figures=fold.figures,
-            strategies=fold.strategies,
-            curve=fold.curve,
+            strategies=fold.strategies or report.strategies,
+            curve=fold.curve or report.curve,
             positions=fold.positions,
             open_orders=fold.open_orders,
             unanswered=status.unanswered,
-            decisions=fold.decisions,
-            fills=fold.fills,
-            happenings=fold.happenings,
+            decisions=fold.decisions or report.decisions,
+            fills=fold.fills or report.fills,
+            happenings=fold.happenings or report.happenings,
             log=self._log.rows(),
             agents=fold.agents(None if self._health is None else self._health()),
             books=fold.books(now),
-            result=result,
+            result=left.summary,
         )
 
-    def _summary(self) -> RunSummary | None:
+    def _left(self) -> Finished:
         """What `result.json` says; read anew when it changed."""
         path = self.folder / "result.json"
         try:
@@ -209,23 +211,7 @@ class SessionWatch:
             stamp = found.st_size, found.st_mtime_ns
             if self._result is None or self._result[0] != stamp:
                 whole = orjson.loads(path.read_bytes()) if found.st_size <= RESULT_BYTES_MAX else {}
-                self._result = stamp, _summary(whole)
+                self._result = stamp, finished(whole, ROWS_MAX)
         except (OSError, ValueError):
-            return None
+            return Finished()
         return self._result[1]
-
-
-def _summary(document: dict[str, Any]) -> RunSummary | None:
-    try:
-        failure = document.get("failure")
-        return RunSummary(
-            kind=document["kind"],
-            status=document["status"],
-            statistics=document.get("statistics") or {},
-            orders=len(document.get("orders") or ()),
-            refused=len(document.get("refusals") or ()),
-            order_list_hash=document.get("order_list_hash"),
-            failure=failure.get("message") if isinstance(failure, dict) else None,
-        )
-    except (KeyError, AttributeError):
-        return None

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Figure', 'INK', 'PALE', 'GRID', 'PRICE', 'BUY', 'SELL', 'EQUITY', 'LOSS', 'EXPOSURE', 'WASH', 'FONT', 'MARKS', 'thin',
-           'plotly_text', 'styled', 'price_figure', 'drawdown_of', 'equity_figure']
+           'axis', 'plotly_text', 'styled', 'price_figure', 'drawdown_of', 'equity_figure']
 
 # %% ../../nbs/research/06_plots.ipynb #6ff9de30
 from collections.abc import Sequence
@@ -13,7 +13,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
+from ..clock.sessions import NEW_YORK
 from ..errors.taxonomy import Misused, did_you_mean
 from ..market.bars import Bars
 from ..trading.order_list import OrderRecord
@@ -41,6 +43,17 @@ def thin(
         if not np.isnan(part).all():
             kept |= {int(rows[np.nanargmin(part)]), int(rows[np.nanargmax(part)])}
     return series.iloc[sorted(kept)]
+
+# %% ../../nbs/research/06_plots.ipynb #725e95dc
+def axis(index: pd.Index) -> NDArray[np.datetime64]:
+    """Times as plotly takes them without copying each: the dates of daily bars, other moments in UTC, whole seconds."""
+    times = pd.DatetimeIndex(index)
+    if times.tz is None:
+        return np.asarray(times, "datetime64[s]")
+    local = times.tz_convert(NEW_YORK)
+    if (local == local.normalize()).all():
+        return np.asarray(local.tz_localize(None), "datetime64[D]")
+    return np.asarray(times.tz_convert(None), "datetime64[s]")
 
 # %% ../../nbs/research/06_plots.ipynb #1b7c4d2f
 def plotly_text(text: str) -> str:
@@ -89,8 +102,8 @@ def price_figure(
         line = thin(closes[symbol].dropna())
         figure.add_trace(
             go.Scatter(
-                x=line.index,
-                y=line,
+                x=axis(line.index),
+                y=line.to_numpy(float),
                 name="close",
                 line={"color": PRICE, "width": 1.2},
                 showlegend=row == 1,
@@ -112,7 +125,7 @@ def price_figure(
             label = side if purpose == "entry" else f"{side} ({purpose})"
             figure.add_trace(
                 go.Scatter(
-                    x=[fill[0] for fill in fills],
+                    x=axis(pd.DatetimeIndex([fill[0] for fill in fills])),
                     y=[fill[1] for fill in fills],
                     text=[fill[2] for fill in fills],
                     name=label,
@@ -172,8 +185,8 @@ def equity_figure(
         line = thin(series)
         figure.add_trace(
             go.Scatter(
-                x=line.index,
-                y=line,
+                x=axis(line.index),
+                y=line.to_numpy(float),
                 name=label,
                 line={"color": color, "width": 1.4 if fill is None else 0.9},
                 fill=fill,

@@ -87,6 +87,11 @@ STYLE = """
 .tl .groups b { font-weight: 500; white-space: nowrap; }
 .tl .lead { font-size: 15px; }
 .tl .more { color: #6b7280; font-size: 12px; }
+@media (max-width: 760px) { .tl .facts { column-width: auto; column-count: 1; } .tl thead { display: none; }
+  .tl table, .tl tbody { display: block; } .tl tr { display: flex; flex-wrap: wrap; gap: 0 14px; padding: 6px 0;
+    border-bottom: 1px solid #eef0f3; } .tl td { border: 0; padding: 0; text-align: left; overflow-wrap: anywhere; }
+  .tl td:empty { display: none; } .tl td[data-name]:not([data-name=""])::before { content: attr(data-name) " ";
+    color: #6b7280; font-size: 12px; } .tl .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
 """
 
 
@@ -113,11 +118,13 @@ def table(
     listed = list(rows)
     if not listed:
         return Piece("<p class='more'>None.</p>")
-    numeric = [column.endswith("#") for column in columns]
-    classes = [" class='n'" if right else "" for right in numeric]
-    head = "".join(f"<th{kind}>{escape(c.rstrip('#'))}</th>" for c, kind in zip(columns, classes, strict=True))
+    classes = [" class='n'" if column.endswith("#") else "" for column in columns]
+    names = [escape(column.rstrip("#")) for column in columns]
+    head = "".join(f"<th{kind}>{name}</th>" for name, kind in zip(names, classes, strict=True))
+    # each cell knows its column: on a phone a row stands as lines of names and values, so that no column is out of sight
+    opening = [f"<td{kind} data-name='{name}'>" for name, kind in zip(names, classes, strict=True)]
     body = "".join(
-        "<tr>" + "".join(f"<td{kind}>{escape(plain(v))}</td>" for v, kind in zip(row, classes, strict=True)) + "</tr>"
+        "<tr>" + "".join(f"{td}{escape(plain(v))}</td>" for v, td in zip(row, opening, strict=True)) + "</tr>"
         for row in listed[:rows_max]
     )
     more = f"<p class='more'>… and {len(listed) - rows_max:,} more.</p>" if len(listed) > rows_max else ""
@@ -246,9 +253,8 @@ p { margin: .5em 0; max-width: 90ch; } blockquote { margin: 0 0 12px; color: #6b
 code { font: 13px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; background: #f3f4f6; padding: 1px 5px;
   border-radius: 4px; }
 pre { font: 13px/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-x: auto; }
-.anchor-link { display: none; }
-@media (max-width: 760px) { main { margin: 0; border-radius: 0; padding: 20px; }
-  .tl table { display: block; overflow-x: auto; } .tl .facts { column-width: auto; column-count: 1; } }
+img { max-width: 100%; }
+@media (max-width: 760px) { main { margin: 0; border-radius: 0; padding: 20px; } }
 @media print { body { background: #fff; } main { box-shadow: none; margin: 0; max-width: none; } }
 """
 

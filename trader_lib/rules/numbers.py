@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRICE_DECIMALS', 'QTY_DECIMALS', 'CASH_DECIMALS', 'AVERAGE_PRICE_DECIMALS', 'EXACT_MAX', 'PRICE_ERROR_MAX',
-           'CASH_MAX', 'F', 'RULE_MARKS', 'rules_digest', 'machine_code_folder', 'compiled', 'compiled_part',
-           'compiled_inline', 'compiled_owner', 'compiled_pointer', 'power_of_ten', 'round_to', 'round_down',
-           'qty_decimals', 'round_qty', 'qty_left', 'tick_decimals', 'off_tick', 'to_decimal', 'to_shares', 'to_float']
+           'CASH_MAX', 'F', 'RULE_MARKS', 'rules_digest', 'machine_code_folder', 'has_machine_code', 'compiled',
+           'compiled_part', 'compiled_inline', 'compiled_owner', 'compiled_pointer', 'power_of_ten', 'round_to',
+           'round_down', 'qty_decimals', 'round_qty', 'qty_left', 'tick_decimals', 'off_tick', 'to_decimal',
+           'to_shares', 'to_float']
 
 # %% ../../nbs/rules/00_numbers.ipynb #35c4bb5a
 import math
@@ -59,6 +60,11 @@ def machine_code_folder() -> Path:
         for earlier in folder.parent.glob("rules-*"):
             shutil.rmtree(earlier, ignore_errors=True)
     return folder
+
+
+def has_machine_code(name: str) -> bool:
+    """Whether the machine code of a compiled function is kept on disk. name: of its module and its own: engine.simulate."""
+    return any(machine_code_folder().glob(f"**/{name}-*.nbi"))
 
 
 def compiled(function: F) -> F:

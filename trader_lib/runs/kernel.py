@@ -136,10 +136,10 @@ def strict_json(notebook: "NotebookNode") -> str:
     except ValueError:
         return str(nbformat.writes(nbformat.from_dict(json_value(notebook)), allow_nan=False))  # type: ignore[no-untyped-call]
 
-
+# %% ../../nbs/runs/03_kernel.ipynb #253e2210
 @dataclass
 class Watch:
-    """What the executing thread and its supervisor tell each other."""
+    """What the executing thread and its supervisor share."""
 
     report: Callable[[Progress], None]
     environ: Mapping[str, str]
@@ -192,7 +192,7 @@ class Watch:
 ENGINE = "trader"
 SESSION_TAG = "session"  # marks the cell that trades; those after it report what it did
 
-
+# %% ../../nbs/runs/03_kernel.ipynb #68e49a55
 def register_engine() -> str:
     """Make papermill know the engine below, and return the name to call it by."""
     from jupyter_client.kernelspec import KernelSpec
@@ -292,7 +292,7 @@ def register_engine() -> str:
 
 LINE_MAX = 60  # characters
 
-
+# %% ../../nbs/runs/03_kernel.ipynb #91eda196
 def first_line(code: str) -> str:
     """The first line of a cell that does something, cut where it is long; its first comment if none does."""
     lines = [line.strip() for line in code.splitlines() if line.strip()]
@@ -361,7 +361,7 @@ class Patience:
     timed_out: bool = False
 
     def step(self, watch: Watch, asked: int, now: float) -> tuple[signal.Signals | None, str]:
-        """The signal that the kernel gets now, if any, and what the user is told. asked: requests to stop so far."""
+        """The signal that the kernel gets now, if any, and what is printed for the user. asked: requests to stop so far."""
         if now > self.kill_at or (self.answered == 2 and asked > 2):
             self.answered, self.kill_at, watch.stop = max(self.answered, 3), now + self.grace_s, True
             return signal.SIGKILL, "Killed." if asked else ""
@@ -381,7 +381,7 @@ class Patience:
             watch.stop = True
         return None, ""
 
-
+# %% ../../nbs/runs/03_kernel.ipynb #733f2535
 def execute(
     notebook: Path,  # to execute
     output: Path,  # where it is kept, also while it runs
@@ -393,7 +393,7 @@ def execute(
     timeout_s: float = 3600.0,
     grace_s: float = 20.0,
     report: Callable[[Progress], None] = lambda progress: None,
-    said: Callable[[str], None] = lambda words: None,  # what the user should be told
+    said: Callable[[str], None] = lambda words: None,  # takes sentences for the user
     asked: Sequence[int] = (),  # grows by one with every request to stop, as `stop_requests` gives it
     clock: Clock | None = None,
 ) -> Outcome:
@@ -411,7 +411,7 @@ def execute(
         outcome.ending, outcome.message = "timeout", f"it took longer than {timeout_s:g} s"
     return outcome
 
-
+# %% ../../nbs/runs/03_kernel.ipynb #e94a7fc0
 def _supervised(
     work: Callable[[], Outcome],
     watch: Watch,
@@ -445,7 +445,7 @@ def _supervised(
         outcome.message = "its kernel was killed" if code is not None and code < 0 else "its kernel died"
     return outcome
 
-
+# %% ../../nbs/runs/03_kernel.ipynb #3ec66582
 def _run(notebook: Path, parameters: Mapping[str, object], watch: Watch) -> Outcome:
     """The executing thread: everything that papermill can answer, as an outcome."""
     import papermill
@@ -491,7 +491,7 @@ def _literal(path: Path) -> str:
     """A path for papermill, which fills in parameters where a path has braces."""
     return str(path).replace("{", "{{").replace("}", "}}")
 
-
+# %% ../../nbs/runs/03_kernel.ipynb #47c7932b
 def with_notes(error: str, message: str, traceback: Sequence[str]) -> str:
     """What an error says, and the notes that were added to it, which stand behind it in a kernel's traceback.
 
@@ -499,4 +499,5 @@ def with_notes(error: str, message: str, traceback: Sequence[str]) -> str:
     """
     lines = [COLOUR.sub("", line) for line in traceback]
     said = f"{error}: {message}"
-    return " ".join([message, *(lines[lines.index(said) + 1 :] if said in lines else ())])
+    notes = lines[lines.index(said) + 1 :] if said in lines else []
+    return " ".join([f"{message.rstrip('.')}." if notes and message else message, *notes])

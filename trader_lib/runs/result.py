@@ -88,7 +88,7 @@ class StrategyRow(Part):
 
 
 class ReconciliationRow(Part):
-    """What the broker's books and ours said about each other at the end."""
+    """Whether the broker's books and ours agreed at the end."""
 
     ok: bool
     differences: tuple[str, ...] = ()
@@ -129,6 +129,9 @@ class RunResult(Part):
     statistics: dict[str, float | int | str | None] = Field(default_factory=dict)
     reasons: dict[str, str] = Field(default_factory=dict, description="why a statistic is null, by its name")
     equity_end: Number | None = Field(default=None, description="USD, a decimal, at the last close")
+    curve: tuple[tuple[int, float], ...] = Field(
+        default=(), description="backtests only: equity at closes, thinned: milliseconds since 1970, USD"
+    )
     refusals: tuple[RefusalRow, ...] = ()
     strategies: tuple[StrategyRow, ...] = Field(default=(), description="sessions of several strategies only")
     reconciliation: ReconciliationRow | None = Field(default=None, description="sessions only")

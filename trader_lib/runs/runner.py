@@ -25,6 +25,7 @@ from .store import RunFolder, RunStore, json_value, write_atomic
 from .templates import check_names, template_path
 from ..session.permit import REAL_MONEY, LivePermit, handed_over
 from ..strategy.trust import Trust, environment_of
+from ..telemetry.progress import PROGRESS_VARIABLE
 
 # %% ../../nbs/runs/05_runner.ipynb #0538368d
 def readable(error: ValidationError, known: Mapping[str, object] | None = None) -> str:
@@ -52,7 +53,7 @@ def checked(model: type[BaseModel], values: Mapping[str, object]) -> BaseModel:
 # %% ../../nbs/runs/05_runner.ipynb #4dafa914
 def kernel_environment() -> dict[str, str]:
     """The environment that a run's kernel gets."""
-    quiet = {"PYTHONWARNINGS": "ignore", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    quiet = {"PYTHONWARNINGS": "ignore", "PYDEVD_DISABLE_FILE_VALIDATION": "1", PROGRESS_VARIABLE: "off"}
     return {**quiet, **os.environ, "PLOTLY_RENDERER": "plotly_mimetype"}
 
 
@@ -68,7 +69,7 @@ def guard_environment(kind: Kind, trust: Trust | None) -> dict[str, str]:
 RUN_FOLDER = "run_folder"
 RESUME = "resume"
 
-
+# %% ../../nbs/runs/05_runner.ipynb #3ed99657
 def run_notebook(
     kind: Kind,
     parameters: Mapping[str, object],  # by name, JSON-able; never a secret
@@ -78,7 +79,7 @@ def run_notebook(
     template: Path | None = None,  # the kind's own unless given; a user's own notebook, where the kind is notebook
     timeout_s: float = 3600.0,
     report: Callable[[Any], None] = lambda progress: None,  # takes Progress
-    said: Callable[[str], None] = lambda words: None,  # takes what the user should be told
+    said: Callable[[str], None] = lambda words: None,  # takes sentences for the user
     resume: RunFolder | None = None,  # go on in the folder of this run instead of making one
     permit: LivePermit | None = None,  # live: from `trader live`'s checks; the kernel inherits it
     trust: Trust | None = None,  # in the code that a file has named; None: the user has named it
@@ -134,7 +135,7 @@ def run_notebook(
             )
         return _conclude(kind, run, parameters, started, outcome, clock)
 
-
+# %% ../../nbs/runs/05_runner.ipynb #64407825
 def _inheritance(permit: LivePermit | None, run: RunFolder) -> AbstractContextManager[Mapping[str, int]]:
     return nullcontext({}) if permit is None else handed_over(permit, run.path)
 
@@ -151,7 +152,7 @@ def _begin(run: RunFolder, asked_for: Mapping[str, object]) -> None:
 
 def _refuse_secrets(source: Path, parameters: Mapping[str, object]) -> None:
     """Raise Misused where what would be written down as it is holds a secret of this process's settings."""
-    with suppress(TraderError):  # what is wrong with the settings is said by whoever needs them
+    with suppress(TraderError):  # what is wrong with the settings is reported by whoever needs them
         load_settings()
     refuse_secrets(parameters)
     if source.is_file() and in_force().holds(source.read_text(encoding="utf-8", errors="replace")):
@@ -168,7 +169,7 @@ def _folder_parameter(source: Path, run: RunFolder) -> dict[str, object]:
         return {}
     return {RUN_FOLDER: str(run.path)}
 
-
+# %% ../../nbs/runs/05_runner.ipynb #723182cd
 def _conclude(
     kind: Kind, run: RunFolder, parameters: Mapping[str, object], started: datetime, outcome: Any, clock: Clock
 ) -> RunFolder:
@@ -214,7 +215,7 @@ def _drop_empty(log: Path) -> None:
     if log.exists() and not log.stat().st_size:
         log.unlink()
 
-
+# %% ../../nbs/runs/05_runner.ipynb #e006e636
 def _unwritten_report(run: RunFolder) -> str:
     """Write the report; why it could not be written, as a sentence, or ""."""
     from trader_lib.runs.page import render_page
@@ -270,7 +271,7 @@ def _resumed_by(run: RunFolder) -> str:
     account = " --account NUMBER" if run.kind == "live" else ""
     return f"`trader {run.kind}{account} --resume {run.name}`" if run.kind in ("paper", "live", "sweep") else ""
 
-
+# %% ../../nbs/runs/05_runner.ipynb #c6bce75f
 def _why(outcome: Any) -> str:
     """The reason of an ending, in the error's own words; the class is named unless it is one of ours."""
     message = " ".join(outcome.message.split())

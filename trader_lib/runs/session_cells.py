@@ -26,6 +26,7 @@ from ..journal.opening import open_journal
 from ..market.bars import Bars, Provenance, Timeframe, window
 from ..market.validity import FIELDS
 from ..research.plots import equity_figure, price_figure
+from ..research.still import Still
 from ..research.notes import Seen, account_notes, notes
 from ..research.report import Piece, note, table, words
 from ..rules.actions import odd_shares, split_position
@@ -74,7 +75,7 @@ def bars_to_come(asked: RunParameters, bars: Bars | None) -> int:
 def progress_teller(
     total: int, tell_at_most: int = 200, to: Callable[[int, int], None] = tell
 ) -> Callable[[int, datetime], None]:
-    """A callback that tells the runner how many of the bars have closed, without telling it every one."""
+    """A callback that reports to the runner how many of the bars have closed, without reporting every one."""
     step = max(total // tell_at_most, 1)
 
     def closed(bars: int, _stamp: datetime) -> None:
@@ -118,7 +119,7 @@ def equity_by_bar(result: SessionResult) -> "pd.Series[float]":
     """Equity at each close, USD; the last figure where a bar brought several."""
     return result.equity.groupby(level=0).last()
 
-
+# %% ../../nbs/runs/09_session_cells.ipynb #1b4f6e5a
 def with_actions(
     fills: pd.DataFrame, closes: pd.DataFrame, actions: Iterable[tuple[datetime, CorporateAction]]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -174,7 +175,7 @@ def session_fills(result: SessionResult, bars: Bars) -> tuple[pd.DataFrame, pd.D
         fills["fee"] = shown.where(~fills["bar"].isin([at for at, _ in actions]), fills["fee"])
     return with_actions(fills, bars.frame("close").ffill(), actions)
 
-
+# %% ../../nbs/runs/09_session_cells.ipynb #1659717a
 def exposure_by_bar(result: SessionResult, bars: Bars) -> "pd.Series[float]":
     """Long plus short, as a multiple of equity, at each close."""
     equity = equity_by_bar(result)
@@ -272,7 +273,7 @@ def session_notes(result: SessionResult) -> tuple[str, ...]:
             found += [f"{label}: {sentence}" for sentence in own] if label else own
     return tuple(found)
 
-
+# %% ../../nbs/runs/09_session_cells.ipynb #00ef0238
 def strategy_rows(result: SessionResult) -> tuple[StrategyRow, ...]:
     """What each of several strategies had and did, from the session's journal; nothing where there is one."""
     with open_journal(result.journal_path) as journal:
@@ -320,7 +321,7 @@ def ending_failure(result: SessionResult) -> Failure | None:
 
 def price_piece(result: SessionResult, bars: Bars | None) -> Any:
     """Price with orders, or a note where no bar closed."""
-    return note("No bar closed in this session.") if bars is None else price_figure(bars, result.orders)
+    return note("No bar closed in this session.") if bars is None else Still(price_figure(bars, result.orders))
 
 
 def worth_piece(result: SessionResult, bars: Bars | None) -> Any:
@@ -328,9 +329,9 @@ def worth_piece(result: SessionResult, bars: Bars | None) -> Any:
     equity = equity_by_bar(result)
     if bars is None or not len(equity):
         return note("No bar closed in this session.")
-    return equity_figure(equity, exposure_by_bar(result, bars))
+    return Still(equity_figure(equity, exposure_by_bar(result, bars)))
 
-
+# %% ../../nbs/runs/09_session_cells.ipynb #e5c0fa6d
 def health_piece(health: tuple[AgentHealth, ...]) -> Piece:
     """How the agents were at the end."""
     columns = ("Agent", "State", "Events#", "Failed#", "Missed#", "Restarts#", "Last failure")

@@ -62,7 +62,7 @@ def json_value(value: object) -> object:
         return [json_value(item) for item in value]
     return value
 
-
+# %% ../../nbs/runs/01_store.ipynb #8ee6015f
 @dataclass(frozen=True)
 class RunFolder:
     """The files of one run."""
@@ -209,7 +209,7 @@ class RunStore:
             )
         return runs[0]
 
-
+# %% ../../nbs/runs/01_store.ipynb #022cb659
 def _age(run: RunFolder) -> tuple[str, int, str]:
     """By the second in the name; within it by when the folder was made."""
     try:

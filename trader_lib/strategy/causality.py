@@ -20,6 +20,7 @@ from ..market.bars import Bars
 from .contract import Strategy, target_weights
 from .counterfactual import Direction, other_future
 from .fresh import Evaluation, NotFresh, Parcel, pack
+from ..telemetry.progress import steps
 
 # %% ../../nbs/strategy/08_causality.ipynb #d2f1ffcf
 class LookAhead(TraderError):
@@ -289,9 +290,11 @@ def check_causal(strategy: Strategy, bars: Bars, rows: int | None = None, *, fre
     evaluation = None if parcel is None else Evaluation(parcel, [bars.head(length) for length in lengths])
     try:
         truncations = cuts(found.weights, bars.close, strategy.warmup, 48 if rows is None else max(rows, 1))
-        for length in truncations:
-            found.cut(length)
-        tried = try_futures(strategy, bars, 24, 12)
+        with steps(f"Checking {strategy.name} for look-ahead", len(truncations) + 1) as step:
+            for length in truncations:
+                found.cut(length)
+                step()
+            tried = try_futures(strategy, bars, 24, 12)
         if evaluation is not None:
             try:
                 _compare_fresh(found, lengths, evaluation.weights(FRESH_S))

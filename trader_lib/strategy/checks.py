@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors.places import described
 from ..errors.taxonomy import Misused, TraderError
 from ..market.bars import Bars, Timeframe
 from ..market.synthetic import SESSION_SECONDS, synthetic_bars
@@ -213,7 +214,7 @@ def ensure_sound(
     except Misused:
         raise
     except Exception as error:
-        return (f"Strategy {strategy.name!r} could not be checked: it fails on {bars!r} ({error}).",)
+        return (f"Strategy {strategy.name!r} could not be checked: it fails on {bars!r}. {described(error)}",)
     kinds: tuple[tuple[str, type[TraderError]], ...] = (
         (report.look_ahead, LookAhead),
         (report.lookback, LookbackExceeded),

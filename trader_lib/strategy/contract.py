@@ -12,15 +12,17 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from ..errors.places import add_place
 from ..errors.taxonomy import BadData, Misused, did_you_mean
-from ..market.bars import Bars
 from .exits import ProtectiveExits
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a refused parameter should not wait for pandas
+    import pandas as pd
+
+    from trader_lib.market.bars import Bars
     from trader_lib.strategy.signals import Signal
 
 # %% ../../nbs/strategy/01_contract.ipynb #0a71a32f
@@ -70,7 +72,7 @@ class Strategy(BaseModel, ABC):
         return None
 
     @abstractmethod
-    def targets(self, bars: Bars) -> "pd.DataFrame | NDArray[np.float64]":
+    def targets(self, bars: "Bars") -> "pd.DataFrame | NDArray[np.float64]":
         """Target weights [time × symbol], shares of equity, NaN to keep what there is; row t from bars up to and including t."""
 
     @property
@@ -101,13 +103,13 @@ def history_bars(strategy: Strategy) -> int:
     return lookback
 
 
-def needed_bars(strategy: Strategy, bars: Bars) -> Bars:
+def needed_bars(strategy: Strategy, bars: "Bars") -> "Bars":
     """The last bars on which a strategy's last weight can depend: all, unless it names its `lookback_max`."""
     lookback = strategy.lookback_max
     return bars if lookback is None or bars.n <= lookback else bars.rows_between(bars.n - lookback, bars.n)
 
 # %% ../../nbs/strategy/01_contract.ipynb #82a6c7bc
-def target_weights(strategy: Strategy, bars: Bars) -> NDArray[np.float64]:
+def target_weights(strategy: Strategy, bars: "Bars") -> NDArray[np.float64]:
     """Checked target weights [time × symbol], shares of equity; rows before the warm-up are 0.
 
     NaN asks for nothing: the symbol keeps what there is of it, and an order at work goes on. Raises Misused where the
@@ -117,7 +119,12 @@ def target_weights(strategy: Strategy, bars: Bars) -> NDArray[np.float64]:
     first = max(strategy.warmup - 1, 0)
     if bars.n <= first:
         return np.zeros(shape)
-    weights = _as_array(strategy, strategy.targets(bars.without_actions()), bars)
+    try:
+        targets = strategy.targets(bars.without_actions())
+    except Exception as error:
+        add_place(error)
+        raise
+    weights = _as_array(strategy, targets, bars)
     if weights.shape != shape:
         raise Misused(
             f"Strategy {strategy.name!r} returned weights of shape {weights.shape} for bars of shape {shape}: "
@@ -137,8 +144,10 @@ def target_weights(strategy: Strategy, bars: Bars) -> NDArray[np.float64]:
     return weights
 
 
-def _as_array(strategy: Strategy, targets: object, bars: Bars) -> NDArray[np.float64]:
+def _as_array(strategy: Strategy, targets: object, bars: "Bars") -> NDArray[np.float64]:
     """A fresh float64 array of the weights, a DataFrame's columns brought into the Bars' order."""
+    import pandas as pd
+
     if isinstance(targets, pd.DataFrame):
         names = tuple(targets.columns)
         if set(names) != set(bars.symbols):

@@ -7,10 +7,12 @@ __all__ = ['ProtectiveExits']
 
 # %% ../../nbs/strategy/00_exits.ipynb #80fab64d
 import math
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..rules.exits import ExitRates
+if TYPE_CHECKING:
+    from trader_lib.rules.exits import ExitRates
 
 # %% ../../nbs/strategy/00_exits.ipynb #0e96150d
 class ProtectiveExits(BaseModel):
@@ -32,8 +34,10 @@ class ProtectiveExits(BaseModel):
             raise ValueError("give at least one of stop_loss, take_profit and trailing_stop; without exits pass None")
         return self
 
-    def rates(self) -> ExitRates:
+    def rates(self) -> "ExitRates":
         """The same distances for the compiled rules."""
+        from trader_lib.rules.exits import ExitRates  # numba, which no refusal of a parameter should wait for
+
         return ExitRates(
             math.nan if self.stop_loss is None else self.stop_loss,
             math.nan if self.take_profit is None else self.take_profit,

@@ -6,17 +6,20 @@
 __all__ = ['CROSSED', 'SmaCross']
 
 # %% ../../nbs/strategy/12_sma_cross.ipynb #2fde1ceb
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from ..market.bars import Bars
 from .contract import Strategy
 from .signals import CompiledSignal, Signal, sum_of_windows
 from .windows import window_mean
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from trader_lib.market.bars import Bars
 
 # %% ../../nbs/strategy/12_sma_cross.ipynb #a3b4cc2a
 def _crossed(
@@ -76,7 +79,9 @@ class SmaCross(Strategy):
         """The slow average's length."""
         return self.slow
 
-    def targets(self, bars: Bars) -> pd.DataFrame:
+    def targets(self, bars: "Bars") -> "pd.DataFrame":
         """1/N of the equity in each of the N symbols whose fast average is above its slow one."""
+        import pandas as pd
+
         rising = window_mean(bars.close, self.fast) > window_mean(bars.close, self.slow)
         return pd.DataFrame(rising / len(bars.symbols), bars.index, list(bars.symbols))

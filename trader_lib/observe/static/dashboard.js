@@ -38,7 +38,8 @@ const clock = (value) => (value ? `${value.slice(0, 10)} ${value.slice(11, 19)}`
 const words = (value) => { const told = String(value).replaceAll("_", " "); return told.charAt(0).toUpperCase() + told.slice(1); };
 function statistic(name, value) {
   if (typeof value !== "number") return String(value ?? "–");
-  if (/return|volatility|drawdown|rate|time_in/.test(name)) return percent(value);
+  if (/_days$/.test(name)) return number(Math.round(value * 10) / 10);
+  if (/return|volatility|drawdown|rate|time_in|best_|worst_|at_risk|shortfall|alpha/.test(name)) return percent(value);
   return /equity|fees/.test(name) ? money(value) : number(Math.round(value * 1e4) / 1e4);
 }
 function lasting(seconds) {
@@ -79,6 +80,8 @@ function drawHead() {
   $("money").hidden = view.stage !== "live";
   document.title = `${view.condition === "alive" ? view.state : conditions[view.condition][1]} · ${name} · trader`;
   $("strategies-card").hidden = !several;
+  document.body.classList.toggle("report", view.condition === "report");
+  $("decisions-title").textContent = view.condition === "report" ? `Orders and refusals, the latest ${view.decisions.length}` : "Decisions";
   $("seen").textContent = `Seen ${clock(view.seen_at)} UTC · event ${number(view.events)}${view.session_id ? ` · session ${view.session_id}` : ""}. Times are UTC; figures are as of the last bar.`;
 }
 function drawAlerts() {
@@ -86,6 +89,7 @@ function drawAlerts() {
   const lost = heard && performance.now() - heard > LOST_MS;
   document.body.classList.toggle("lost", Boolean(lost));
   if (lost) told.push(["bad", `This page has lost its server: nothing was heard for ${lasting((performance.now() - heard) / 1000)}, and what it shows is old. If the session served it, the session may be dead: trader status ${view.run || "RUN"}`]);
+  if (view.behind && view.condition !== "alive") told.push(["info", `Loading: ${number(view.events)} of ${number(view.events + view.behind)} events of the journal are read.`]);
   if (view.condition === "dead") told.push(["bad", `The session is dead: it stopped without an end, and what is open at the broker is still open. trader kill ${view.run} cancels it; trader ${view.stage === "live" ? "live" : "paper"} --resume ${view.run} goes on.`]);
   if (view.trouble) told.push(["bad", `The journal cannot be read: ${view.trouble}`]);
   if (view.condition === "alive" && view.silent_s > 120) told.push(["warn", `The session is alive and has written nothing for ${lasting(view.silent_s)}.`]);
@@ -99,18 +103,21 @@ function drawAlerts() {
   const text = told.map(([kind, sentence]) => kind + sentence).join("\n");
   if (drawAlerts.said === text) return;
   drawAlerts.said = text;
-  put("alerts", ...told.map(([kind, sentence]) => el("p", { class: `alert ${kind}` }, `${kind === "bad" ? "✕" : "!"} ${sentence}`)));
+  put("alerts", ...told.map(([kind, sentence]) => el("p", { class: `alert ${kind}` }, `${{ bad: "✕", warn: "!", info: "…" }[kind]} ${sentence}`)));
 }
 
 // ---- figures
+const HEADLINES = ["total_return", "annual_return", "sharpe_ratio", "max_drawdown", "trades", "win_rate"];
 function tile(name, value, under) {
   return el("div", { class: "tile" }, el("dl", {}, el("dt", {}, name), el("dd", { "data-figure": name }, value, under ? el("small", {}, under) : "")));
 }
 function drawFigures() {
   const f = view.figures, tiles = [];
   if (view.condition === "report" && !known(f.equity)) {
-    const statistics = Object.entries(view.result.statistics).slice(0, 8);
-    put("figures", ...statistics.map(([name, value]) => tile(words(name), statistic(name, value))));
+    const { statistics, equity_end, orders, refused } = view.result, first = HEADLINES.filter((name) => name in statistics);
+    const named = first.length ? first : Object.keys(statistics).slice(0, 8);
+    put("figures", ...(known(equity_end) ? [tile("Equity at the end", money(equity_end), "USD")] : []),
+      ...named.map((name) => tile(words(name), statistic(name, statistics[name]))), tile("Orders", number(orders), `${number(refused)} refused`));
     return;
   }
   tiles.push(tile("Equity", money(f.equity), `USD · cash ${money(f.cash)}`));
@@ -126,7 +133,7 @@ function drawFigures() {
 let drawn = null;
 function drawCurve() {
   const points = view.curve, box = $("chart").getBoundingClientRect(), wide = Math.max(260, box.width), high = box.height || 290;
-  if (points.length < 2) { drawn = null; put("chart", el("p", { class: "empty" }, view.condition === "report" ? "A backtest keeps no journal. Its report.html in the run folder has the curve." : "The curve begins with the second bar.")); return; }
+  if (points.length < 2) { drawn = null; put("chart", el("p", { class: "empty" }, view.condition === "report" ? "Its result holds no curve; report.html in the run folder has one." : "The curve begins with the second bar.")); return; }
   const left = 64, right = wide - 10, top = 8, split = high * 0.72, foot = high - 22;
   const first = points[0][0], last = points[points.length - 1][0];
   let low = Infinity, top_ = -Infinity, peak = -Infinity, deepest = 0;
@@ -197,10 +204,13 @@ function table(id, columns, rows, empty) {
   if (!rows.length) { put(id, el("p", { class: "empty" }, empty)); return; }
   const head = el("tr", {}, ...columns.map((name) => el("th", { scope: "col", class: name.endsWith("#") ? "n" : "" }, name.replace("#", ""))));
   const box = $(id), down = box.scrollTop, along = box.scrollLeft;
+  for (const row of rows.flat()) if (row.cells.length === columns.length) columns.forEach((name, n) => row.cells[n].setAttribute("data-name", name.replace("#", "")));
   put(id, el("table", {}, el("thead", {}, head), el("tbody", {}, ...rows.flat())));
   box.scrollTop = down; box.scrollLeft = along;
 }
 const cell = (content, kind = "") => el("td", { class: kind }, content);
+const PURPOSES = { entry: "target", exit: "protective exit" };  // an order that a target asks for, whichever way it goes
+const purpose = (value) => PURPOSES[value] || value.replaceAll("_", " ");
 function chip(id) {
   return known(id) ? el("button", { class: "chip", type: "button", title: `Everything under ${id}`, on: { click: () => choose(id) } }, id.slice(0, 8)) : "";
 }
@@ -225,8 +235,9 @@ function drawDecisions() {
   const columns = ["Bar", "Symbol", ...(own ? ["Strategy"] : []), "Side", "Order", "For", "Risk", "Became", "Why", "Trace"];
   table("decisions", columns, matching(view.decisions).map((row) => {
     const id = row.client_order_id, open = opened.has(id);
-    const toggle = el("button", { class: "open", type: "button", "aria-expanded": String(open), on: { click: () => unfold(id) } }, row.approved ? "✓ approved" : "✕ refused");
-    const line = el("tr", {}, cell(moment(row.at)), cell(row.symbol), ...(own ? [cell(row.strategy)] : []), cell(row.side), cell(row.what), cell(row.purpose.replaceAll("_", " ")),
+    const verdict = row.approved ? "✓ approved" : row.times > 1 ? `✕ refused ${number(row.times)} times` : "✕ refused";
+    const toggle = !id ? verdict : el("button", { class: "open", type: "button", "aria-expanded": String(open), on: { click: () => unfold(id) } }, verdict);
+    const line = el("tr", {}, cell(moment(row.at)), cell(row.symbol), ...(own ? [cell(row.strategy)] : []), cell(row.side), cell(row.what), cell(purpose(row.purpose)),
       el("td", { class: row.approved ? "" : "down" }, toggle), cell(row.outcome), cell(row.reasons.join(" "), "wide"), cell(chip(row.correlation_id)));
     if (!open) return [line];
     const found = checks.get(id);
@@ -246,7 +257,7 @@ async function unfold(id) {
 function drawFills() {
   const own = several();
   table("fills", ["Time", "Symbol", ...(own ? ["Strategy"] : []), "Side", "Qty#", "Price#", "For", "Trace"], matching(view.fills).map((row) => el("tr", {},
-    cell(moment(row.at)), cell(row.symbol), ...(own ? [cell(row.strategy)] : []), cell(row.side), cell(number(row.qty), "n"), cell(price(row.price), "n"), cell(row.purpose.replaceAll("_", " ")), cell(chip(row.correlation_id)))), filter ? "No recent fill under this trace." : "No fill yet.");
+    cell(moment(row.at)), cell(row.symbol), ...(own ? [cell(row.strategy)] : []), cell(row.side), cell(number(row.qty), "n"), cell(price(row.price), "n"), cell(purpose(row.purpose)), cell(chip(row.correlation_id)))), filter ? "No recent fill under this trace." : "No fill yet.");
 }
 function drawHappenings() {
   const signs = { info: "·", warning: "!", error: "✕" }, kinds = { info: "", warning: "warned", error: "down" };
@@ -363,7 +374,7 @@ async function meet() { const answer = await ask("api/operator"); operator = ans
 // ---- what is drawn when what changed
 const PARTS = [
   [["run", "condition", "state", "stage", "strategies", "runner", "seen_at", "behind", "result", "events"], drawHead],
-  [["condition", "state", "state_reason", "asked", "books", "unanswered", "trouble", "silent_s", "result", "strategies"], drawAlerts],
+  [["condition", "behind", "events", "state", "state_reason", "asked", "books", "unanswered", "trouble", "silent_s", "result", "strategies"], drawAlerts],
   [["figures", "positions", "last_bar", "condition", "result"], drawFigures], [["curve", "condition"], drawCurve], [["positions", "strategies"], drawPositions], [["open_orders"], drawOrders],
   [["strategies"], drawStrategies], [["decisions", "strategies"], drawDecisions], [["fills", "strategies"], drawFills], [["happenings"], drawHappenings], [["agents"], drawAgents],
   [["books"], drawBooks], [["result"], drawResult], [["log"], drawLog],
