@@ -46,6 +46,7 @@ setup(
     entry_points={
         "console_scripts": settings["console_scripts"].split(),
         "nbdev": [f"{settings['lib_name']}={settings['lib_name']}._modidx:d"],
+        "pytest11": ["trader_lib.exchange.testing = trader_lib.exchange.testing"],
         "trader_lib.strategies": [
             "sma_cross = trader_lib.strategy.sma_cross:SmaCross",
             "rsi_reversion = trader_lib.strategy.rsi_reversion:RsiReversion",

@@ -25,7 +25,7 @@ from trader_lib.risk.limits import Limits
 from trader_lib.rules.sizing import SizingRules
 from trader_lib.runs.session_cells import session_notes
 from trader_lib.session.session import SessionResult, run_session
-from trader_lib.session.spec import SessionSpec
+from trader_lib.session.spec import SessionSpec, StrategyShare
 from trader_lib.strategy.contract import Strategy
 from trader_lib.strategy.exits import ProtectiveExits
 from trader_lib.trading.events import TradingState, TradingStateChanged
@@ -255,6 +255,22 @@ async def test_run_that_orders_nothing_says_why_for_each_symbol(tmp_path: Path) 
     assert all(one in repr(result) for one in result.notes)
     assert session_notes(session) == result.notes
     assert "a whole share is dearer" in result.report(tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+async def test_each_of_several_strategies_says_why_it_orders_nothing() -> None:
+    bars = bars_of([650_000.0] * 5, [10.0] * 5)
+    shares = (
+        StrategyShare(name="dear", strategy="sma_cross", symbols=("AAA",), capital="50%"),
+        StrategyShare(name="idle", strategy="sma_cross", symbols=("BBB",), capital="50%"),
+    )
+    spec = SessionSpec(symbols=bars.symbols, cash=Decimal(10_000), strategies=shares, costs=Costs.none())
+    built = {"dear": Given(weights=((0.5,),)), "idle": Given(weights=((0.0,),))}
+    session = await run_session(spec, load_settings(environ={}, env_file=None), bars=bars, strategy=built)
+    dear, idle = session_notes(session)
+    assert dear.startswith(
+        "dear: AAA: a whole share is dearer than its target at 5 of 5 bars: 2,500.00 of 5,000.00 USD"
+    )
+    assert idle == "idle: BBB: its target is 0 at all 5 bars."
 
 
 async def test_notes_of_a_called_and_cut_account_are_the_same_in_both_engines() -> None:

@@ -375,13 +375,26 @@ def test_the_exchange_says_where_it_listens(trader: Trader) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=stop_once_served, daemon=True).start()
-    code, out, _ = trader("exchange", "--symbols", "IBM", "--start", "2012-01-03", "--port", "0")
-    assert code == 0 and "Serving IBM at http://127.0.0.1:" in out and "/simulation/advance" in out
+    code, out, _ = trader("exchange", "--symbols", "IBM", "--start", "2012-01-03", "--speed", "stepped")
+    assert code == 0 and "Serving IBM at http://127.0.0.1:" in out and "2012-01-03 09:30 in New York" in out
+    assert "/simulation/step" in out and "alpaca-py: TradingClient(" in out and "APCA_API_BASE_URL=" in out
+    assert "npm" in out
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [(("--speed", "fast"), "60x"), (("--faults", "stormy"), "storm"), (("--quota", "-1"), "0 for none")],
+)
+def test_an_option_of_the_exchange_that_makes_no_sense_is_refused(
+    trader: Trader, option: tuple[str, str], words: str
+) -> None:
+    code, _, err = trader("exchange", "--symbols", "IBM", *option)
+    assert code == 2 and words in err
 
 
 def test_the_exchange_is_served_alone_until_it_is_stopped(tmp_path: Path) -> None:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("TRADER_", "APCA_"))}
-    what = ("--symbols", "IBM", "--start", "2012-01-03", "--end", "2012-01-31")
+    what = ("--symbols", "IBM", "--start", "2012-01-03", "--end", "2012-01-31", "--speed", "real", "--control")
     process = subprocess.Popen(
         command("exchange", *what, "--json"),
         cwd=tmp_path,

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -86,6 +87,42 @@ def test_a_hole_in_a_file_of_the_store_is_shown_and_not_traded(trader: Trader, t
     assert code == 1 and [look["kind"] for look in found["findings"]] == ["hole"]
     code, _, err = trader("backtest", "--source", "store", "--symbols", "IBM", "-p", "fast=5", "-p", "slow=20")
     assert code == 4 and "3 sessions of XNYS" in err
+
+
+def test_raw_prices_are_traded_as_the_import_says_and_a_split_in_them_is_bad_data(
+    trader: Trader, tmp_path: Path
+) -> None:
+    file = write_csv(tmp_path / "ibm.csv")
+    table = pd.read_csv(file)
+    table.loc[60:, ["open", "high", "low", "close"]] /= 2
+    table.to_csv(file, index=False)
+    code, _, err = trader("data", "import", str(file), "--symbol", "IBM", "--adjustment", "raw")
+    assert code == 0 and "--symbols IBM --adjustment raw" in err
+    code, out, err = trader("backtest", "--source", "store", "--symbols", "IBM", "--adjustment", "raw")
+    assert (code, out) == (4, "") and "like a split of 2:1" in err and not (tmp_path / "runs").exists()
+
+
+def test_currencies_are_traded_by_their_own_calendar_and_held_against_another(trader: Trader, tmp_path: Path) -> None:
+    hours = pd.date_range("2024-10-27 17:00", "2024-11-08 16:00", freq="h", tz="America/New_York")  # one has 25
+    weekday, hour = hours.day_of_week, hours.hour
+    open_ = (weekday < 4) | ((weekday == 4) & (hour < 17)) | ((weekday == 6) & (hour >= 17))
+    hours, parts = hours[open_], []
+    for place, symbol in enumerate(("EURUSD", "GBPUSD")):
+        price = (1.1 + 0.02 * np.sin(np.arange(len(hours)) / 7 + place)).round(5)
+        figures = dict.fromkeys(("open", "high", "low", "close"), price)
+        parts.append(pd.DataFrame({"symbol": symbol, "timestamp": hours, **figures, "volume": 1e6}))
+    pd.concat(parts).to_csv(tmp_path / "fx.csv", index=False)
+    assert trader("data", "import", str(tmp_path / "fx.csv"), "--timeframe", "1Hour")[0] == 0
+    asked = ("--source", "store", "--symbols", "EURUSD", "--timeframe", "1Hour", "-p", "fast=3", "-p", "slow=9")
+    code, out, err = trader("backtest", *asked)
+    assert (code, out) == (4, "") and "without a session at XNYS" in err and "--calendar" in err
+    code, out, err = trader("paper", *asked, "--calendar", "24/7")
+    assert code == 2 and "Only `trader backtest` takes --calendar" in err
+    code, out, _ = trader("backtest", *asked, "--calendar", "24/7", "--benchmark", "gbpusd", "--json")
+    result = json.loads(out)
+    assert code == 0 and (result["parameters"]["calendar"], result["parameters"]["benchmark"]) == ("24/7", "GBPUSD")
+    assert result["statistics"]["years"] == pytest.approx(13 / 365)
+    assert result["notes"][-1].startswith("Against GBPUSD: alpha ")
 
 
 def test_a_date_that_can_be_read_in_two_ways_is_asked_about(trader: Trader, tmp_path: Path) -> None:
@@ -234,9 +271,11 @@ def test_fetch_fills_the_store_and_goes_on_where_it_ended(
     assert [row["symbol"] for row in found["refused"]] == ["NOTHERE"]
     assert {row["first"] for row in found["symbols"]} == {"2012-01-03"}
     before = found["symbols"][0]
+    assert before["splits"] is None  # the embedded exchange has no list of them
     with_keys()
-    code, out, _ = trader("data", "fetch", "AAPL")
+    code, out, err = trader("data", "fetch", "AAPL")
     assert code == 0 and before["last"] in out
+    assert "no list of splits and dividends; stored without: AAPL." in err
     (row,) = (row for row in json.loads(trader("data", "list", "--json")[1]) if row["symbol"] == "AAPL")
     assert row["bars"] == before["bars"] + 1 and row["first"] == "2012-01-03" and row["source"] == "alpaca"
     assert trader("data", "fetch", "AAPL", "--replace", "--json")[0] == 0

@@ -274,7 +274,7 @@ async def test_last_event_of_an_agent_left_out_is_found_at_the_end(path: Path) -
     lost = read(path, PortfolioChanged)[-1]
     result = await replayed(forge(path, lambda event: None if event.seq == lost.seq else event))
     assert result.first is not None and result.first.recorded is None
-    assert "now says portfolio_changed; it had not" in result.sentence()
+    assert "now publishes portfolio_changed; it had not" in result.sentence()
 
 
 async def test_event_that_nobody_said_is_found(path: Path) -> None:

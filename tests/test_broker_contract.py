@@ -17,7 +17,7 @@ from trader_lib.broker.inbox import BarArrived, InboxItem
 from trader_lib.broker.port import Broker, MarketData, SimulationControl
 from trader_lib.broker.simulation import HttpSimulation, InProcessSimulation
 from trader_lib.clock.clock import WallClock
-from trader_lib.errors.taxonomy import Misused, NotFound, OutcomeUnknown, Rejected, TraderError
+from trader_lib.errors.taxonomy import BadData, Misused, NotFound, OutcomeUnknown, Rejected, TraderError
 from trader_lib.exchange.book import Step
 from trader_lib.exchange.engine import Exchange
 from trader_lib.exchange.server import ExchangeServer
@@ -237,9 +237,13 @@ async def test_history_ends_where_the_market_stands(venue: Venue, daily_bars: Ba
     await venue.advance()
     two = await data.history(["IBM"], "1Day", daily_bars.day(4), daily_bars.day(5))
     assert two.n == 2 and two.at(1) == daily_bars.at(5)
-    for wrong in ({"adjustment": "raw"}, {"timeframe": "1Min"}, {"symbols": ["NOPE"]}):
+    for wrong, error, words in (
+        ({"adjustment": "split"}, Rejected, "invalid adjustment"),
+        ({"timeframe": "1Min"}, Rejected, "invalid timeframe"),
+        ({"symbols": ["NOPE"]}, (Rejected, BadData), "invalid symbol|no 1Day bars of 'NOPE'"),
+    ):
         fields: dict[str, Any] = {"symbols": ["IBM"], "timeframe": "1Day", "adjustment": "all"} | wrong
-        with pytest.raises(Rejected, match="invalid"):
+        with pytest.raises(error, match=words):
             await data.history(
                 fields["symbols"],
                 fields["timeframe"],

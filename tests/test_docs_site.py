@@ -126,6 +126,13 @@ def test_a_chapter_hides_what_only_nbdev_reads_and_folds_imports() -> None:
     assert output["data"]["text/html"].count("</script>") == 1  # the one that ends it
 
 
+def test_a_diagram_is_html_for_the_sites_own_script() -> None:
+    text = "Before.\n```mermaid\nflowchart LR\n    a -->|<b>| c\n```\nAfter.\n```text\nmermaid\n```"
+    shown = pages.with_diagrams(text)
+    assert '```{raw} html\n<pre class="diagram">flowchart LR\n    a --&gt;|&lt;b&gt;| c</pre>\n```\nAfter.' in shown
+    assert shown.endswith("```text\nmermaid\n```")
+
+
 def test_what_has_no_place_is_refused_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(pages.SiteError, match=r"docs/new.md has no kind: add it to KINDS"):
         pages.kind_of("docs/new")
@@ -235,6 +242,19 @@ def test_a_figure_is_drawn_by_the_sites_own_plotly(built: Path, chromium: Any) -
     assert "Equity" in tab.inner_text(".plotly-figure")
     tab.close()
     page.unlink()
+
+
+@pytest.mark.slow
+def test_a_diagram_is_drawn_by_the_sites_own_mermaid(built: Path, chromium: Any) -> None:
+    tab, failed = chromium.new_page(), []
+    tab.on("pageerror", lambda error: failed.append(str(error)))
+    for page in sorted((built / "chapters").glob("*/*.html")):
+        diagrams = page.read_text(encoding="utf-8").count('<pre class="diagram">')
+        if diagrams:
+            tab.goto(page.as_uri())
+            tab.wait_for_function(f"document.querySelectorAll('pre.diagram svg').length == {diagrams}", timeout=30_000)
+            assert not tab.query_selector("pre.diagram .error-icon") and not failed, page
+    tab.close()
 
 
 @pytest.mark.slow

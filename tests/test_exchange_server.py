@@ -5,7 +5,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from datetime import date, datetime
+from datetime import date
 from typing import Any
 
 import pytest
@@ -232,18 +232,20 @@ def test_bars_come_in_pages_and_are_put_together(exchange_server: ExchangeServer
         return {symbol: [bar.close for bar in bars] for symbol, bars in answer.data.items()}
 
     known = {"IBM": list(daily_bars.close[:5, 1]), "MSFT": list(daily_bars.close[:5, 2])}
-    assert closes() == known
-    assert closes(adjustment=Adjustment.ALL, start=datetime(2012, 1, 1)) == known
+    begin = daily_bars.at(0)
+    assert closes() == {name: row[4:] for name, row in known.items()}  # since the day began
+    assert closes(adjustment=Adjustment.ALL, start=begin) == closes(start=begin) == known
+    assert closes(adjustment=Adjustment.RAW, start=begin) == known  # the prices at which this exchange trades
     assert closes(start=daily_bars.at(1), end=daily_bars.at(3)) == {name: row[1:4] for name, row in known.items()}
-    assert closes(limit=7) == {"IBM": known["IBM"], "MSFT": known["MSFT"][:2]}
-    assert closes(sort=Sort.DESC) == {name: row[::-1] for name, row in known.items()}
+    assert closes(limit=7, start=begin) == {"IBM": known["IBM"], "MSFT": known["MSFT"][:2]}
+    assert closes(sort=Sort.DESC, start=begin) == {name: row[::-1] for name, row in known.items()}
     with pytest.raises(APIError, match="invalid adjustment"):
-        closes(adjustment=Adjustment.RAW)
+        closes(adjustment=Adjustment.SPLIT, start=begin)
 
     def page(path: str, **query: Any) -> Any:
         return requests.get(f"{exchange_server.url}/v2/stocks/{path}", query, headers=HEADERS, timeout=5)
 
-    first = page("bars", symbols="IBM,MSFT", timeframe="1Day", limit=3).json()
+    first = page("bars", symbols="IBM,MSFT", timeframe="1Day", limit=3, start="2012-01-01").json()
     assert len(first["bars"]["IBM"]) == 3 and first["next_page_token"]
     single = page("IBM/bars", timeframe="1Day", start="2012-01-04", end="2012-01-05").json()
     assert [bar["c"] for bar in single["bars"]] == known["IBM"][1:3] and single["symbol"] == "IBM"
@@ -252,7 +254,8 @@ def test_bars_come_in_pages_and_are_put_together(exchange_server: ExchangeServer
         ({"symbols": "IBM"}, "timeframe is required"),
         ({"symbols": "IBM", "timeframe": "1Day", "feed": "moon"}, "invalid feed"),
         ({"symbols": "IBM", "timeframe": "1Day", "limit": "0"}, "invalid limit"),
-        ({"symbols": "NOPE", "timeframe": "1Day"}, "invalid symbol"),
+        ({"symbols": "IBM", "timeframe": "1Min"}, "invalid timeframe"),
+        ({"symbols": "BTC/USD", "timeframe": "1Day"}, "invalid symbol: BTC/USD"),
     ]:
         answer = page("bars", **wrong)
         assert answer.status_code == 400 and words in answer.json()["message"]

@@ -22,7 +22,7 @@ from trader_lib.config.settings import Settings
 from trader_lib.journal.journal import SqliteJournal
 from trader_lib.observe.companions import companions
 from trader_lib.observe.traces import traced
-from trader_lib.session.distributed import Supervisor, agent_command
+from trader_lib.session.agent_process import Supervisor, agent_command
 from trader_lib.session.session import SessionResult, run_session
 from trader_lib.telemetry.log import configure_logging, trace_id_of
 from trader_lib.telemetry.tracing import Tracing, root_id_of, span_id_of

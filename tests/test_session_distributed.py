@@ -20,7 +20,7 @@ from trader_lib.errors.taxonomy import Misconfigured, Misused
 from trader_lib.exchange.engine import Exchange
 from trader_lib.exchange.server import ExchangeServer
 from trader_lib.journal.opening import open_journal
-from trader_lib.session.distributed import Supervisor, agent_command, find_session, serve_agent
+from trader_lib.session.agent_process import Supervisor, agent_command, find_session, serve_agent
 from trader_lib.session.session import SessionResult, run_session
 from trader_lib.session.spec import SessionSpec
 

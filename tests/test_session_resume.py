@@ -311,7 +311,7 @@ class Other(RsiReversion):
 async def test_another_version_of_a_strategy_does_not_go_on(tmp_path: Path) -> None:
     torn = cut(await whole(tmp_path / "whole"), 200, tmp_path / "torn")
     path = torn / "journal.sqlite"
-    with pytest.raises(InvariantBroken, match="The strategy agent said targets_decided"):
+    with pytest.raises(InvariantBroken, match="The strategy agent published targets_decided"):
         await run_session(DAILY, settings(), strategy=Other(**DAILY.params), journal_path=path, resume=True)
     with SqliteJournal(path) as journal:
         assert journal.last_seq == 200  # nothing was sent, nothing was written

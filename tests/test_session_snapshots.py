@@ -189,9 +189,9 @@ def test_snapshot_of_another_form_is_left_alone(monkeypatch: pytest.MonkeyPatch)
 def test_disk_that_takes_no_snapshot_costs_the_shortcut_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = next(plan_of(seed) for seed in range(1, 50) if plan_of(seed).deaths and plan_of(seed).snapshot_events == 10)
 
-    def refuses(keeper: SnapshotKeeper) -> None:
+    async def refuses(keeper: SnapshotKeeper) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(SnapshotKeeper, "_add_orders", refuses)
+    monkeypatch.setattr(SnapshotKeeper, "take", refuses)
     outcome = play(plan)
     assert not outcome.broken and outcome.faults["died"] and not outcome.faults["began with a snapshot"]

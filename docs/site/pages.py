@@ -10,6 +10,7 @@ import ast
 import asyncio
 import configparser
 import hashlib
+import html
 import json
 import os
 import posixpath
@@ -94,12 +95,21 @@ KINDS = {
     "reference": (
         "Reference",
         "What is there, complete and dry.",
-        ["api/index", "docs/figures", "docs/benchmarks", "CHANGELOG"],
+        [
+            "docs/glossary",
+            "api/index",
+            "docs/exchange",
+            "docs/market-data",
+            "docs/figures",
+            "docs/benchmarks",
+            "CHANGELOG",
+        ],
     ),
 }
 
 DROPPED_TYPES = re.compile(r"application/(vnd\.trader|vnd\.jupyter\.widget)")
 PLOTLY = "application/vnd.plotly.v1+json"
+DIAGRAM = re.compile(r"^```mermaid\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<=\])\((?!https?:|mailto:|#)([^()\s#]+)(#[^()\s]+)?\)")
 
 
@@ -250,6 +260,13 @@ def shown_source(source: str) -> str:
     return "\n".join(line for line in source.split("\n") if not line.startswith("#|")).strip("\n")
 
 
+def with_diagrams(text: str) -> str:
+    """Return Markdown with Mermaid diagrams as HTML: figures.js draws them, or else their source shows."""
+    return DIAGRAM.sub(
+        lambda found: f'```{{raw}} html\n<pre class="diagram">{html.escape(found[1].rstrip())}</pre>\n```', text
+    )
+
+
 def only_imports(source: str) -> bool:
     """Whether a cell holds nothing but imports, and which of them are exported, so that a page can fold it."""
     try:
@@ -266,8 +283,7 @@ def chapter(site: Site, path: str, notebook: dict[str, Any], module: str | None)
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            text = source.replace("```mermaid", "```text")  # Jupyter draws the diagram, the site shows its source
-            cells.append({**cell, "source": relinked(site, text, path, page)})
+            cells.append({**cell, "source": with_diagrams(relinked(site, source, path, page))})
         elif shown := shown_source(source):
             tags = [*cell["metadata"].get("tags", []), *(["hide-cell"] if only_imports(shown) else [])]
             outputs = [kept for output in cell.get("outputs", []) if (kept := shown_output(output))]

@@ -153,7 +153,7 @@ def configuration(seed: int) -> Configuration:
 async def both(drawn: Configuration) -> tuple[BacktestResult, SessionResult]:
     """The configuration in both engines."""
     sizing = drawn.sizing
-    result = backtest(drawn.strategy, drawn.bars, cash=drawn.cash, sizing=sizing, **drawn.account)
+    result = backtest(drawn.strategy, drawn.bars, cash=drawn.cash, sizing=sizing, check=False, **drawn.account)
     spec = SessionSpec(
         symbols=drawn.bars.symbols,
         timeframe=str(drawn.bars.timeframe),

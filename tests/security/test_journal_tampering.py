@@ -28,8 +28,8 @@ from trader_lib.journal.journal import SqliteJournal
 from trader_lib.journal.ledger import NOTE_EVENTS, NOTE_S, Vouching
 from trader_lib.journal.opening import open_journal
 from trader_lib.journal.postgres import PostgresJournal
-from trader_lib.recovery.past import Summary
 from trader_lib.recovery.snapshots import SnapshotKeeper
+from trader_lib.recovery.summary import Summary
 from trader_lib.session.session import run_session
 from trader_lib.session.spec import SessionSpec
 from trader_lib.trading.events import ENVELOPE, ClockTicked, Event, SessionStarted, SnapshotTaken

@@ -35,7 +35,7 @@ from trader_lib.journal.opening import journal_exists, open_journal
 from trader_lib.runs.runner import run_notebook
 from trader_lib.runs.store import RunFolder, RunStore
 from trader_lib.runs.templates import template_path
-from trader_lib.session.distributed import serve_agent
+from trader_lib.session.agent_process import serve_agent
 from trader_lib.session.permit import PERMIT_FD, REAL_MONEY, handed_over, issue_live_permit, use_live_permit
 from trader_lib.session.session import run_session
 from trader_lib.session.spec import SessionSpec
@@ -442,7 +442,7 @@ def test_simulated_session_is_not_killed_at_a_broker(
     write_start(path, "simulated")
     settings = load_settings("live", environ={}, env_file=None, overrides={"broker": KEYS})
     steered = asyncio.run(kill(path, flatten=True, reason="r", by="ada", wait_s=1, operator=lambda: settings))
-    assert not steered.done and "account is simulated" in " ".join(steered.told)
+    assert not steered.done and "account is simulated" in " ".join(steered.sentences)
 
 
 # ---- from a notebook

@@ -23,7 +23,7 @@ from trader_lib.config.settings import load_settings
 from trader_lib.errors.taxonomy import Misused
 from trader_lib.journal.journal import SqliteJournal
 from trader_lib.replay.replay import replay
-from trader_lib.session.distributed import agent_command
+from trader_lib.session.agent_process import agent_command
 from trader_lib.session.recorded import recorded_spec, recorded_strategy
 from trader_lib.session.session import run_session
 from trader_lib.session.spec import SessionSpec

@@ -19,7 +19,7 @@ from trader_lib.agents.risk import RiskAgent
 from trader_lib.agents.tracking import LocalState, OrderBook, OrderTrack, is_unresolved
 from trader_lib.bus.bus import InProcessBus
 from trader_lib.errors.taxonomy import Misconfigured, OutcomeUnknown, Rejected, Retryable, TraderError
-from trader_lib.recovery.past import RecordedBroker
+from trader_lib.recovery.answers import RecordedBroker
 from trader_lib.session.session import Session
 from trader_lib.session.wiring import Agents
 from trader_lib.trading.events import (
@@ -243,15 +243,17 @@ class BooksTheOrderAsFilled(ExecutionAgent):
 class SendsAgainAfterARestart(RecordedBroker):
     """What was intended before the process died is sent again without being looked for."""
 
-    async def _submit_now(self, request: OrderRequest) -> Order:
-        await self._bus.hold()
-        return await self._broker.submit(request)
+    async def submit(self, request: OrderRequest) -> Order:
+        if self.next_answer() is not None:
+            return await super().submit(request)
+        await self.bus.hold()
+        return await self.broker.submit(request)
 
 
 class ForgetsWhatWasAnswered(RecordedBroker):
     """After a restart the broker is asked for what it has answered before, orders included."""
 
-    def _answer(self) -> Payload | None:
+    def next_answer(self) -> Payload | None:
         return None
 
 
@@ -297,9 +299,9 @@ class LeavesEntriesOpen(Session):
 class SnapshotsWithoutOrders(Keeper):
     """A snapshot leaves out the orders that changed since the last one."""
 
-    def _add_orders(self) -> None:
-        self._book.changed()
-        super()._add_orders()
+    async def take(self) -> None:
+        self.book.changed()
+        await super().take()
 
 
 class SnapshotsInTheMiddle(InProcessBus):
@@ -345,7 +347,7 @@ def _of_execution(name: str) -> tuple[str, ...]:
 
 
 RIGHT = {name: getattr(execution, name) for name in ("resolve", "send", "refresh", "repair", "on_trade_update")}
-EXECUTION = ("trader_lib.session.wiring.ExecutionAgent", "trader_lib.replay.replay.ExecutionAgent")
+EXECUTION = ("trader_lib.session.wiring.ExecutionAgent", "trader_lib.replay.fresh.ExecutionAgent")
 JOURNAL = ("tests.simulation.world.WatchedJournal",)
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation(

@@ -236,10 +236,10 @@ class Keeper(SnapshotKeeper):
 
     disk: Record
 
-    def _add_orders(self) -> None:
+    async def take(self) -> None:
         if self.disk.fullness() is not None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        super()._add_orders()
+        await super().take()
 
 
 @cache

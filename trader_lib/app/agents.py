@@ -44,7 +44,7 @@ def agent(
 async def _agent(name: str, session: str, profile: str | None, restarts: int, trust: bool | str) -> int:
     from trader_lib.app.console import print_line
     from trader_lib.config.settings import load_settings
-    from trader_lib.session.distributed import Supervisor, agent_command, serve_agent, session_agents
+    from trader_lib.session.agent_process import Supervisor, agent_command, serve_agent, session_agents
     from trader_lib.session.session import stop_on_signals
     from trader_lib.strategy.trust import read_trust
     from trader_lib.telemetry.tracing import process_traced

@@ -33,10 +33,12 @@ from .journal import journal, replay
 from .notify import announce_death, notify, summary
 from trader_lib.app.options import (
     CostOptions,
+    FigureOptions,
     HowOptions,
     LimitOptions,
     TrustOption,
     WhatOptions,
+    figure_parameters,
     given_parameters,
     how_parameters,
     read_strategies,
@@ -291,6 +293,7 @@ def extra_parameters(kind: str, broker: str, transport: str) -> dict[str, object
 def backtest(
     *,
     what: WhatOptions | None = None,
+    figures: FigureOptions | None = None,
     costs: CostOptions | None = None,
     limits: LimitOptions | None = None,
     how: HowOptions | None = None,
@@ -300,7 +303,7 @@ def backtest(
     Example: trader backtest --strategy sma_cross --symbols AAPL,IBM,MSFT \
         --start 2005-01-03 --end 2012-12-31 -p fast=10 -p slow=50
     """
-    return _run("backtest", given_parameters(what, costs, limits, how), how, {})
+    return _run("backtest", given_parameters(what, costs, limits, how) | figure_parameters(figures), how, {})
 
 
 @app.command
@@ -492,16 +495,33 @@ def exchange(
     *,
     host: Annotated[str | None, Parameter(help="Address to listen on. [127.0.0.1]")] = None,
     port: Annotated[int | None, Parameter(help="Its port; 0 is any free one. [0]")] = None,
+    speed: Annotated[
+        str,
+        Parameter(
+            help="How time passes: real, a multiple such as 60x, asked (a step whenever a client asks for the clock) or "
+            "stepped (a step whenever the control endpoint is asked for one)."
+        ),
+    ] = "60x",
+    at_now: Annotated[bool, Parameter(help="Lay the data's days onto the wall clock's.", negative="")] = False,
+    quota: Annotated[int, Parameter(help="Requests a minute, 0 for no bound.")] = 200,
+    faults: Annotated[
+        str | None, Parameter(help="How it misbehaves: flaky, storm, brownout, split_brain, or a JSON file of rules.")
+    ] = None,
+    control: Annotated[
+        bool, Parameter(help="Serve /simulation/…, which steps the clock and sets faults.", negative="")
+    ] = False,
     what: WhatOptions | None = None,
     costs: CostOptions | None = None,
     how: HowOptions | None = None,
 ) -> int:
-    r"""Serve the embedded exchange alone, in Alpaca's protocol, over recorded bars; time moves when told to.
+    r"""Serve the embedded exchange alone, in Alpaca's protocol, over recorded bars.
+
+    It begins in an open market and moves by itself.
 
     Example: trader exchange --symbols AAPL,IBM --port 8765 \
-        --start 2012-01-03 --end 2012-12-31
+        --start 2012-01-03 --end 2012-12-31 --speed 60x
     """
-    from trader_lib.app.exchange import serve_exchange
+    from trader_lib.app.exchange import Alone, serve_exchange
     from trader_lib.config.settings import load_settings
     from trader_lib.runs.parameters import RunParameters, resolved
     from trader_lib.runs.runner import checked
@@ -511,7 +531,8 @@ def exchange(
     settings = load_settings(chosen.profile, overrides={**setting_overrides(how), "exchange": address})
     asked = checked(RunParameters, resolved(given_parameters(what, costs, None, how), settings))
     assert isinstance(asked, RunParameters)
-    serve_exchange(asked, settings, as_json=chosen.json)
+    alone = Alone(speed=speed, at_now=at_now, control=control, quota=quota, faults=faults)
+    serve_exchange(asked, settings, alone, as_json=chosen.json)
     return 0
 
 # %% ../../nbs/app/22_cli.ipynb #311d209d

@@ -144,6 +144,7 @@ def show_imported(file: Path, bars: "Bars", *, as_json: bool = False) -> int:
     import numpy as np
 
     from trader_lib.app.console import print_json, print_table, say
+    from trader_lib.config.settings import load_settings
 
     origin, rows = bars.provenance, []
     for column, name in enumerate(bars.symbols):
@@ -160,7 +161,9 @@ def show_imported(file: Path, bars: "Bars", *, as_json: bool = False) -> int:
     if origin.repaired:
         say(f"{origin.repaired} bars had a high or low that was off by rounding noise, and were repaired.")
     length = "" if origin.timeframe.value == "1Day" else f" --timeframe {origin.timeframe.value}"
-    say(f"Trade them: trader backtest --source store --symbols {','.join(bars.symbols)}{length}")
+    usual = load_settings(None).data.adjustment
+    kept = "" if origin.adjustment == usual else f" --adjustment {origin.adjustment}"
+    say(f"Trade them: trader backtest --source store --symbols {','.join(bars.symbols)}{length}{kept}")
     return 0
 
 # %% ../../nbs/app/12_data.ipynb #35eed83c
@@ -209,8 +212,10 @@ def symbol_report(store: "BarStore", entry: "StoreEntry", calendar: str) -> dict
     table = store.table(entry)
     found = holes(stamps_of(table["timestamp"], entry.timeframe), TradingCalendar(calendar))
     try:
-        origin = store.read([entry.symbol], entry.timeframe, entry.feed, entry.adjustment).provenance
+        bars = store.read([entry.symbol], entry.timeframe, entry.feed, entry.adjustment)
+        origin = bars.provenance
         kept: dict[str, object] = {"synthetic": origin.synthetic, "content_hash": origin.content_hash}
+        kept |= bars.action_counts
     except BadData as error:  # written by an older version, or by another program
         kept = {"refused": str(error)}
     return {

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from trader_lib.journal.chain import Verification
     from trader_lib.journal.opening import AnyJournal
     from trader_lib.runs.store import RunStore
-    from trader_lib.replay.replay import Divergence, ReplayResult
+    from trader_lib.replay.divergence import Divergence
+    from trader_lib.replay.replay import ReplayResult
     from trader_lib.strategy.contract import Strategy
     from trader_lib.strategy.trust import Trust
     from trader_lib.trading.events import Event, Payload

@@ -80,7 +80,7 @@ def _told(run: RunFolder, steered: Steered, as_json: bool) -> int:
     if as_json:
         print_json({"run": run.name, **steered.document()})
     else:
-        for sentence in (f"Asked for {steered.state}.", *steered.told):
+        for sentence in (f"Asked for {steered.state}.", *steered.sentences):
             print_line(sentence)
     return 0 if steered.done else 1
 

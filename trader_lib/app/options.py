@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WHAT', 'ACCOUNT', 'RISK', 'HOW', 'TrustOption', 'ACCOUNT_NAMES', 'WhatOptions', 'CostOptions', 'LimitOptions',
-           'HowOptions', 'strategy_params', 'how_parameters', 'given_parameters', 'usage_hint', 'read_strategies',
-           'setting_overrides']
+           'FigureOptions', 'HowOptions', 'strategy_params', 'how_parameters', 'figure_parameters', 'given_parameters',
+           'usage_hint', 'read_strategies', 'setting_overrides']
 
 # %% ../../nbs/app/01_options.ipynb #6cffde4a
 import json
@@ -117,6 +117,19 @@ class LimitOptions:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
+class FigureOptions:
+    """By what a backtest's figures are counted, and against what they are held."""
+
+    calendar: Annotated[
+        str | None, Parameter(group=WHAT, help="Whose sessions count: XNYS, CMES, XLON, 24/7 for FX and crypto. [XNYS]")
+    ] = None
+    benchmark: Annotated[
+        str | None, Parameter(group=WHAT, help="A symbol of the same source for alpha, beta and correlation. [its own]")
+    ] = None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
 class HowOptions:
     """Where the run is kept and how it is shown."""
 
@@ -183,6 +196,12 @@ def how_parameters(how: HowOptions | None) -> dict[str, object]:
     return given if chosen.check else {**given, "check_strategy": False}
 
 
+def figure_parameters(figures: FigureOptions | None) -> dict[str, object]:
+    """The options about a backtest's figures, by the names of `RunParameters`; nothing that was left open."""
+    given = _given(figures or FigureOptions())
+    return given | ({"benchmark": str(given["benchmark"]).upper()} if "benchmark" in given else {})
+
+
 def given_parameters(
     what: WhatOptions | None, costs: CostOptions | None, limits: LimitOptions | None, how: HowOptions | None
 ) -> dict[str, object]:
@@ -247,6 +266,8 @@ def usage_hint(arguments: Sequence[str], problem: str) -> str:
         for place, word in enumerate(rest):
             if word.startswith("--") and word.split("=")[0] in problem:
                 name, _, value = word[2:].partition("=")
+                if name in ("calendar", "benchmark"):
+                    return f"Only `trader backtest` takes --{name}: a session follows the calendar of the NYSE."
                 value = value or next(iter(rest[place + 1 : place + 2]), "") or "VALUE"
                 return f"A strategy's own parameter is given with -p: -p {name.replace('-', '_')}={value}."
     if problem.startswith("Unused Tokens") and rest[0] and not rest[0].startswith("-"):

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import requests
 from alpaca.common.rest import RESTClient
 from alpaca.data.historical import StockHistoricalDataClient
+from alpaca.data.historical.corporate_actions import CorporateActionsClient
 from alpaca.trading.client import TradingClient
 from requests.adapters import HTTPAdapter
 from requests.structures import CaseInsensitiveDict
@@ -126,6 +127,12 @@ class AlpacaAccess:
     def data_client(self) -> StockHistoricalDataClient:
         """A StockHistoricalDataClient that times out, pools and does not retry."""
         client = StockHistoricalDataClient(self.key_id, self.secret_key, url_override=self.data_url)
+        s = self.resilience
+        return harden(client, timeout_s=s.data_timeout_s, pool_size=s.data_concurrent)
+
+    def actions_client(self) -> CorporateActionsClient:
+        """A CorporateActionsClient with the same patience, for splits and dividends."""
+        client = CorporateActionsClient(self.key_id, self.secret_key, url_override=self.data_url)
         s = self.resilience
         return harden(client, timeout_s=s.data_timeout_s, pool_size=s.data_concurrent)
 

@@ -18,7 +18,7 @@ from ..clock.ids import Ids, SeededIds
 from ..clock.sessions import TradingCalendar
 from ..errors.taxonomy import Misused
 from . import refusals
-from .book import AccountState, BookOrder, Counts, Ledger, Step
+from .book import AccountState, BookOrder, Counts, Ledger, Step, Terms
 from .costs import Costs
 from .floor import Floor, OrderListener
 from ..market.actions import action_at
@@ -33,7 +33,8 @@ from trader_lib.rules.numbers import (
     to_decimal,
     to_shares,
 )
-from ..trading.orders import Order, OrderRequest, OrderStatus
+from ..rules.placing import GTC_DAYS
+from ..trading.orders import Order, OrderRequest, OrderStatus, TimeInForce
 from ..trading.portfolio import Position
 
 # %% ../../nbs/exchange/05_engine.ipynb #37e10db8
@@ -47,8 +48,9 @@ class Exchange:
 
     bars: what will happen, start_index: row of the first bar that `advance` plays; the rows before are history.
     starting_cash: USD. multiplier: 1 (cash account), 2 or 4. fractional: whole orders, too, may fill in fractions of a
-    share. ids: names orders and executions. Raises Misused for a start outside the bars, a multiplier that Alpaca does
-    not have, or no cash.
+    share. ids: names orders and executions. continuous: time also stands between a bar's open and its close, and an order
+    that is sent there meets the price of the moment. Raises Misused for a start outside the bars, a multiplier that Alpaca
+    does not have, or no cash.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Exchange:
         multiplier: int = 2,
         fractional: bool = False,
         ids: Ids | None = None,
+        continuous: bool = False,
     ) -> None:
         if not 0 <= start_index < bars.n:
             raise Misused(f"The exchange cannot start at bar {start_index} of {bars.n}. Choose one of the bars.")
@@ -83,6 +86,9 @@ class Exchange:
         self._bar_listeners: list[BarListener] = []
         self._bar_count = 0
         self.index = start_index - 1
+        self.continuous = continuous
+        self._trading: int | None = None  # row of the bar whose open has passed and whose close has not
+        self._used = [0.0] * len(bars.symbols)  # shares that filled in it
         first_open = from_ns(int(self._opens[0]))
         self.opened_at = from_ns(int(self._closes[start_index - 1])) if start_index else first_open - BEFORE_OPEN
         self._ledger = Ledger(len(bars.symbols), starting_cash, multiplier)
@@ -93,6 +99,7 @@ class Exchange:
             ids or SeededIds("exchange"),
             self.opened_at,
             fractional=fractional,
+            at_once=continuous,
         )
         for row in range(start_index):
             self._ledger.mark_to(self.taken.close[row])
@@ -106,13 +113,19 @@ class Exchange:
 
     @property
     def session_is_open(self) -> bool:
-        """Whether the bar that closed last is followed by another one in its session's regular hours."""
+        """Whether a bar of regular hours is under way, or follows in the session of the one that closed last."""
+        if self._trading is not None:
+            return bool(self._regular[self._trading])
         return self.index >= 0 and bool(self._regular[self.index]) and not self._expires[self.index]
 
     @property
     def is_over(self) -> bool:
         """Whether every bar has been played."""
         return self.index == self.bars.n - 1
+
+    def opens_at(self, row: int) -> datetime:
+        """When a row's bar begins to trade."""
+        return from_ns(int(self._opens[row]))
 
     def counts(self) -> Counts:
         """How much has been told to listeners since the exchange began."""
@@ -122,8 +135,9 @@ class Exchange:
         """Play the next bar: open, matching, close, expiries, publication. Raises Misused after the last one."""
         if self.is_over:
             raise Misused("The exchange has played its last bar. Give it more bars or end the session.")
-        if self.index < 0 or self._session_ends[self.index]:
-            self._ledger.last_equity = self._ledger.equity
+        if self.continuous:
+            return self._close_bar()
+        self._begin_day()
         self.index += 1
         row = self.index
         bars, floor = self.bars, self._floor
@@ -135,6 +149,16 @@ class Exchange:
             floor.open_waiting()
             factor = self.taken.factor[row] if len(self.taken.factor) else None
             floor.match(bars.open[row], bars.high[row], bars.low[row], self.taken.volume[row], factor)
+        return self._end_bar(row)
+
+    def _begin_day(self) -> None:
+        """Where a session begins, remember what the account was worth at the end of the one before."""
+        if self.index < 0 or self._session_ends[self.index]:
+            self._ledger.last_equity = self._ledger.equity
+
+    def _end_bar(self, row: int) -> Step:
+        """Close a bar: expiries, splits and payouts, marks, publication."""
+        floor = self._floor
         floor.now = from_ns(int(self._closes[row]))
         if self._expires[row]:
             floor.expire_day_orders()
@@ -144,6 +168,100 @@ class Exchange:
         self._ledger.restrict()
         self._publish(row)
         return Step(row, self.bars.at(row), self.now, self.is_over, self._floor.told, self._bar_count)
+
+    # ---- time that stands between an open and a close
+
+    def next_moment(self) -> datetime:
+        """When a continuous exchange's next bar opens, or the open one closes; raises Misused after the last one."""
+        if self.is_over:
+            raise Misused("The exchange has played its last bar. Give it more bars or end the session.")
+        moments = self._opens if self._trading is None else self._closes
+        return from_ns(int(moments[self.index + 1]))
+
+    def step(self) -> None:
+        """Move a continuous exchange to its next moment: the close of the open bar, or the open of the next.
+
+        Where one bar follows the other without a pause, both are one moment. Raises Misused after the last bar.
+        """
+        if self._trading is None:
+            self._open_bar()
+            return
+        self._close_bar()
+        if not self.is_over and self.next_moment() <= self.now:
+            self._open_bar()
+
+    def move_to(self, moment: datetime) -> None:
+        """Let a continuous exchange's time pass up to a moment, or to its last close; it never goes back."""
+        while not self.is_over and self.next_moment() <= moment:
+            self.step()
+        if not self.is_over:
+            self._floor.now = max(self.now, moment)
+
+    def _open_bar(self) -> None:
+        """Open the next bar: what waited meets its opening price, which is the price until it closes."""
+        row, at = self.index + 1, self.next_moment()
+        bars, floor = self.bars, self._floor
+        opens, factor = bars.open[row], self._factor(row)
+        self._begin_day()
+        floor.now = max(self.now, at)
+        self._trading, self._used = row, [0.0] * len(self.symbols)
+        if self._regular[row]:
+            floor.call_margin(opens, self.taken.volume[row], factor)
+        floor.size_waiting(opens)
+        floor.open_waiting(extended=not self._regular[row])
+        joining = self._joining(row, at_close=False)
+        floor.match(opens, opens, opens, self.taken.volume[row], factor, orders=joining, used=self._used)
+        floor.trail(opens, opens)
+        if self._regular[row]:
+            floor.end_where(lambda order: order.request.time_in_force is TimeInForce.OPG, OrderStatus.EXPIRED)
+        self._ledger.mark_to(opens)
+
+    def _joining(self, row: int, *, at_close: bool) -> list[BookOrder]:
+        """The orders that meet a bar: of its closing auction, or the others; outside regular hours, those for them."""
+        return [
+            order
+            for order in self._floor.working
+            if (order.request.time_in_force is TimeInForce.CLS) == at_close
+            and (self._regular[row] or order.terms.extended_hours)
+        ]
+
+    def _close_bar(self) -> Step:
+        """Let what still works meet the rest of the open bar, and close it; open it first where that is still to come."""
+        if self._trading is None:
+            self._open_bar()
+        self.index, self._trading = self.index + 1, None
+        row = self.index
+        bars, floor, now = self.bars, self._floor, from_ns(int(self._closes[row]))
+        volume, factor = self.taken.volume[row], self._factor(row)
+        joining = self._joining(row, at_close=False)
+        floor.match(bars.open[row], bars.high[row], bars.low[row], volume, factor, orders=joining, used=self._used)
+        floor.trail(bars.high[row], bars.low[row])
+        floor.now = now
+        if self._expires[row]:
+            close = bars.close[row]
+            floor.match(close, close, close, volume, factor, orders=self._joining(row, at_close=True), used=self._used)
+            floor.end_where(lambda order: order.request.time_in_force is TimeInForce.CLS, OrderStatus.EXPIRED)
+            oldest = now - timedelta(days=GTC_DAYS)
+            floor.end_where(lambda order: order.submitted_at <= oldest, OrderStatus.EXPIRED)
+        if self._session_ends[row]:
+            floor.end_where(lambda order: order.request.time_in_force is TimeInForce.DAY, OrderStatus.EXPIRED)
+        return self._end_bar(row)
+
+    def _match_now(self, order: BookOrder) -> None:
+        """Let an order that was just sent meet the price of the moment, in a bar that is open; ioc and fok end here."""
+        row, wanted, floor = self._trading, order.request.time_in_force, self._floor
+        if row is not None and order in self._joining(row, at_close=False):
+            price, volume, used = self._ledger.mark, self.taken.volume[row], self._used
+            if wanted is not TimeInForce.FOK or floor.can_fill_all(
+                order, float(volume[order.column]), used[order.column]
+            ):
+                floor.match(price, price, price, volume, self._factor(row), orders=(order,), used=used)
+        if self.continuous and wanted in (TimeInForce.IOC, TimeInForce.FOK) and order.is_open:
+            floor.cancel(order.id)
+
+    def _factor(self, row: int) -> NDArray[np.float64] | None:
+        factors = self.taken.factor
+        return factors[row] if len(factors) else None
 
     def quiet_ahead(self, most: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Stamps and closes, ns UTC, of the next bars of this session at which only prices move, so many at most.
@@ -209,13 +327,17 @@ class Exchange:
 
     # ---- orders
 
-    def submit(self, request: OrderRequest) -> Order:
-        """Accept an order for the next bar. Raises Rejected, in Alpaca's codes and words, where Alpaca would."""
-        order = self._floor.accept(request)
+    def submit(self, request: OrderRequest, terms: Terms | None = None) -> Order:
+        """Accept an order for the next bar, or for now. Raises Rejected, in Alpaca's codes and words, where Alpaca would.
+
+        terms: what it has beyond the request; a continuous exchange's only.
+        """
+        order = self._floor.accept(request, terms)
         accepted = order.report()
-        if self.session_is_open:
+        if self.session_is_open or (self._trading is not None and order.terms.extended_hours):
             accepted = accepted.model_copy(update={"status": OrderStatus.PENDING_NEW})
             self._floor.open(order)
+        self._match_now(order)
         return accepted
 
     def cancel(self, order_id: str) -> Order:
@@ -224,11 +346,18 @@ class Exchange:
 
     def replace(self, order_id: str, changes: Mapping[str, object]) -> Order:
         """Put a new order in the place of an open one; see `Floor.replace`."""
-        return self._floor.replace(order_id, changes).report()
+        new = self._floor.replace(order_id, changes)
+        answer = new.report()
+        self._match_now(new)
+        return answer
 
     def order(self, order_id: str) -> Order:
         """The order of that id; raises NotFound."""
         return self._floor.find(order_id).report()
+
+    def replaced_at(self, order_id: str) -> datetime | None:
+        """When another order took the place of this one, or None; raises NotFound."""
+        return self._floor.find(order_id).replaced_at
 
     def order_by_client_order_id(self, client_order_id: str) -> Order:
         """The order of that client_order_id; raises NotFound."""
@@ -240,9 +369,28 @@ class Exchange:
     def orders(self, *, open_only: bool = True) -> list[Order]:
         """Orders, newest first, the legs of pairs inside their parents."""
         orders: Iterable[BookOrder] = self._floor.working if open_only else self._floor.orders.values()
-        return [order.report() for order in reversed(list(orders)) if order.parent is None]
+        tops = [order for order in orders if order.parent is None and (open_only or order.entry is None)]
+        return [order.report() for order in reversed(tops)]
+
+    def terms(self, order_id: str) -> Terms:
+        """What an order has beyond a plain one; raises NotFound."""
+        return self._floor.find(order_id).terms
 
     # ---- account and data
+
+    @property
+    def equity(self) -> float:
+        """Cash and positions at their last prices, USD."""
+        return self._ledger.equity
+
+    @property
+    def multiplier(self) -> int:
+        """The account's multiplier, 1, 2 or 4; what is bought with more than it allows is not sold."""
+        return self._ledger.multiplier
+
+    @multiplier.setter
+    def multiplier(self, value: int) -> None:
+        self._ledger.multiplier = value
 
     def account(self) -> AccountState:
         """The account now, positions at their last closes."""
@@ -281,7 +429,8 @@ class Exchange:
 
     def lastday_close(self, symbol: str) -> Decimal:
         """The last close of the session before this one, USD; the present mark where there was none."""
-        ends = np.flatnonzero(self._session_ends[: max(self.index, 0)])
+        row = self.index if self._trading is None else self._trading
+        ends = np.flatnonzero(self._session_ends[: max(row, 0)])
         close = float(self.taken.close[ends[-1], self._columns[symbol]]) if len(ends) else math.nan
         return self.mark(symbol) if math.isnan(close) else to_decimal(close, PRICE_DECIMALS)
 
@@ -299,7 +448,7 @@ class Exchange:
         None: all symbols, the exchange's own timeframe and adjustment, no bound. Raises Rejected for what it does not
         have: it does not pass off one adjustment as another.
         """
-        origin = self.bars.provenance
+        origin = self.bars  # not its provenance, which would hash the whole future
         if timeframe is not None and timeframe != origin.timeframe:
             raise refusals.bad_request(
                 f"invalid timeframe: {timeframe}, this exchange has {origin.timeframe}", status=400

@@ -9,6 +9,7 @@ __all__ = ['FORBIDDEN', 'NOT_FOUND', 'BAD_REQUEST', 'UNPROCESSABLE', 'UNPROCESSA
            'position_not_found', 'order_is_closed', 'unprocessable', 'bad_request', 'refusal_of']
 
 # %% ../../nbs/exchange/01_refusals.ipynb #04ad830e
+from collections.abc import Sequence
 from decimal import Decimal
 
 from pydantic import ValidationError
@@ -45,8 +46,13 @@ def insufficient_buying_power(buying_power: Decimal, cost: Decimal) -> Rejected:
     return refusal(403, FORBIDDEN, "insufficient buying power", buying_power=str(buying_power), cost_basis=str(cost))
 
 
-def insufficient_qty(symbol: str, requested: Decimal, available: Decimal, existing: Decimal) -> Rejected:
-    """An order would close more than the position holds free, or cross through zero. Quantities: shares."""
+def insufficient_qty(
+    symbol: str, requested: Decimal, available: Decimal, existing: Decimal, related: Sequence[str] = ()
+) -> Rejected:
+    """An order would close more than the position holds free, or cross through zero.
+
+    Quantities: shares. related: ids of the orders that hold the rest.
+    """
     reason = f"insufficient qty available for order (requested: {decimal_text(requested)}, available: {decimal_text(available)})"
     return refusal(
         403,
@@ -56,6 +62,7 @@ def insufficient_qty(symbol: str, requested: Decimal, available: Decimal, existi
         existing_qty=decimal_text(existing),
         held_for_orders=decimal_text(existing - available),
         available=decimal_text(available),
+        related_orders=list(related),
     )
 
 
@@ -131,6 +138,8 @@ def refusal_of(error: ValidationError) -> Rejected:
     first = error.errors(include_url=False, include_input=False)[0]
     place = ".".join(str(part) for part in first["loc"])
     reason = str(first["msg"]).removeprefix("Value error, ")
+    if "sub-penny" in reason:
+        reason = reason.partition(": use ")[0]  # what follows is for our own users
     if place:
         reason = f"{place} is required" if first["type"] == "missing" else f"invalid {place}: {reason}"
     if "minimal amount" in reason:

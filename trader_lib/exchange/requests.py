@@ -114,10 +114,10 @@ def parse_day(name: str, text: str | None, default: date) -> date:
         raise refusals.bad_request(f"invalid {name}: {(text or '')[:WORDS_MAX]}", status=400) from None
 
 
-def parse_limit(text: str | None, default: int, most: int) -> int:
+def parse_limit(text: str | None, default: int, most: int, name: str = "limit") -> int:
     """How many at most; raises Rejected unless it is a whole number from 1 to most."""
     if not text:
         return default
     if not (text.isascii() and text.isdecimal() and len(text) <= len(str(most)) and 1 <= int(text) <= most):
-        raise refusals.bad_request(f"invalid limit: {text[:WORDS_MAX]} is not between 1 and {most}", status=400)
+        raise refusals.bad_request(f"invalid {name}: {text[:WORDS_MAX]} is not between 1 and {most}", status=400)
     return int(text)

@@ -19,9 +19,12 @@ from starlette.websockets import WebSocket
 
 from ..clock.ids import Ids, SeededIds, new_secret
 from ..errors.taxonomy import Misused
-from .endpoints import Endpoints, json_response
+from .data_endpoints import DataEndpoints
+from .data_streams import build_data_streams
+from .endpoints import Endpoints, Service, json_response
 from .engine import Exchange
-from .streams import DataStreams, Keys, TradingStreams
+from .faults import FaultyApp
+from .streams import Keys, TradingStreams
 from ..resilience.connections import Patience
 from ..resilience.http_server import BodyLimit, HttpServer, listen, trust_caller
 
@@ -29,11 +32,11 @@ T = TypeVar("T")
 PATIENCE = Patience()
 
 # %% ../../nbs/exchange/10_server.ipynb #c3d8e423
-def build_app(exchange: Exchange, keys: Keys, ids: Ids) -> Starlette:
+def build_app(exchange: Exchange, keys: Keys, ids: Ids, service: Service | None = None) -> Starlette:
     """The ASGI application: REST, the two kinds of websocket, and 404 in JSON for everything else."""
-    trading, data = TradingStreams(keys), DataStreams(keys, exchange.bars.timeframe)
+    trading, served = TradingStreams(keys), service or Service()
     exchange.on_order_event(trading.on_order_event)
-    exchange.on_bars(data.on_bars)
+    streams = build_data_streams(exchange, keys, ticks=served.ticks, connections_max=served.data_connections_max)
 
     async def serve_trading(websocket: WebSocket) -> None:
         await websocket.accept()
@@ -42,7 +45,9 @@ def build_app(exchange: Exchange, keys: Keys, ids: Ids) -> Starlette:
     async def serve_data(websocket: WebSocket) -> None:
         binary = websocket.headers.get("content-type", "") == "application/msgpack"
         await websocket.accept()
-        await data.serve(websocket, binary=binary, on_known=lambda: trust_caller(websocket.scope["state"]))
+        await streams[websocket.url.path].serve(
+            websocket, binary=binary, on_known=lambda: trust_caller(websocket.scope["state"])
+        )
 
     async def refused(request: Request, error: Exception) -> Response:
         status = getattr(error, "status_code", 404)
@@ -50,8 +55,9 @@ def build_app(exchange: Exchange, keys: Keys, ids: Ids) -> Starlette:
         return json_response(status, {"code": status * 100_000 + 10_000, "message": message})
 
     sockets = [WebSocketRoute(path, serve_trading) for path in ("/stream", "/stream/")]
-    sockets += [WebSocketRoute(f"/v2/{feed}", serve_data) for feed in ("iex", "sip")]
-    routes = [*Endpoints(exchange, keys, ids).routes(), *sockets]
+    sockets += [WebSocketRoute(path, serve_data) for path in streams]
+    data = DataEndpoints(exchange, ticks=served.ticks)
+    routes = [*Endpoints(exchange, keys, ids, served).routes(data.table()), *data.public_routes(), *sockets]
     app = Starlette(routes=routes, exception_handlers=dict.fromkeys((404, 405, 413), refused))
     app.router.redirect_slashes = False  # a redirect repeats the Host header that it was sent
     return app
@@ -61,7 +67,8 @@ class ExchangeServer:
     """An exchange served at an address, as a context manager.
 
     port: 0 takes any that is free. key_id, secret_key: what clients must present; a new secret where none is given.
-    patience: how long it waits for them. Raises Misconfigured where the address cannot be had.
+    patience: how long it waits for them. service: what is served beside Alpaca's addresses, and how; without one, the
+    control endpoint, and neither a quota nor faults. Raises Misconfigured where the address cannot be had.
     """
 
     def __init__(
@@ -74,12 +81,15 @@ class ExchangeServer:
         secret_key: str | None = None,
         ids: Ids | None = None,
         patience: Patience = PATIENCE,
+        service: Service | None = None,
     ) -> None:
         self.keys = Keys(key_id, secret_key or new_secret())
-        app = build_app(exchange, self.keys, ids or SeededIds("server"))
+        self.service = service or Service()
+        app = build_app(exchange, self.keys, ids or SeededIds("server"), self.service)
+        faulty = FaultyApp(app, self.service.faults, self.service.clock)
         self.exchange = exchange
         self._address = (host, port)
-        self._server = HttpServer(BodyLimit(app), "exchange-server", patience, websockets=True, leaving_s=1)
+        self._server = HttpServer(BodyLimit(faulty), "exchange-server", patience, websockets=True, leaving_s=1)
 
     def start(self) -> None:
         """Take the port and serve; return when clients can connect."""

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ACTION_FIELDS', 'NEUTRAL', 'Volume', 'SPLIT_ADJUSTED', 'RATIO_TOLD', 'split', 'CorporateActions', 'check_actions',
-           'with_neutral', 'factor_of', 'actions_from', 'Announced', 'announced', 'placed', 'RunActions', 'last_rows',
-           'ratio_after', 'run_actions', 'action_at', 'actions_by_stamp', 'shares_in_last']
+           'with_neutral', 'factor_of', 'actions_from', 'Announced', 'announced', 'placed', 'later_ratio', 'RunActions',
+           'last_rows', 'ratio_after', 'run_actions', 'action_at', 'actions_by_stamp', 'shares_in_last']
 
 # %% ../../nbs/market/02_actions.ipynb #3de182c0
 from collections.abc import Iterable, Mapping, Sequence
@@ -180,7 +180,7 @@ class Announced(NamedTuple):
 
 
 def announced(answer: Any) -> tuple[Announced, ...]:
-    """Splits and cash dividends of Alpaca's answer, by ex-date.
+    """Splits, stock dividends (as splits) and cash dividends of Alpaca's answer, by ex-date.
 
     answer: alpaca-py's `CorporateActionsSet`, or the JSON of `/v1/corporate-actions` (all pages put together).
     """
@@ -192,6 +192,10 @@ def announced(answer: Any) -> tuple[Announced, ...]:
         )
         for kind in ("forward_splits", "reverse_splits")
         for one in lists.get(kind, ())
+    ]
+    found += [
+        Announced(_of(one, "symbol"), to_date(_of(one, "ex_date")), 1.0 + float(_of(one, "rate")))
+        for one in lists.get("stock_dividends", ())
     ]
     found += [
         Announced(_of(one, "symbol"), to_date(_of(one, "ex_date")), dividend=float(_of(one, "rate")))
@@ -216,6 +220,15 @@ def placed(
             split[row, column] *= one.ratio
             dividend[row, column] += one.dividend
     return CorporateActions(split, dividend, factor, volume)
+
+
+def later_ratio(known: Iterable[Announced], times: NDArray[np.int64], symbols: Sequence[str]) -> NDArray[np.float64]:
+    """By how much the splits after the last bar multiply a share of each symbol [symbol]."""
+    later = np.ones(len(symbols))
+    for one in known:
+        if one.symbol in symbols and len(times) and midnight_ns(one.ex_date) > times[-1]:
+            later[list(symbols).index(one.symbol)] *= one.ratio
+    return later
 
 # %% ../../nbs/market/02_actions.ipynb #c12fb10f
 class RunActions(NamedTuple):

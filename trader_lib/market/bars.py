@@ -25,12 +25,15 @@ from .lives import Hours
 from .shapes import long_frame, names_of, read_table
 from trader_lib.market.actions import (
     ACTION_FIELDS,
+    SPLIT_ADJUSTED,
     Announced,
     CorporateActions,
     RunActions,
     Volume,
     actions_from,
     check_actions,
+    factor_of,
+    later_ratio,
     placed,
     run_actions,
 )
@@ -224,6 +227,11 @@ class Bars:
         return self._origin.timeframe
 
     @property
+    def adjustment(self) -> str:
+        """What the prices are adjusted for, in Alpaca's words: raw, split, dividend or all."""
+        return self._origin.adjustment
+
+    @property
     def index(self) -> pd.DatetimeIndex:
         """Bar starts in UTC; made when first asked for."""
         if self._index is None:
@@ -292,15 +300,29 @@ class Bars:
     def with_actions(self, known: Iterable[Announced], *, volume: Volume = "traded") -> Self:
         """The same bars with announced splits and dividends beside them, in the place of any; see `announced`.
 
-        volume: whether the bars' volume counts shares as traded or shares of the bars. Raises BadData where a split
-        contradicts the prices.
+        known: of split-adjusted prices all that they are adjusted for, also after the last bar. volume: whether the bars'
+        volume counts shares as traded or shares of the bars. Raises BadData where a split contradicts the prices.
         """
-        beside = placed(known, self.times_ns, self.symbols, volume)
+        announced = tuple(known)
+        beside = placed(announced, self.times_ns, self.symbols, volume)
         columns = {"split": beside.split, "dividend": beside.dividend}
+        if self._origin.adjustment in SPLIT_ADJUSTED:
+            later = later_ratio(announced, self.times_ns, self.symbols)
+            columns["factor"] = factor_of(beside.split) / later
         actions = actions_from(columns, self._origin.adjustment, volume)
         assert actions is not None
         check_actions(actions, self.open, self.close, self.times_ns, self.symbols, self._origin.adjustment)
         return self._trusted(self._block[:], self.times_ns[:], self.symbols, self._origin, None, actions)
+
+    @property
+    def action_counts(self) -> dict[str, int | None]:
+        """How many splits and dividends are beside the bars, by those names; None where nothing is known of them."""
+        if self.actions is None:
+            return {"splits": None, "dividends": None}
+        return {
+            "splits": int((self.actions.split != 1.0).sum()),
+            "dividends": int((self.actions.dividend != 0.0).sum()),
+        }
 
     def run_actions(self, calendar: TradingCalendar, recovery: float = 1.0) -> RunActions:
         """What a run over these bars takes of them; see `actions.run_actions`."""

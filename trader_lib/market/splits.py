@@ -16,7 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from .bars import Bars
-from .lives import days_of
+from .lives import day_rows
 from .stamps import midnight_ns
 from .validity import refuse
 
@@ -56,8 +56,7 @@ def _by_day(
     times_ns: NDArray[np.int64], open_: NDArray[np.float64], close: NDArray[np.float64], volume: NDArray[np.float64]
 ) -> tuple[list[date], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """One symbol's days with first open, last close and shares [day]."""
-    days = days_of(times_ns)
-    starts = np.searchsorted(times_ns, [midnight_ns(day) for day in days])
+    days, starts = day_rows(times_ns)
     ends = np.append(starts[1:], len(times_ns)) - 1
     return days, open_[starts], close[ends], np.add.reduceat(volume, starts)
 
@@ -121,7 +120,7 @@ def check_splits(bars: Bars, known: Mapping[str, Collection[date]] | None = None
 
     known: see `suspected_splits`; those that the bars know where it is not given. Bars whose adjustment is split or all pass.
     """
-    adjustment = bars.provenance.adjustment
+    adjustment = bars.adjustment
     if adjustment not in UNSPLIT:
         return
     found = suspected_splits(bars, known_splits(bars) if known is None else known)

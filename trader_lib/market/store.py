@@ -133,7 +133,8 @@ class BarStore:
             if len(fresh) and not replace and target.exists():
                 stored, old_notes = self._load(target)
                 if old_notes != notes:
-                    raise BadData(f"{target} holds bars of another source ({old_notes}); write with replace=True.")
+                    what = "another source" if old_notes.get("source") != origin.source else "another kind"
+                    raise BadData(f"{target} holds bars of {what} ({old_notes}); write with replace=True.")
                 fresh = _merge(stored, fresh, symbol, target)
             if len(fresh):
                 merged.append((target, fresh))
@@ -288,5 +289,8 @@ def _merge(stored: pd.DataFrame, fresh: pd.DataFrame, symbol: str, path: Path) -
             time=when.to_pydatetime(),
             path=path,
         )
+    beside = [name for name in ("split", "dividend") if name in old and name in new]
+    if new.index[0] in common:  # what happened before its first bar is known to the older bars alone
+        new.loc[new.index[0], beside] = old.loc[new.index[0], beside]
     both = pd.concat([old[~old.index.isin(new.index)], new]).sort_index()
     return both.reset_index()

@@ -22,6 +22,7 @@ from ..errors.taxonomy import TraderError
 from ..journal.opening import journal_exists, open_journal
 from .fold import ViewFold
 from .view import LogRow, RunSummary, SessionView
+from ..steering.status import status_of
 
 Health = Callable[[], Sequence[AgentHealth]]
 
@@ -158,7 +159,7 @@ class SessionWatch:
 
     def _picture(self) -> SessionView:
         fold, now = self._fold, self._clock.now()
-        status = fold.status.status(self.journal_path, self._clock)
+        status = status_of(fold.status, self.journal_path, self._clock)
         result = self._summary()
         condition: Literal["waiting", "alive", "dead", "ended", "report"]
         if status.started_at is not None or status.alive:

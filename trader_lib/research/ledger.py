@@ -379,7 +379,7 @@ def _refuse(
             book.refused_by[check] += 1
     n = book.counts[REFUSALS]
     book.counts[REFUSALS] += 1
-    if n >= REFUSALS_KEPT:
+    if n >= len(refusals):
         return
     refusals[n]["decided"], refusals[n]["symbol"], refusals[n]["side"] = t, s, order.side_sign
     refusals[n]["type"], refusals[n]["leg"] = order.order_type, OCO_LIMIT if is_oco else SIMPLE

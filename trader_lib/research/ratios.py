@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Value', 'Floats', 'VARIES_MIN', 'TAIL', 'TAIL_SESSIONS_MIN', 'DAY_NS', 'RATIOS', 'NO_VARIANCE', 'NO_LOSS',
            'calendar_of', 'sessions_a_year', 'Sessions', 'sessions_of', 'annual_return', 'too_few', 'return_ratios',
-           'tail_figures', 'shape_figures', 'extreme_figures', 'drawdown_figures', 'buy_and_hold', 'benchmark_figures']
+           'tail_figures', 'shape_figures', 'extreme_figures', 'drawdown_pass', 'drawdown_figures', 'buy_and_hold',
+           'benchmark_figures']
 
 # %% ../../nbs/research/03_ratios.ipynb #b9db25a8
 import math
@@ -19,6 +20,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ..clock.sessions import NEW_YORK, TradingCalendar
+from ..rules.numbers import compiled
 
 Value: TypeAlias = float | int | str  # a figure, or the sentence that says why there is none
 Floats: TypeAlias = NDArray[np.float64]
@@ -141,35 +143,55 @@ def extreme_figures(sessions: Sessions) -> dict[str, Value]:
     }
 
 # %% ../../nbs/research/03_ratios.ipynb #845d1c27
+@compiled
+def drawdown_pass(times_ns: NDArray[np.int64], equity: Floats, starting_cash: float) -> tuple[float, int, int]:
+    """Return the deepest drawdown (fraction), the longest time below a peak and the recovery of the deepest, ns.
+
+    times_ns: stamps of bars, UTC, rising [time]. equity: USD at each close [time]. A recovery of -1: not yet.
+    """
+    high, level, deepest, under = starting_cash, starting_cash, 0.0, False
+    peak_at, lowest_at, longest, recovery = times_ns[0], times_ns[0], 0, -1
+    for row in range(len(equity)):
+        worth, now, was_under = equity[row], times_ns[row], under
+        high, under = max(high, worth), worth < high
+        if under or was_under:
+            longest = max(longest, now - peak_at)
+        if not under:
+            peak_at = now
+        if worth / high - 1.0 < deepest:
+            deepest, lowest_at, level, recovery = worth / high - 1.0, now, high, -1
+        elif recovery < 0 and worth >= level:
+            recovery = now - lowest_at
+    return deepest, longest, recovery
+
+
 def drawdown_figures(times_ns: NDArray[np.int64], equity: Floats, starting_cash: float) -> dict[str, Value]:
     """Return the deepest drawdown (fraction, 0 or below), the longest and the recovery of the deepest (days).
 
     times_ns: stamps of bars, UTC, rising [time]. equity: USD at each close [time].
     """
-    curve, times = np.append(starting_cash, equity), np.append(times_ns[0], times_ns)
-    highs = np.maximum.accumulate(curve)
-    under = curve < highs
-    depth = curve / highs - 1.0
-    peaks = np.maximum.accumulate(np.where(under, 0, np.arange(len(curve))))
-    spells = np.flatnonzero(under[1:] | under[:-1])
-    longest = float((times[spells + 1] - times[peaks[spells]]).max(initial=0)) / DAY_NS
-    lowest = int(depth.argmin())
-    regained = np.flatnonzero(curve[lowest:] >= highs[lowest])
+    deepest, longest, regained = drawdown_pass(times_ns, equity, float(starting_cash))
     recovery: Value = "The deepest drawdown had not been made good by the last bar."
-    if depth[lowest] == 0.0:
+    if deepest == 0.0:
         recovery = "Equity never fell below a peak."
-    elif len(regained):
-        recovery = float(times[lowest + regained[0]] - times[lowest]) / DAY_NS
-    return {"max_drawdown": float(depth[lowest]), "longest_drawdown_days": longest, "recovery_days": recovery}
+    elif regained >= 0:
+        recovery = regained / DAY_NS
+    return {"max_drawdown": deepest, "longest_drawdown_days": longest / DAY_NS, "recovery_days": recovery}
 
 # %% ../../nbs/research/03_ratios.ipynb #3aa0d99d
-def buy_and_hold(close: Floats) -> Floats:
-    """Return what one dollar became [time]. close: USD [time × symbol], NaN before a symbol's first bar only."""
-    growth = np.ones(close.shape)
+def buy_and_hold(close: Floats, rows: NDArray[np.int64] | None = None) -> Floats:
+    """Return what one dollar became at rows, or at all [row].
+
+    close: USD [time × symbol], NaN before a symbol's first bar only. rows: rising.
+    """
+    places = np.arange(len(close)) if rows is None else rows
+    growth = np.ones((len(places), close.shape[1]))
     for symbol in range(close.shape[1]):
-        alive = np.flatnonzero(np.isfinite(close[:, symbol]))
-        if len(alive):
-            growth[alive[0] :, symbol] = close[alive[0] :, symbol] / close[alive[0], symbol]
+        alive = np.isfinite(close[:, symbol])
+        first = int(alive.argmax())
+        if alive[first]:
+            since = int(np.searchsorted(places, first))
+            growth[since:, symbol] = close[places[since:], symbol] / close[first, symbol]
     return np.asarray(growth.mean(axis=1), dtype=np.float64)
 
 

@@ -224,7 +224,7 @@ def statistics(
     """
     times, curve = pd.DatetimeIndex(equity.index).as_unit("ns").asi8, equity.to_numpy(dtype=np.float64)
     sessions = sessions_of(times, curve, starting_cash, calendar)
-    held = None if close is None else buy_and_hold(close)
+    held = None if close is None else buy_and_hold(close, np.append(0, sessions.rows))  # the last of them ends the run
     trades, _ = _folded(fills)
     profits = trades["profit"][trades["closed"] >= 0]
     lost = ruin(times, curve)
@@ -254,8 +254,11 @@ def statistics(
     calmar: Value = "Equity never fell below a peak." if not deepest else yearly
     if not isinstance(calmar, str):
         calmar /= -deepest
-    compared = held if benchmark is None else benchmark
-    theirs = np.full(len(curve), math.nan) if compared is None else compared
+    theirs = np.full(len(sessions.rows), math.nan)
+    if benchmark is not None:
+        theirs = benchmark[sessions.rows]
+    elif held is not None:
+        theirs = held[1:]
     return Statistics(
         {
             **figures,
@@ -265,7 +268,7 @@ def statistics(
             **tail_figures(sessions.returns),
             **shape_figures(sessions.returns),
             **extreme_figures(sessions),
-            **benchmark_figures(sessions.returns[1:], _growth(theirs[sessions.rows]), a_year),
+            **benchmark_figures(sessions.returns[1:], _growth(theirs), a_year),
             "mean_exposure": float(gross.mean()),
             "turnover": traded / float(curve.mean()) / sessions.years,
         }

@@ -11,7 +11,15 @@ import math
 from typing import NamedTuple
 
 from .folding import cash_flow
-from .numbers import CASH_DECIMALS, PRICE_DECIMALS, compiled, round_down, round_qty, round_to
+from trader_lib.rules.numbers import (
+    CASH_DECIMALS,
+    PRICE_DECIMALS,
+    compiled,
+    power_of_ten,
+    round_down,
+    round_qty,
+    round_to,
+)
 
 # %% ../../nbs/rules/03_matching.ipynb #93c2f929
 MARKET, LIMIT, STOP, STOP_LIMIT = 0, 1, 2, 3
@@ -123,7 +131,7 @@ def affordable_qty(qty: float, price: float, cash: float, costs: CostRates, frac
     decimals = PARTIAL_DECIMALS if fractional else 0
     part = round_down(max(min(cash / each, (cash - costs.minimum) / price), 0.0), decimals)
     if _buy_cost(part, price, costs) > cash:  # by a cent that was rounded up
-        part = max(round_to(part - 10.0**-decimals, decimals), 0.0)
+        part = max(round_to(part - 1.0 / power_of_ten(decimals), decimals), 0.0)
     return part
 
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRICE_DECIMALS', 'QTY_DECIMALS', 'CASH_DECIMALS', 'AVERAGE_PRICE_DECIMALS', 'EXACT_MAX', 'PRICE_ERROR_MAX',
            'CASH_MAX', 'F', 'RULE_MARKS', 'rules_digest', 'machine_code_folder', 'compiled', 'compiled_part',
-           'compiled_owner', 'compiled_pointer', 'round_to', 'round_down', 'qty_decimals', 'round_qty', 'qty_left',
-           'tick_decimals', 'off_tick', 'to_decimal', 'to_shares', 'to_float']
+           'compiled_inline', 'compiled_owner', 'compiled_pointer', 'power_of_ten', 'round_to', 'round_down',
+           'qty_decimals', 'round_qty', 'qty_left', 'tick_decimals', 'off_tick', 'to_decimal', 'to_shares', 'to_float']
 
 # %% ../../nbs/rules/00_numbers.ipynb #35c4bb5a
 import math
@@ -78,6 +78,14 @@ def compiled_part(function: F) -> F:
     return _compiled(function, no_cfunc_wrapper=True, no_cpython_wrapper=True, _nrt=False)
 
 
+def compiled_inline(function: F) -> F:
+    """Compile what a loop calls at every bar: its code becomes part of the caller's, so that nothing is passed.
+
+    function: as for `compiled_part`.
+    """
+    return _compiled(function, no_cfunc_wrapper=True, no_cpython_wrapper=True, _nrt=False, inline="always")
+
+
 def compiled_owner(function: F) -> F:
     """Compile what makes and returns arrays and leaves the work to functions of `compiled_part`.
 
@@ -94,7 +102,7 @@ def compiled_pointer(function: F, signature: Any) -> F:
     return _compiled(function, signature, nogil=True)
 
 
-def _compiled(function: F, signature: Any = None, **options: bool) -> F:
+def _compiled(function: F, signature: Any = None, **options: bool | str) -> F:
     jit: Any = njit  # its types leave these options out
     if function.__module__.startswith("trader_lib."):
         elsewhere = config.CACHE_DIR  # type: ignore[attr-defined]
@@ -109,11 +117,20 @@ def _compiled(function: F, signature: Any = None, **options: bool) -> F:
 
 # %% ../../nbs/rules/00_numbers.ipynb #1be505f6
 @compiled
+def power_of_ten(decimals: int) -> float:
+    """10 to a power of 0 to 22, exactly, on every machine."""
+    power = 1.0
+    for _ in range(decimals):
+        power *= 10.0
+    return power
+
+
+@compiled
 def round_to(value: float, decimals: int) -> float:
     """Round half away from zero to a number of decimals; NaN and infinities pass through."""
     if not math.isfinite(value):
         return value
-    scale = 10.0**decimals
+    scale = power_of_ten(decimals)
     scaled = abs(value) * scale
     if scaled >= EXACT_MAX:  # no finer than that already
         return value
@@ -123,7 +140,7 @@ def round_to(value: float, decimals: int) -> float:
 @compiled
 def round_down(value: float, decimals: int) -> float:
     """Round towards zero to a number of decimals."""
-    scale = 10.0**decimals
+    scale = power_of_ten(decimals)
     scaled = abs(value) * scale
     if scaled >= EXACT_MAX:
         return value

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEADLINES', 'asked_piece', 'asked_in_words', 'headline_piece', 'look_ahead_failure', 'orders_piece', 'stamp_text',
-           'Refused', 'refusal_rows', 'refusals_piece', 'notes_piece', 'strategies_piece', 'statistics_piece',
-           'reconciliation_piece', 'data_row', 'provenance_piece', 'publish', 'tell']
+           'Refused', 'refusal_rows', 'refusals_piece', 'against_note', 'notes_piece', 'strategies_piece',
+           'statistics_piece', 'reconciliation_piece', 'data_row', 'provenance_piece', 'publish', 'tell']
 
 # %% ../../nbs/runs/08_cells.ipynb #f9fc5ee1
 from collections.abc import Iterable, Mapping, Sequence
@@ -55,6 +55,8 @@ def asked_piece(
         "to": asked.end or ("its stop" if real_time else "where the data ends"),
         "bars": f"{asked.timeframe}, {'as the broker sends them' if real_time else asked.source}, "
         f"adjusted: {asked.adjustment}",
+        **({"calendar": asked.calendar} if asked.calendar != "XNYS" else {}),
+        **({"benchmark": asked.benchmark} if asked.benchmark else {}),
         "cash": float(asked.cash),
         "multiplier": asked.multiplier,
         "costs": {words(name): value for name, value in asked.costs.model_dump().items() if value} or "none",
@@ -194,6 +196,12 @@ def refusals_piece(
     return Piece(summary.html + told + table(("Decided", "Symbol", "Side", "Qty#", "Reasons"), rows).html)
 
 
+def against_note(benchmark: str, statistics: Mapping[str, Any]) -> str:
+    """How a run stands to its benchmark, as a sentence. statistics: those against it."""
+    told = ", ".join(f"{name} {figure_text(name, statistics[name])}" for name in ("alpha", "beta", "correlation"))
+    return f"Against {benchmark}: {told}."
+
+
 def notes_piece(notes: Sequence[str]) -> Piece | None:
     """What happened beside the orders, and why there are none: a sentence each; nothing where there is nothing to say."""
     return table(("Note",), [(one,) for one in notes]) if notes else None
@@ -312,7 +320,7 @@ def publish(
         status=status,
         started_at=moment,
         ended_at=moment,
-        parameters={name: json_value(value) for name, value in asked.told(asked.build()).items()},
+        parameters={name: json_value(value) for name, value in asked.document(asked.build()).items()},
         seed=asked.seed,
         versions=dict(versions()),
         data=data,

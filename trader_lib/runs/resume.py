@@ -58,7 +58,7 @@ def asked_for(run: RunFolder) -> tuple[Kind, dict[str, object], dict[str, object
 def started_now(asked: SessionSpec) -> SessionStarted:
     """What a session of these parameters would write down now about itself; raises Misused for an unknown strategy."""
     built = asked.build()
-    return SessionStarted(strategy=title(built), parameters=asked.told(built), sources=sources(built))
+    return SessionStarted(strategy=title(built), parameters=asked.document(built), sources=sources(built))
 
 
 def changes(before: SessionStarted, after: SessionStarted, names: Collection[str]) -> list[str]:

@@ -20,7 +20,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ..agents.contract import AgentHealth
-from ..agents.strategy import strategy_agent
+from ..agents.strategy import StrategyAgent, strategy_agent
 from ..config.settings import Settings, load_settings
 from ..journal.opening import open_journal
 from ..market.bars import Bars, Provenance, Timeframe, window
@@ -30,6 +30,7 @@ from ..research.notes import Seen, account_notes, notes
 from ..research.report import Piece, note, table, words
 from ..rules.actions import odd_shares, split_position
 from ..rules.checks import Check
+from ..rules.sizing import SizingRules
 from ..research.statistics import Statistics, fills_of, statistics
 from .cells import tell
 from .parameters import RunParameters
@@ -204,32 +205,42 @@ def session_statistics(result: SessionResult, bars: Bars | None) -> Statistics:
     )
 
 
-def _closes(result: SessionResult) -> list[dict[str, Any]]:
-    """The targets, closes, positions, equity and cash at each closed bar that decided, from the session's journal."""
+def _closes(result: SessionResult, label: str) -> list[dict[str, Any]]:
+    """The targets, closes, positions, equity and cash at each closed bar that decided, from the session's journal.
+
+    label: of one of several strategies, whose own they are; "" for the only one.
+    """
     rows: list[dict[str, Any]] = []
     with open_journal(result.journal_path) as journal:
         for event in journal.read(types=[BarsClosed, TargetsDecided, PortfolioChanged]):
             match event.payload:
                 case BarsClosed(bars=bars):
                     rows.append({"close": {symbol: bar.close for symbol, bar in bars.items()}})
-                case TargetsDecided(weights=weights) if rows:
+                case TargetsDecided(weights=weights) if rows and event.source == _agent_of(label):
                     rows[-1]["weights"] = weights
-                case PortfolioChanged(cash=cash, equity=equity, positions=held) if rows and equity is not None:
-                    positions = {one.symbol: float(one.qty) for one in held}
-                    rows[-1] |= {"positions": positions, "equity": float(equity), "cash": float(cash)}
+                case PortfolioChanged() as changed if rows:
+                    rows[-1] |= _holdings(changed, label)
     return [row for row in rows if "weights" in row and "equity" in row]
 
 
-def session_notes(result: SessionResult) -> tuple[str, ...]:
-    """Why a symbol was never ordered, what was cut, margin calls and ruin, from a session's journal: a sentence each.
+def _agent_of(label: str) -> str:
+    return strategy_agent(label) if label else StrategyAgent.name
 
-    What each of several strategies was not able to order is not looked at.
-    """
-    called = [order for order in result.orders if order.purpose == "liquidation"]
-    at, rows, symbols = result.ruined_at, _closes(result), result.spec.symbols
-    then = float("nan") if at is None else float(equity_by_bar(result)[at])
-    if result.spec.strategies or not rows:
-        return tuple(account_notes(called, at, then))
+
+def _holdings(changed: PortfolioChanged, label: str) -> dict[str, Any]:
+    """Positions, equity and cash of the account or of one strategy; nothing where there are none yet."""
+    own = (one for one in changed.strategies if one.strategy == label) if label else (changed,)
+    for one in own:
+        if one.equity is not None:
+            positions = {position.symbol: float(position.qty) for position in one.positions}
+            return {"positions": positions, "equity": float(one.equity), "cash": float(one.cash)}
+    return {}
+
+
+def _seen(
+    result: SessionResult, label: str, symbols: tuple[str, ...], sizing: SizingRules, rows: list[dict[str, Any]]
+) -> Seen:
+    """What a strategy's notes are made from."""
 
     def table_of(name: str, missing: float) -> NDArray[np.float64]:
         return np.array([[row[name].get(symbol, missing) for symbol in symbols] for row in rows], dtype=np.float64)
@@ -238,10 +249,28 @@ def session_notes(result: SessionResult) -> tuple[str, ...]:
         found = Counter(order.symbol for order in orders)
         return np.array([found[symbol] for symbol in symbols], dtype=np.int64)
 
+    orders = result.orders_of(label) if label else result.orders
+    refused = [refusal for refusal in result.refusals if not label or refusal.strategy == label]
     equity, cash = (np.array([row[name] for row in rows]) for name in ("equity", "cash"))
     figures = table_of("weights", np.nan), table_of("close", np.nan), table_of("positions", 0.0), equity, cash
-    seen = Seen(symbols, *figures, result.spec.sizing, counts(result.orders), counts(result.refusals))
-    return notes(seen, called, at, then)
+    return Seen(symbols, *figures, sizing, counts(orders), counts(refused))
+
+
+def session_notes(result: SessionResult) -> tuple[str, ...]:
+    """Why a symbol was never ordered, what was cut, margin calls and ruin, from a session's journal: a sentence each.
+
+    Those of one of several strategies begin with its name.
+    """
+    called = [order for order in result.orders if order.purpose == "liquidation"]
+    at = result.ruined_at
+    found = account_notes(called, at, float("nan") if at is None else float(equity_by_bar(result)[at]))
+    spec = result.spec
+    several = [(one.label, one.symbols, one.sizing) for one in spec.assignments()] if spec.strategies else []
+    for label, symbols, sizing in several or [("", spec.symbols, spec.sizing)]:
+        if rows := _closes(result, label):
+            own = notes(_seen(result, label, symbols, sizing, rows))
+            found += [f"{label}: {sentence}" for sentence in own] if label else own
+    return tuple(found)
 
 
 def strategy_rows(result: SessionResult) -> tuple[StrategyRow, ...]:

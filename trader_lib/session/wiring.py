@@ -53,10 +53,12 @@ from ..steering.control import ControlFile, Operator, SessionLock
 from .drivers import Desk, Driver, LockstepDriver, Progress, RealTimeDriver
 from .drivers import SOURCE as DESK
 from .quiet import QuietBars
-from ..recovery.rebuild import REBUILDS, NamesAhead, Standing, rebuild
-from .reconcile import Reconciler
-from ..recovery.past import Recollection, RecordedBroker, Summary
-from ..recovery.snapshots import Knowing, Snapshot, SnapshotKeeper, identity, snapshot_folder
+from ..recovery.rebuild import REBUILDS, PeekableIds, Standing, rebuild
+from .reconcile import Reconciler, Sides
+from ..recovery.answers import RecordedBroker
+from ..recovery.past import RecordedPast
+from ..recovery.snapshots import Restorable, Snapshot, SnapshotKeeper, identity, snapshot_folder
+from ..recovery.summary import landmarks_of, summary_from
 from .spec import Assignment, Factors, SessionSpec, factor_at, factors_of
 from ..strategy.ahead import WeightsAhead
 from ..strategy.contract import Strategy, history_bars
@@ -86,7 +88,7 @@ class SessionInputs:
     journal_path: Path
     progress: Progress | None = None
     account: str = ""  # number of the account that is meant; "" for any of the stage
-    past: Recollection = field(default_factory=Recollection)  # what the journal holds already
+    past: RecordedPast = field(default_factory=RecordedPast)  # what the journal holds already
     snapshot: Snapshot | None = None  # what the agents knew before the past that is lived through again
 
     @property
@@ -216,7 +218,7 @@ class Agents:
         """Those who consume before those who emit."""
         return self.monitor, self.portfolio, self.execution, self.risk, *self.strategies, self.market_data
 
-    def knowing(self) -> dict[str, Knowing]:
+    def knowing(self) -> dict[str, Restorable]:
         """Those whose decisions follow from what they know, by name."""
         return {agent.name: agent for agent in (self.portfolio, self.execution, self.risk, *self.strategies)}
 
@@ -266,7 +268,7 @@ class EmbeddedExchangeProvider(Provider):
         """The exchange over the session's bars, and where the journal leaves it."""
         if inputs.bars is None:
             raise Misused("A simulated session needs bars to play. Pass them, or name a source that has them.")
-        spec, names = inputs.spec, NamesAhead(SeededIds(f"{inputs.session_id}/exchange"))
+        spec, names = inputs.spec, PeekableIds(SeededIds(f"{inputs.session_id}/exchange"))
         exchange = Exchange(
             inputs.bars,
             inputs.start_index,
@@ -640,7 +642,7 @@ class AgentProvider(Provider):
             ids,
             agents.knowing() | {DESK: desk},
             agents.execution.book,
-            Summary(past.landmarks(), past.standing),
+            summary_from(landmarks_of(past), past.standing),
             identity(inputs.spec, inputs.strategy),
             inputs.settings.session.snapshot_events if alone else 0,
             b"" if inputs.snapshot is None else inputs.snapshot.orders,
@@ -659,17 +661,12 @@ class AgentProvider(Provider):
         market_data: MarketDataAgent,
     ) -> Reconciler:
         """Our books beside the broker's."""
-        since = inputs.past.started_at or clock.now()
-        foresees, symbols = inputs.is_simulated, inputs.spec.symbols
-        return Reconciler(
-            bus,
+        sides = Sides(
             broker,
-            clock,
-            ids,
             portfolio,
             execution,
-            since=since,
-            symbols=symbols,
-            foresees_cash=foresees,
+            symbols=inputs.spec.symbols,
+            foresees_cash=inputs.is_simulated,
             coming=lambda: actions_ahead(market_data.feed, market_data.state),
         )
+        return Reconciler(bus, clock, ids, sides, since=inputs.past.started_at or clock.now())

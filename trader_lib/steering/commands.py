@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONFIRMATION_S', 'LOOK_S', 'Claim', 'claim_of', 'operator_settings', 'check_claim', 'sweep_account', 'Steered',
-           'steer', 'kill']
+           'confirmation', 'steer', 'kill']
 
 # %% ../../nbs/steering/03_commands.ipynb #eb4142ff
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from .status import SessionStatus, session_status
 from ..trading.events import SessionStarted, TradingState
 from ..trading.orders import decimal_text
 
-CONFIRMATION_S = 15.0  # that an operator waits for the session's own word
+CONFIRMATION_S = 15.0  # that an operator waits for the session's confirmation
 LOOK_S = 0.2
 
 # %% ../../nbs/steering/03_commands.ipynb #20c650d3
@@ -43,20 +43,20 @@ class Claim:
 
 
 def claim_of(journal_path: Path) -> Claim:
-    """What the journal says, or what was asked for where no session has begun or its journal cannot be read."""
+    """Return what the journal says, or the parameters where no session has begun or its journal cannot be read."""
     with suppress(TraderError):
         if journal_exists(journal_path):
             with open_journal(journal_path) as journal:
                 for event in journal.last([SessionStarted]):
                     if isinstance(event.payload, SessionStarted):
                         return Claim(event.payload.stage, event.payload.account)
-    asked = _asked(journal_path)
-    if asked.get("kind") == "live":
+    parameters = _parameters(journal_path)
+    if parameters.get("kind") == "live":
         return Claim("live")
-    return Claim({"alpaca": "paper", "simulated": "simulated"}.get(str(asked.get("broker")), ""))
+    return Claim({"alpaca": "paper", "simulated": "simulated"}.get(str(parameters.get("broker")), ""))
 
 
-def _asked(journal_path: Path) -> dict[str, Any]:
+def _parameters(journal_path: Path) -> dict[str, Any]:
     try:
         document = orjson.loads(journal_path.with_name("params.json").read_bytes())
         parameters: dict[str, Any] = document["parameters"]
@@ -64,9 +64,9 @@ def _asked(journal_path: Path) -> dict[str, Any]:
         return {}
     return {"kind": document.get("kind")} | parameters
 
-
+# %% ../../nbs/steering/03_commands.ipynb #7d2b9486
 def operator_settings(profile: str | None = None) -> Settings:
-    """The operator's own settings, to reach a broker with. profile: as typed; None for the environment's."""
+    """Return the operator's own settings, to reach a broker with. profile: as typed; None for the environment's."""
     return load_settings(profile, overrides={"broker": {"kind": "alpaca"}})
 
 
@@ -75,12 +75,12 @@ def check_claim(claim: Claim, settings: Settings, command: str) -> None:
     ours = settings.broker.stage
     if claim.stage in ("", ours):
         return
-    told = f"By its folder, this session's account is {claim.stage}, and your settings are for {ours}."
+    mismatch = f"By its folder, this session's account is {claim.stage}, and your settings are for {ours}."
     if claim.stage == "simulated":
-        raise Misconfigured(f"{told} Leave --profile out.")
-    raise Misconfigured(f"{told} If that is the account you mean, type: {command} --profile {claim.stage}")
+        raise Misconfigured(f"{mismatch} Leave --profile out.")
+    raise Misconfigured(f"{mismatch} If that is the account you mean, type: {command} --profile {claim.stage}")
 
-
+# %% ../../nbs/steering/03_commands.ipynb #e5f72ce2
 async def sweep_account(settings: Settings, *, account: str = "", flatten: bool, command_id: str) -> Swept:
     """Cancel, and close if asked to, with the settings' keys; raises TraderError where the broker cannot be reached.
 
@@ -97,19 +97,19 @@ async def sweep_account(settings: Settings, *, account: str = "", flatten: bool,
 # %% ../../nbs/steering/03_commands.ipynb #9a21aaab
 @dataclass(frozen=True)
 class Steered:
-    """What came of an operator's word.
+    """What came of an operator's command.
 
-    done: whether all of it is confirmed. told: sentences for the operator. state: the trading state that was asked for.
+    done: whether all of it is confirmed. sentences: for the operator. state: the trading state that was asked for.
     """
 
     done: bool
-    told: tuple[str, ...]
+    sentences: tuple[str, ...]
     state: TradingState
     stage: str
     swept: Swept | None = None  # the account, where it was acted on
 
     def document(self) -> dict[str, Any]:
-        """The same as JSON has it."""
+        """Return the outcome as JSON has it."""
         swept = self.swept
         at_the_broker = (
             None
@@ -124,11 +124,34 @@ class Steered:
             "stage": self.stage,
             "state": str(self.state),
             "done": self.done,
-            "told": list(self.told),
+            "told": list(self.sentences),
             "broker": at_the_broker,
         }
 
+# %% ../../nbs/steering/03_commands.ipynb #bf24876a
+async def confirmation(
+    journal_path: Path, wait_s: float, clock: Clock, *, state: TradingState = TradingState.HALTED, flat: bool = False
+) -> tuple[bool, str]:
+    """Return whether the session has obeyed within `wait_s` seconds, and a sentence; a dead one has nothing to do."""
+    ends = clock.monotonic() + wait_s
+    while True:
+        alive, runner = who_runs(lock_path(journal_path))
+        if not alive:
+            return True, "The session is not running; the command binds it when it is resumed."
+        status = session_status(journal_path) if journal_exists(journal_path) else None
+        if status is not None and status.asked is None and status.state is state:
+            waits = status.positions if flat else ()
+            if not waits and (state is not TradingState.HALTED or not status.open_orders):
+                return True, f"The session has confirmed: it is {state}."
+        if clock.monotonic() >= ends:
+            who = f"process {runner.pid}" if runner else "its process"
+            return False, (
+                f"The session has not confirmed within {wait_s:g} s. If it hangs, end {who} (kill -9); "
+                "`trader status` shows what it knows."
+            )
+        await clock.sleep(LOOK_S)
 
+# %% ../../nbs/steering/03_commands.ipynb #01562eca
 async def steer(
     journal_path: Path,
     action: Literal["reduce", "halt", "resume"],
@@ -138,14 +161,14 @@ async def steer(
     wait_s: float = CONFIRMATION_S,
     clock: Clock | None = None,
 ) -> Steered:
-    """Restrict a session, halt it, or lift what an operator or a limit has imposed; raises Misused without a name."""
+    """Restrict a session, halt it, or lift what an operator or a limit has imposed; raise Misused without a name."""
     if not by.strip():
         raise Misused("Say who it is: --by NAME. It is written into the journal.")
     command = ControlFile.beside(journal_path).append(action, reason=reason, by=by)
-    done, words = await _confirmation(journal_path, wait_s, clock or WallClock(), state=command.state)
-    return Steered(done, (words,), command.state, claim_of(journal_path).stage)
+    done, sentence = await confirmation(journal_path, wait_s, clock or WallClock(), state=command.state)
+    return Steered(done, (sentence,), command.state, claim_of(journal_path).stage)
 
-
+# %% ../../nbs/steering/03_commands.ipynb #5084438c
 async def kill(
     journal_path: Path,
     *,
@@ -165,45 +188,18 @@ async def kill(
     at_broker = claim.stage in ("paper", "live") or operator is not None
     action: Action = "flatten" if flatten and not at_broker else "halt"
     command = ControlFile.beside(journal_path).append(action, reason=reason, by=by)
-    told = ["Halted: no order leaves the session until an operator resumes it."]
-    swept, trouble = None, ""
+    sentences = ["Halted: no order leaves the session until an operator resumes it."]
+    swept, is_reached = None, True
     if at_broker:
         try:
             settings = (operator or operator_settings)()
             typed = f"trader kill {journal_path.parent.name}{' --flatten' if flatten else ''}"
             check_claim(claim, settings, typed)
             swept = await sweep_account(settings, account=claim.account, flatten=flatten, command_id=command.id)
-            told += swept.sentences()
+            sentences += swept.sentences()
         except TraderError as error:
-            trouble = f"Nothing was done at the broker: {error.message}\n  Or cancel on the broker's own page."
-            told.append(trouble)
-    confirmed, words = await _confirmation(journal_path, wait_s, clock or WallClock(), flat=action == "flatten")
-    done = confirmed and not trouble and (swept is None or swept.is_clean)
-    return Steered(done, (*told, words), TradingState.HALTED, claim.stage, swept)
-
-
-def _seen(journal_path: Path) -> SessionStatus | None:
-    return session_status(journal_path) if journal_exists(journal_path) else None
-
-
-async def _confirmation(
-    journal_path: Path, wait_s: float, clock: Clock, *, state: TradingState = TradingState.HALTED, flat: bool = False
-) -> tuple[bool, str]:
-    """Whether the session has done what it was told, and a sentence; a dead one has nothing to do."""
-    ends = clock.monotonic() + wait_s
-    while True:
-        alive, runner = who_runs(lock_path(journal_path))
-        if not alive:
-            return True, "The session is not running; what was said binds it when it is resumed."
-        status = _seen(journal_path)
-        if status is not None and status.asked is None and status.state is state:
-            waits = status.positions if flat else ()
-            if not waits and (state is not TradingState.HALTED or not status.open_orders):
-                return True, f"The session has confirmed: it is {state}."
-        if clock.monotonic() >= ends:
-            who = f"process {runner.pid}" if runner else "its process"
-            return False, (
-                f"The session has not confirmed within {wait_s:g} s. If it hangs, end {who} (kill -9); "
-                "`trader status` shows what it knows."
-            )
-        await clock.sleep(LOOK_S)
+            is_reached = False
+            sentences.append(f"Nothing was done at the broker: {error.message}\n  Or cancel on the broker's own page.")
+    confirmed, last = await confirmation(journal_path, wait_s, clock or WallClock(), flat=action == "flatten")
+    done = confirmed and is_reached and (swept is None or swept.is_clean)
+    return Steered(done, (*sentences, last), TradingState.HALTED, claim.stage, swept)
