@@ -226,9 +226,7 @@ def tally_with(so_far: Tally, worth: float, gross: float, at_s: float, day_end: 
         before = worth
     ruined = so_far.ruined or worth <= 0.0
     total = so_far.total + worth
-    return Tally(
-        moments, peak, peak_s, longest_s, deepest, under, ruined, before, total, exposure, held_bars, worth
-    )
+    return Tally(moments, peak, peak_s, longest_s, deepest, under, ruined, before, total, exposure, held_bars, worth)
 
 
 @compiled_part

@@ -15,33 +15,25 @@ from pydantic import Field, model_validator
 
 from ..market.bars import Bars
 from .contract import Strategy
-from .signals import CompiledSignal, Signal, sum_of_windows
+from .signals import PointSignal, Signal, mean_of_closes
 from .windows import window_mean
 
 # %% ../../nbs/strategy/10_sma_cross.ipynb #a3b4cc2a
 def _crossed(
-    open_: NDArray[np.float64],
-    high: NDArray[np.float64],
-    low: NDArray[np.float64],
-    close: NDArray[np.float64],
-    volume: NDArray[np.float64],
+    series: NDArray[np.float64],
+    places: NDArray[np.int64],
     parameters: NDArray[np.float64],
-    first: int,
+    state: NDArray[np.float64],
     out: NDArray[np.float64],
 ) -> None:
-    fast, slow = int(parameters[0]), int(parameters[1])
-    share, rows = 1.0 / close.shape[1], len(close)
-    figures, quick, lasting = np.empty(rows - first), np.empty(rows - first), np.empty(rows - first)
-    for s in range(close.shape[1]):
-        figures[:] = close[first:, s]
-        sum_of_windows(figures, fast, quick)
-        figures[:] = close[first:, s]
-        sum_of_windows(figures, slow, lasting)
-        for t in range(rows - first):
-            out[first + t, s] = share if quick[t] / fast > lasting[t] / slow else 0.0
+    rows, symbols = out.shape
+    fast, slow, share = places[0], places[1], 1.0 / symbols
+    for t in range(rows):
+        for s in range(symbols):
+            out[t, s] = share if series[t, fast, s] > series[t, slow, s] else 0.0
 
 
-CROSSED = CompiledSignal(_crossed)
+CROSSED = PointSignal((mean_of_closes, mean_of_closes), _crossed)
 
 # %% ../../nbs/strategy/10_sma_cross.ipynb #d2929efc
 class SmaCross(Strategy):
@@ -69,7 +61,7 @@ class SmaCross(Strategy):
     @property
     def compiled_weights(self) -> Signal:
         """The two averages, summed in the same order as `window_sum` does."""
-        return Signal(CROSSED, (self.fast, self.slow))
+        return Signal(CROSSED, series=(self.fast, self.slow))
 
     @property
     def lookback_max(self) -> int:
