@@ -26,9 +26,11 @@ from trader_lib.exchange.costs import Costs
 from trader_lib.research import card
 from trader_lib.research.backtest import agreed
 from trader_lib.research.combinations import Combinations, combinations
-from trader_lib.research.many import Runner, offered, series_of
+from trader_lib.research.many import Runner
 from trader_lib.research.measures import MEASURES
+from trader_lib.research.streaming import DONE, FAULT
 
+THREADS = card.THREADS
 CHUNK = 50  # combinations that a thread of the processor takes at a time
 
 
@@ -77,27 +79,19 @@ def measured(count: int, checked: int, bars: Any, workers: int, blocks: list[int
     grid = timed(found, "grid_s", lambda: pairs(count))
     found["pairs"] = len(grid)
     runner = Runner(grid, bars, 0, terms)
-    built, reasons = timed(found, "strategies_s", lambda: runner.build(range(len(grid))))
-    assert not reasons
-    strategies = list(built.values())
-    keys = timed(found, "keys_s", lambda: list(dict.fromkeys(k for one in strategies for k in series_of(offered(one)))))
-    free = cuda.current_context().get_memory_info().free
-    signal = offered(strategies[0]).compiled
-    on_card = timed(found, "series_s", lambda: card.CardRunner(runner, signal, keys))
-    share = timed(found, "share_s", lambda: on_card.share_of(strategies))
-    parts = [range(at, min(at + card.AT_ONCE, len(grid))) for at in range(0, len(grid), card.AT_ONCE)]
-    shares = [card.Share(*(array[part.start : part.stop] for array in share)) for part in parts]
-    timed(found, "compile_and_first_launch_s", lambda: on_card.launch(shares[0]))
-    raw = timed(found, "launches_s", lambda: np.concatenate([on_card.launch(one) for one in shares]))
+    free = card.free_bytes()
+    on_card = timed(found, "prepare_s", lambda: card.CardRunner(runner, range(len(grid))))
+    parts = [np.arange(at, min(at + card.AT_ONCE, len(grid))) for at in range(0, len(grid), card.AT_ONCE)]
+    timed(found, "compile_and_first_launch_s", lambda: on_card.launch(parts[0]))
+    raw = timed(found, "launches_s", lambda: np.concatenate([on_card.launch(one) for one in parts]))
     for threads in blocks:
         card.THREADS = threads
-        timed(found, f"launches_of_{threads}_threads_s", lambda: [on_card.launch(one) for one in shares])
-    found["memory_mb"] = round((free - cuda.current_context().get_memory_info().free) / 2**20, 1)
+        timed(found, f"launches_of_{threads}_threads_s", lambda: [on_card.launch(one) for one in parts])
+    card.THREADS = THREADS
+    found["memory_mb"] = round((free - card.free_bytes()) / 2**20, 1)
     found["ns_per_bar_and_pair"] = found["launches_s"] / bars.n / len(grid) * 1e9
-    out = np.full((len(grid), len(MEASURES)), np.nan)
-    ground = runner.ground
-    timed(found, "measures_s", lambda: card.finish(raw, bars.n, ground.starting_cash, ground.years, out))
-    found["faults"] = int((raw[:, card.FAULT] != card.DONE).sum())
+    out = timed(found, "measures_s", lambda: on_card.measures(raw))
+    found["faults"] = int((raw[:, FAULT] != DONE).sum())
     rows = np.unique(np.linspace(0, len(grid) - 1, min(checked, len(grid))).astype(np.int64))
     theirs, seconds = by_processor(grid, bars, terms, rows, workers)
     equal = same_bits(out[rows], theirs)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['THREADS', 'AT_ONCE', 'SLAB_BYTES', 'MEMORY_SHARE', 'unfused', 'fused_in', 'ensure_unfused', 'Share', 'kernel_of',
-           'copied', 'Bank', 'CardRunner']
+           'copied', 'series_on_card', 'ensure_fits', 'free_bytes', 'no_share', 'CardRunner']
 
 # %% ../../nbs/research/13_card.ipynb #dfcf5e36
 import math
@@ -173,80 +173,119 @@ def _compiled_kernel(points: Any, symbols: int, state_size: int) -> Any:
     return cuda.jit(kernel_of(compiled_part(points), symbols, state_size))
 
 
-class Bank:
-    """Series on the card [time × series × symbol]."""
+def series_on_card(ground: Ground, keys: Sequence[SeriesKey]) -> Any:
+    """These series of a market on the card [time × series × symbol]."""
+    rows, symbols = ground.close.shape
+    bank = cuda.device_array((rows, max(len(keys), 1), symbols))
+    at_once = max(1, min(SLAB_BYTES // (8 * rows * symbols), len(keys)))
+    market = ground.market
+    prices = (market.open, market.high, market.low, ground.close, ground.volume)
+    for first in range(0, len(keys), at_once):
+        part = keys[first : first + at_once]
+        slab = np.empty((len(part), rows, symbols))
+        for place, (made_by, number) in enumerate(part):
+            series_pointer(made_by)(*prices, number, slab[place])
+        _spread()[-(-slab.size // 256), 256](cuda.to_device(slab), bank, first)
+    return bank
 
-    def __init__(self, ground: Ground, keys: Sequence[SeriesKey]) -> None:
-        rows, symbols = ground.close.shape
-        self.where = {key: place for place, key in enumerate(keys)}
-        bank = cuda.device_array((rows, len(keys), symbols))
-        at_once = max(1, min(SLAB_BYTES // (8 * rows * symbols), len(keys)))
-        market = ground.market
-        prices = (market.open, market.high, market.low, ground.close, ground.volume)
-        for first in range(0, len(keys), at_once):
-            part = keys[first : first + at_once]
-            slab = np.empty((len(part), rows, symbols))
-            for place, (made_by, number) in enumerate(part):
-                series_pointer(made_by)(*prices, number, slab[place])
-            _spread()[-(-slab.size // 256), 256](cuda.to_device(slab), bank, first)
-        self.series = bank
+
+def ensure_fits(keys: Sequence[SeriesKey], ground: Ground) -> None:
+    """Refuse series that the card's memory does not hold; raises Misconfigured."""
+    needed, free = 8 * len(keys) * ground.close.size, free_bytes()
+    if needed > MEMORY_SHARE * free:
+        raise Misconfigured(
+            f"The series of this sweep take {needed / 2**20:,.0f} MB, and the card has {free / 2**20:,.0f} MB free: sweep fewer "
+            "different lengths or fewer bars at once, free the card, or sweep with device='cpu'."
+        )
+
+
+def free_bytes() -> float:
+    """Free memory of the card, bytes; the simulator's has no end."""
+    return float(cuda.current_context().get_memory_info().free)
+
+
+def no_share(signal: PointSignal, count: int, parameters: int) -> Share:
+    """Room for a share of so many combinations."""
+    return Share(
+        np.zeros(count, dtype=np.int64),
+        np.zeros((count, len(signal.series)), dtype=np.int64),
+        np.zeros((count, parameters)),
+        np.full((count, 3), np.nan),
+        np.empty((0, RAW)),
+    )
 
 
 class CardRunner:
     """Runs combinations of a runner's grid on a graphics card; what the card cannot run, the runner does.
 
-    keys: the series that the grid needs. signal: what all combinations are weighed by.
+    All combinations that have figures are weighed by one signal of points. Raises Misconfigured where the card's memory
+    does not hold their series.
     """
 
-    def __init__(self, runner: Runner, signal: PointSignal, keys: Sequence[SeriesKey]) -> None:
+    def __init__(self, runner: Runner, rows: "list[int] | range") -> None:
+        self.runner = runner
+        self.reasons = dict[int, str]()
+        self._at = {row: k for k, row in enumerate(rows)}
+        keys = self._prepare(rows)
         ground = runner.ground
-        self.runner, self._signal = runner, signal
+        ensure_fits(keys, ground)
         with unfused():
-            self._bank = Bank(ground, keys)
+            self._series = series_on_card(ground, keys)
             self._ground, self._rules = copied(ground), copied(runner.shared)
             self._refusals = copied(np.empty(0, REFUSAL_ROW))
-            self.kernel = _compiled_kernel(signal.points, ground.close.shape[1], signal.state_size)
+            self.kernel = _compiled_kernel(self._signal.points, ground.close.shape[1], self._signal.state_size)
+
+    def _prepare(self, rows: "list[int] | range") -> list[SeriesKey]:
+        """What is every combination's own, and the series that they need."""
+        where = dict[SeriesKey, int]()
+        share: Share | None = None
+        for k, row in enumerate(rows):
+            built, why = self.runner.build([row])
+            self.reasons.update({row: reason for reason in why.values()})
+            for one in built.values():
+                offer = offered(one)
+                if share is None:
+                    assert isinstance(offer.compiled, PointSignal), "a card calls no other"
+                    self._signal = offer.compiled
+                    share = no_share(self._signal, len(rows), len(offer.parameters))
+                share.usable[k] = self.runner.first_row(one) + max(one.warmup - 1, 0)
+                share.places[k] = [where.setdefault(key, len(where)) for key in series_of(offer)]
+                share.parameters[k] = offer.parameters
+                share.exits[k] = one.exits.rates() if one.exits else NO_EXITS
+        assert share is not None, "asked only where there is something to run"
+        self.share = share
+        return list(where)
 
     def run(self, rows: "list[int] | range") -> tuple[NDArray[np.float64], dict[int, str]]:
-        """As `Runner.run`."""
-        built, reasons = self.runner.build(rows)
+        """As `Runner.run`, of rows that were given at the start."""
         out = np.full((len(rows), len(MEASURES)), np.nan)
-        places = list(built)
+        reasons = {place: self.reasons[row] for place, row in enumerate(rows) if row in self.reasons}
+        places = [place for place in range(len(rows)) if place not in reasons]
         for first in range(0, len(places), AT_ONCE):
             part = places[first : first + AT_ONCE]
-            raw = self.launch(self.share_of([built[place] for place in part]))
-            found = np.full((len(part), len(MEASURES)), np.nan)
-            ground = self.runner.ground
-            finish(raw, len(ground.close) - ground.start, ground.starting_cash, ground.years, found)
-            out[part] = found
+            raw = self.launch(np.array([self._at[rows[place]] for place in part]))
+            out[part] = self.measures(raw)
             again = [place for place, row in zip(part, raw, strict=True) if row[FAULT] != DONE]
             if again:
-                measures, why = self.runner.run([rows[place] for place in again])
-                out[again] = measures
+                out[again], why = self.runner.run([rows[place] for place in again])
                 reasons.update({again[place]: reason for place, reason in why.items()})
         return out, reasons
 
-    def launch(self, share: Share) -> NDArray[np.float64]:
-        """Run a share; gives its raw rows. Raises Misconfigured where what was compiled would not be equal."""
-        count = len(share.usable)
-        raw = cuda.device_array((count, RAW))
-        on_card = copied(share)._replace(raw=raw)
+    def launch(self, at: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Run combinations by their places in `share`; gives their raw rows."""
+        raw = cuda.device_array((len(at), RAW))
+        on_card = copied(Share(*(array[at] for array in self.share[:-1]), self.share.raw))._replace(raw=raw)
         with unfused():
-            self.kernel[-(-count // THREADS), THREADS](
-                self._ground, self._bank.series, self._rules, self._refusals, on_card
+            self.kernel[-(-len(at) // THREADS), THREADS](
+                self._ground, self._series, self._rules, self._refusals, on_card
             )
         ensure_unfused(self.kernel)
         found: NDArray[np.float64] = raw.copy_to_host()
         return found
 
-    def share_of(self, strategies: Sequence[Strategy]) -> Share:
-        """What a launch of these needs."""
-        offers, where = [offered(one) for one in strategies], self._bank.where
-        firsts = [self.runner.first_row(one) + max(one.warmup - 1, 0) for one in strategies]
-        return Share(
-            np.array(firsts, dtype=np.int64),
-            np.array([[where[key] for key in series_of(offer)] for offer in offers], dtype=np.int64),
-            np.array([offer.parameters for offer in offers], dtype=np.float64),
-            np.array([one.exits.rates() if one.exits else NO_EXITS for one in strategies], dtype=np.float64),
-            np.empty((0, RAW)),
-        )
+    def measures(self, raw: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The measures of raw rows; NaN in those with a fault."""
+        ground = self.runner.ground
+        out = np.full((len(raw), len(MEASURES)), np.nan)
+        finish(raw, len(ground.close) - ground.start, ground.starting_cash, ground.years, out)
+        return out
