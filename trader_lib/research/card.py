@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ..errors.taxonomy import Misconfigured, Misused
 from .ledger import FILL_ROW, ORDER_ROW, REFUSAL_ROW, Book, Plan, Rules
-from .many import Ground, Runner, SeriesKey, offered, series_of
+from .many import Ground, Runner, SeriesKey, series_of
 from .measures import MEASURES
 from .streaming import DONE, FAULT, RAW, Course, Lane, finish, lane_rows, streaming
 from ..rules.checks import CHECK_COUNT
@@ -218,13 +218,14 @@ def no_share(signal: PointSignal, count: int, parameters: int) -> Share:
 class CardRunner:
     """Runs combinations of a runner's grid on a graphics card; what the card cannot run, the runner does.
 
-    All combinations that have figures are weighed by one signal of points. Raises Misconfigured where the card's memory
+    rows: those that will be asked for, of which the first that is not refused says by what points they are weighed. Raises Misconfigured where the card's memory
     does not hold their series.
     """
 
     def __init__(self, runner: Runner, rows: "list[int] | range") -> None:
         self.runner = runner
         self.reasons = dict[int, str]()
+        self._elsewhere = set[int]()
         self._at = {row: k for k, row in enumerate(rows)}
         keys = self._prepare(rows)
         ground = runner.ground
@@ -241,17 +242,24 @@ class CardRunner:
         share: Share | None = None
         for k, row in enumerate(rows):
             built, why = self.runner.build([row])
-            self.reasons.update({row: reason for reason in why.values()})
-            for one in built.values():
-                offer = offered(one)
-                if share is None:
-                    assert isinstance(offer.compiled, PointSignal), "a card calls no other"
-                    self._signal = offer.compiled
-                    share = no_share(self._signal, len(rows), len(offer.parameters))
-                share.usable[k] = self.runner.first_row(one) + max(one.warmup - 1, 0)
-                share.places[k] = [where.setdefault(key, len(where)) for key in series_of(offer)]
-                share.parameters[k] = offer.parameters
-                share.exits[k] = one.exits.rates() if one.exits else NO_EXITS
+            if why:
+                self.reasons[row] = why[0]
+                continue
+            one = built[0]
+            offer = one.compiled_weights
+            if offer is None or not isinstance(offer.compiled, PointSignal):
+                self._elsewhere.add(row)
+                continue
+            if share is None:
+                self._signal = offer.compiled
+                share = no_share(self._signal, len(rows), len(offer.parameters))
+            if offer.compiled is not self._signal:
+                self._elsewhere.add(row)
+                continue
+            share.usable[k] = self.runner.first_row(one) + max(one.warmup - 1, 0)
+            share.places[k] = [where.setdefault(key, len(where)) for key in series_of(offer)]
+            share.parameters[k] = offer.parameters
+            share.exits[k] = one.exits.rates() if one.exits else NO_EXITS
         assert share is not None, "asked only where there is something to run"
         self.share = share
         return list(where)
@@ -260,15 +268,17 @@ class CardRunner:
         """As `Runner.run`, of rows that were given at the start."""
         out = np.full((len(rows), len(MEASURES)), np.nan)
         reasons = {place: self.reasons[row] for place, row in enumerate(rows) if row in self.reasons}
-        places = [place for place in range(len(rows)) if place not in reasons]
+        places = [place for place, row in enumerate(rows) if row not in self.reasons]
+        again = [place for place in places if rows[place] in self._elsewhere]
+        places = [place for place in places if rows[place] not in self._elsewhere]
         for first in range(0, len(places), AT_ONCE):
             part = places[first : first + AT_ONCE]
             raw = self.launch(np.array([self._at[rows[place]] for place in part]))
             out[part] = self.measures(raw)
-            again = [place for place, row in zip(part, raw, strict=True) if row[FAULT] != DONE]
-            if again:
-                out[again], why = self.runner.run([rows[place] for place in again])
-                reasons.update({again[place]: reason for place, reason in why.items()})
+            again += [place for place, row in zip(part, raw, strict=True) if row[FAULT] != DONE]
+        if again:
+            out[again], why = self.runner.run([rows[place] for place in again])
+            reasons.update({again[place]: reason for place, reason in why.items()})
         return out, reasons
 
     def launch(self, at: NDArray[np.int64]) -> NDArray[np.float64]:
