@@ -183,6 +183,7 @@ def walk_forward(
     end: date | str | None = None,  # last day of the last test window
     workers: int | None = None,
     memory_mb: float = 1024.0,
+    device: str = "auto",  # as of `sweep`
     report: Callable[[int, int], None] = lambda done, total: None,
     **terms: Any,  # cash, costs, limits, multiplier, sizing, seed, calendar: as of `backtest`
 ) -> WalkForward:
@@ -210,6 +211,7 @@ def walk_forward(
                 end=fold.train_end,
                 workers=workers,
                 memory_mb=memory_mb,
+                device=device,
                 progress=False,
                 **{**terms, "cash": cash},
             )

@@ -10,7 +10,7 @@ __all__ = ['ROWS', 'SweepParameters', 'WalkForwardParameters', 'run_sweep', 'run
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -34,6 +34,7 @@ class SweepParameters(RunParameters):
     by: str = Field("sharpe_ratio", description="the figure that says which combination is best")
     workers: int | None = Field(None, ge=1, description="at most so many; none: one a core")
     memory_mb: float = Field(1024.0, gt=0, description="memory beyond the bars, MB")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="processor, graphics card, or what suits")
     combinations_max: int = Field(COMBINATIONS_MAX, ge=1, description="a larger grid is refused")
 
     @field_validator("by")
@@ -89,6 +90,7 @@ class SweepParameters(RunParameters):
             "seed": self.seed,
             "workers": self.workers,
             "memory_mb": self.memory_mb,
+            "device": self.device,
         }
 
     def swept(self) -> dict[str, Any]:
