@@ -24,7 +24,7 @@ SIMULATED = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "NUMBA_DISABLE_JIT": "1"
 
 
 def test_rows_of_a_simulated_card_are_those_of_the_processor() -> None:
-    command = [sys.executable, "-m", "tests.card_cases", "6", "160"]
+    command = [sys.executable, "-m", "tests.tools.card_cases", "6", "160"]
     done = subprocess.run(command, env=SIMULATED, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert done.stdout.startswith("6 cases are equal")
@@ -56,9 +56,7 @@ def compiled_for_a_card(symbols: int) -> str:
     kernel, series = kernel_of(compiled_part(CROSSED.points), symbols, 0), np.zeros((bars.n, 2, symbols))
     taken = (runner.ground, series, runner.shared, np.empty(0, REFUSAL_ROW), no_share(CROSSED, 1, 0))
     with unfused(), without_a_card():
-        ptx, _ = cuda.compile(
-            kernel, tuple(map(typeof, taken)), device=False, abi="numba", cc=(9, 0), output="ptx"
-        )
+        ptx, _ = cuda.compile(kernel, tuple(map(typeof, taken)), device=False, abi="numba", cc=(9, 0), output="ptx")
     return str(ptx)
 
 

@@ -1,6 +1,6 @@
 """Drawn sweeps on a graphics card, or on numba's simulator of one, against the processor, row by row and bit by bit.
 
-python -m tests.card_cases [CASES] [BARS], with NUMBA_ENABLE_CUDASIM=1 NUMBA_DISABLE_JIT=1 where there is no card.
+python -m tests.tools.card_cases [CASES] [BARS], with NUMBA_ENABLE_CUDASIM=1 NUMBA_DISABLE_JIT=1 where there is no card.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def drawn_terms(chance: np.random.Generator) -> dict[str, object]:
 def main(cases: int, rows: int) -> int:
     chance = np.random.Generator(np.random.PCG64(88))
     bars = sample_bars(["AAPL", "IBM", "MSFT"], start="2006-06-01", end="2008-12-31").head(rows)
-    seen = {name: 0.0 for name in ("fills", "refused", "trades")}
+    seen = dict.fromkeys(("fills", "refused", "trades"), 0.0)
     for case in range(cases):
         drawn = drawn_terms(chance)
         first = 42 if drawn["start"] is not None else 0  # the first of August
