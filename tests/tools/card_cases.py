@@ -61,11 +61,12 @@ def main(cases: int, rows: int) -> int:
         equal = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
         if not equal.all() or why != reasons or len(why) != 1:
             row, measure = np.argwhere(~equal)[0] if not equal.all() else (0, 0)
-            print(f"case {case}, {ROWS[row]}, {MEASURES[measure]}: {ours[row]} is not {theirs[row]}: {drawn}")
+            where = f"case {case}, {ROWS[row]}, {MEASURES[measure]}"
+            sys.stdout.write(f"{where}: {ours[row]} is not {theirs[row]}: {drawn}\n")
             return 1
         for name in seen:
             seen[name] += float(np.nansum(theirs[:, MEASURES.index(name)]))
-    print(f"{cases} cases are equal: {seen}")
+    sys.stdout.write(f"{cases} cases are equal: {seen}\n")
     return 0 if all(seen.values()) else 1
 
 
