@@ -474,7 +474,7 @@ def step(
 def too_short(book: Book, orders: Table, fills: Table) -> bool:
     """Whether one more bar, at its worst, might not fit into the tables."""
     n = len(book.qty)
-    return book.counts[ORDERS] + 5 * n > len(orders) or book.counts[FILLS] + 4 * n > len(fills)
+    return bool(book.counts[ORDERS] + 5 * n > len(orders) or book.counts[FILLS] + 4 * n > len(fills))
 
 
 @compiled_part

@@ -14,7 +14,7 @@ from datetime import date
 from hashlib import sha256
 from pathlib import Path
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -119,13 +119,17 @@ def storage_url(storage: Path | str | None) -> str | None:
     return f"sqlite:///{(folder / 'search.sqlite').resolve()}"
 
 
+def _direction(name: str) -> Literal["minimize", "maximize"]:
+    return "minimize" if name in LOWER_IS_BETTER else "maximize"
+
+
 def open_study(storage: Path | str | None, name: str, by: Sequence[str], mark: str) -> "optuna.Study":
     """The study of a name, new or to go on with; raises Misused for one of something else, Misconfigured without a place."""
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    directions = ["minimize" if one in LOWER_IS_BETTER else "maximize" for one in by]
+    directions = [_direction(one) for one in by]
     try:
         study = optuna.create_study(
             storage=storage_url(storage), study_name=name, directions=directions, load_if_exists=True

@@ -66,7 +66,7 @@ def drop_ended(now_s: float, longest_s: float, closed_s: NDArray[np.float64], bo
             renamed(book.resting, row, kept)
             renamed(book.working, row, kept)
         kept += 1
-    dropped = book.counts[ORDERS] - kept
+    dropped = int(book.counts[ORDERS]) - kept
     book.counts[ORDERS] = kept
     return dropped
 

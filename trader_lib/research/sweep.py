@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from datetime import date
 from decimal import Decimal
 from functools import lru_cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -190,9 +191,8 @@ def why_no_card() -> str | None:
     """What keeps this machine from running on a graphics card, and what to do about it; None for nothing."""
     if missing_packages("gpu"):
         return missing_extra("gpu", "it").message
-    from numba import cuda
-
-    return None if cuda.is_available() else "there is no CUDA device here, or no driver that reaches it."
+    there = import_module("numba.cuda").is_available()
+    return None if there else "there is no CUDA device here, or no driver that reaches it."
 
 # %% ../../nbs/research/13_sweep.ipynb #5fe9320d
 Chunk = range
