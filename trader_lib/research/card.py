@@ -38,7 +38,7 @@ def unfused() -> Iterator[None]:
     """Compile for CUDA without fused multiply-add within the block."""
     from numba.cuda.cudadrv import nvvm
 
-    compile_ir = getattr(nvvm, "compile_ir", None)  # the simulator has none
+    compile_ir: Any = getattr(nvvm, "compile_ir", None)  # the simulator has none
 
     def separately(llvmir: Any, **options: Any) -> Any:
         return compile_ir(llvmir, **{**options, "fma": False})

@@ -318,7 +318,7 @@ class Runner:
         )
         self.shared = terms.rules(bars.symbols, None)
         self._room: Room | None = None
-        self._series: SeriesKept | None = None
+        self.series: SeriesKept | None = None
         self._tables = np.empty(1024, ORDER_ROW), np.empty(1024, FILL_ROW)
 
     def run(self, rows: "list[int] | range") -> tuple[NDArray[np.float64], dict[int, str]]:
@@ -390,10 +390,10 @@ class Runner:
 
     def _kept(self, offers: Sequence[Signal]) -> SeriesKept:
         least = max((len(offer.series) for offer in offers), default=0)
-        if self._series is None or self._series.places_max < least:
+        if self.series is None or self.series.places_max < least:
             rows, symbols = self.ground.close.shape
-            self._series = SeriesKept(self.ground, series_places(rows, symbols, least * len(self.grid), least))
-        return self._series
+            self.series = SeriesKept(self.ground, series_places(rows, symbols, least * len(self.grid), least))
+        return self.series
 
     def _runs(
         self,

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import tracemalloc
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -38,12 +39,13 @@ from ..errors.extras import missing_extra, missing_packages
 from ..errors.taxonomy import BadData, Misconfigured, Misused, TraderError, did_you_mean
 from ..exchange.costs import Costs
 from ..market.bars import Bars
-from .backtest import BacktestResult, Terms, agreed, cut_for, run_on
+from .backtest import WORTHLESS, BacktestResult, LookAheadWarning, Terms, agreed, cut_for, run_on
 from .combinations import COMBINATIONS_MAX, Combinations, Grid, Samples, combinations
 from .many import Runner, room_bytes, series_places
 from .measures import COUNTS, LOWER_IS_BETTER, MEASURES
 from ..risk.limits import Limits
 from ..rules.sizing import SizingRules
+from ..strategy.checks import checked_weights
 from ..strategy.contract import Strategy, history_bars, target_weights
 from ..strategy.signals import PointSignal, signal_weights
 from ..strategy.source import source_hash
@@ -401,6 +403,9 @@ class SweepResult:
     estimate: Estimate
     frame: pd.DataFrame  # indexed by the parameters; MEASURES, and reason: why a row has none, "" if it has
     complete: bool  # every combination is in the frame
+    look_ahead: str = (
+        ""  # where the strategy was seen to use later bars, as a sentence; the rows are then worth nothing
+    )
 
     def __repr__(self) -> str:
         done = f"{len(self.frame):,} of {len(self.grid):,}" if not self.complete else f"{len(self.frame):,}"
@@ -594,6 +599,7 @@ def sweep(
     memory_mb: float = 1024.0,  # the budget beyond the bars, MB
     combinations_max: int = COMBINATIONS_MAX,  # a larger grid is refused
     device: str = "auto",  # cpu, cuda, or auto: a graphics card where there is one and enough to do
+    check: bool = True,  # look for look-ahead first, with the first combination
     compiled: bool = True,  # use the strategy's compiled weights where it offers them
     folder: Path | str | None = None,  # where rows are kept as they come
     resume: bool = False,  # go on with what lies in the folder
@@ -602,7 +608,8 @@ def sweep(
 ) -> SweepResult:
     """Run a strategy with every combination of parameters over bars.
 
-    over: values by parameter, or a list of combinations. Ctrl-C ends it with the rows that are done. Raises Misused for
+    over: values by parameter, or a list of combinations. Warns with LookAheadWarning where the first of them uses later
+    bars, and marks the result. Ctrl-C ends it with the rows that are done. Raises Misused for
     arguments that cannot be meant, BadData where the bars do not reach, Misconfigured where a folder cannot be written.
     """
     terms = agreed(
@@ -619,6 +626,9 @@ def sweep(
     grid = combinations(strategy, over, combinations_max=combinations_max)
     cut, first = cut_for(bars, terms, _longest_history(grid) if start is not None else 0)
     example = _first_built(grid, range(len(grid)))
+    look_ahead = checked_weights(example, cut)[1] if check and example is not None else ""
+    if look_ahead:
+        warnings.warn(LookAheadWarning(f"{look_ahead} {WORTHLESS}"), stacklevel=2)
     fused = compiled and example is not None and example.compiled_weights is not None
     if fused and example is not None:
         for one in (example, _first_built(grid, range(len(grid) - 1, -1, -1)) or example):
@@ -637,7 +647,7 @@ def sweep(
     frame = _table(grid, sorted(found, key=lambda answer: answer[0].start))
     if kept is not None and complete:
         kept.finish(frame)
-    return SweepResult(grid, bars, terms, plan, frame, complete)
+    return SweepResult(grid, bars, terms, plan, frame, complete, look_ahead)
 
 
 def _longest_history(grid: Combinations) -> int:

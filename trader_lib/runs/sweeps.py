@@ -91,6 +91,7 @@ class SweepParameters(RunParameters):
             "workers": self.workers,
             "memory_mb": self.memory_mb,
             "device": self.device,
+            "check": self.check_strategy,
         }
 
     def swept(self) -> dict[str, Any]:
@@ -196,6 +197,7 @@ def publish_sweep(asked: SweepParameters, result: SweepResult) -> None:
         order_list_hash=None,
         statistics=figures,
         equity_end=float(figures["equity_end"] or 0.0),
+        failure=cells.look_ahead_failure(result.look_ahead),
         status="completed" if result.complete else "interrupted",
     )
 
@@ -215,5 +217,6 @@ def publish_walk_forward(asked: WalkForwardParameters, result: WalkForward, bars
             **result.statistics,
         },
         equity_end=float(result.equity.iloc[-1]),
+        failure=cells.look_ahead_failure(result.look_ahead),
         status="completed" if result.complete else "interrupted",
     )
