@@ -67,8 +67,7 @@ def test_nothing_of_the_rules_is_compiled_into_fused_operations() -> None:
 
     ptx = compiled_for_a_card(1)
     assert ptx.count("mul.f64") + ptx.count("mul.rn.f64") > 100, "the rules multiply"
-    assert fused_in(ptx) == []
-    assert "__internal" not in ptx and "__nv_pow" not in ptx, "roots, powers and logarithms are the processor's"
+    assert fused_in(ptx) == [], "powers and logarithms of a card, which are not the processor's, would show here too"
 
 
 @pytest.mark.slow
