@@ -16,6 +16,9 @@ from trader_lib.errors.taxonomy import Misconfigured, Misused
 from trader_lib.market.sample import sample_bars
 from trader_lib.research import sweep as sweep_module
 from trader_lib.research.sweep import runs_on_card, sweep
+from trader_lib.strategy.contract import Strategy
+from trader_lib.strategy.rsi_reversion import RsiReversion
+from trader_lib.strategy.signals import PointSignal
 from trader_lib.strategy.sma_cross import SmaCross
 from trader_lib.strategy.vol_target import VolTarget
 
@@ -39,7 +42,7 @@ def without_a_card() -> Iterator[None]:
         yield
 
 
-def compiled_for_a_card(symbols: int) -> str:
+def compiled_for_a_card(strategy: Strategy, symbols: int) -> str:
     """The kernel's PTX for compute capability 9.0."""
     from numba import cuda, typeof
 
@@ -49,12 +52,14 @@ def compiled_for_a_card(symbols: int) -> str:
     from trader_lib.research.ledger import REFUSAL_ROW
     from trader_lib.research.many import Runner
     from trader_lib.rules.numbers import compiled_part
-    from trader_lib.strategy.sma_cross import CROSSED
 
     bars = sample_bars(["AAPL", "IBM"][:symbols], start="2006-01-03", end="2006-03-31")
-    runner = Runner(combinations(SmaCross, {"fast": [2], "slow": [5]}), bars, 0, agreed())
-    kernel, series = kernel_of(compiled_part(CROSSED.points), symbols, 0), np.zeros((bars.n, 2, symbols))
-    taken = (runner.ground, series, runner.shared, np.empty(0, REFUSAL_ROW), no_share(CROSSED, 1, 0))
+    runner = Runner(combinations(type(strategy), [strategy.model_dump()]), bars, 0, agreed())
+    offer = strategy.compiled_weights
+    assert offer is not None and isinstance(offer.compiled, PointSignal)
+    signal = offer.compiled
+    kernel, series = kernel_of(compiled_part(signal.points), symbols, signal.state_size), np.zeros((bars.n, 2, symbols))
+    taken = (runner.ground, series, runner.shared, np.empty(0, REFUSAL_ROW), no_share(signal, 1, len(offer.parameters)))
     with unfused(), without_a_card():
         ptx, _ = cuda.compile(kernel, tuple(map(typeof, taken)), device=False, abi="numba", cc=(9, 0), output="ptx")
     return str(ptx)
@@ -62,10 +67,11 @@ def compiled_for_a_card(symbols: int) -> str:
 
 @pytest.mark.slow
 @needs_extra
-def test_nothing_of_the_rules_is_compiled_into_fused_operations() -> None:
+@pytest.mark.parametrize("strategy", [SmaCross(), RsiReversion()], ids=lambda strategy: strategy.name)
+def test_nothing_of_the_rules_is_compiled_into_fused_operations(strategy: Strategy) -> None:
     from trader_lib.research.card import fused_in
 
-    ptx = compiled_for_a_card(1)
+    ptx = compiled_for_a_card(strategy, 1)
     assert ptx.count("mul.f64") + ptx.count("mul.rn.f64") > 100, "the rules multiply"
     assert fused_in(ptx) == [], "powers and logarithms of a card, which are not the processor's, would show here too"
 
