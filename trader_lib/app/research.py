@@ -129,6 +129,7 @@ def run_research(
 
     def check(_: object) -> None:
         asked.check(settings)
+        asked.check_device()
         if isinstance(asked, WalkForwardParameters) and asked.source != "alpaca":
             asked.folds(asked.load_bars(settings))
 

@@ -20,7 +20,7 @@ from ..research.combinations import COMBINATIONS_MAX, Combinations, combinations
 from ..research.measures import COUNTS, MEASURES
 from ..research.overfitting import deflate, probability_of_overfitting
 from ..research.report import Piece
-from ..research.sweep import ABOUT, SweepProgress, SweepResult, sweep
+from ..research.sweep import ABOUT, SweepProgress, SweepResult, runs_on_card, sweep
 from ..research.walkforward import WalkForward, folds_of, period, walk_forward
 from . import cells
 from .parameters import RunParameters
@@ -76,6 +76,11 @@ class SweepParameters(RunParameters):
     def told(self, built: "Strategy | Mapping[str, Strategy]") -> dict[str, Any]:
         """The specification as JSON-able values: what varies has no one value to name."""
         return self.values()
+
+    def check_device(self) -> None:
+        """Refuse a graphics card that is not there or runs no such strategy; raises Misused and Misconfigured."""
+        if self.device == "cuda":
+            runs_on_card(self.device, self.build_strategy(), True, 0, len(self.symbols))
 
     def terms(self) -> dict[str, Any]:
         """What `sweep` takes beside strategy, grid and bars."""
