@@ -12,8 +12,8 @@ settings = parser["DEFAULT"]
 
 suffix = "_requirements"
 extras = {key.removesuffix(suffix): settings[key].split() for key in settings if key.endswith(suffix)}
-not_for_users = {"dev", "docs"}
-extras["all"] = sorted({need for name, needs in extras.items() if name not in not_for_users for need in needs})
+apart = {"dev", "docs", "gpu"}  # gpu: half a gigabyte, for those who have a card
+extras["all"] = sorted({need for name, needs in extras.items() if name not in apart for need in needs})
 
 setup(
     name=settings["lib_name"],

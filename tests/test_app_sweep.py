@@ -97,3 +97,12 @@ def test_a_sweep_that_is_stopped_or_killed_goes_on(tmp_path: Path, number: int, 
     run = RunStore(tmp_path).find("latest-sweep")
     assert run.result().status == "completed" and run.result().statistics["combinations_done"] == 1800
     assert len(pd.read_parquet(run.path / "sweep" / "sweep.parquet")) == 1800
+
+
+def test_a_card_that_is_not_there_is_said_before_a_run_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trader_lib.research.sweep.why_no_card", lambda: "there is no CUDA device here.")
+    assert main(("sweep", *GRID, *DAYS, "--device", "cuda", "--runs", str(tmp_path))) == 3
+    assert "cannot run on a graphics card: there is no CUDA device here." in capsys.readouterr().err
+    assert not list(tmp_path.glob("*sweep*"))

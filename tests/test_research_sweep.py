@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tracemalloc
+import warnings
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -18,9 +19,9 @@ from trader_lib.exchange.costs import Costs
 from trader_lib.market.bars import Bars
 from trader_lib.market.sample import sample_bars
 from trader_lib.market.synthetic import synthetic_bars
-from trader_lib.research.backtest import agreed, backtest
+from trader_lib.research.backtest import LookAheadWarning, agreed, backtest
 from trader_lib.research.combinations import combinations
-from trader_lib.research.many import Runner
+from trader_lib.research.many import SERIES_BYTES, Runner, SeriesKept, groups_within
 from trader_lib.research.measures import MEASURES
 from trader_lib.research.sweep import sweep
 from trader_lib.risk.limits import Limits
@@ -164,7 +165,7 @@ def test_memory_stays_within_the_estimate() -> None:
     one_array = prices.close.nbytes
     assert len(found.frame) == 80 and prices.n > 60_000
     # beside the estimate: what the calendar says of each bar, and the frames of the check of compiled weights
-    assert peak < found.estimate.total_mb * 2**20 + 16 * one_array < 40 * one_array
+    assert peak < found.estimate.total_mb * 2**20 + 16 * one_array < 40 * one_array + SERIES_BYTES
 
 
 class Stopped:
@@ -291,3 +292,37 @@ def test_a_budget_that_holds_one_worker_starts_one() -> None:
 def test_a_row_of_measures_is_complete() -> None:
     found = sweep(SmaCross, {"fast": [5], "slow": [20]}, sample_bars(["IBM"]), start="2005-01-03")
     assert found.frame[list(MEASURES)].notna().all(axis=None)
+
+
+class Tomorrow(Held):
+    """Long on bars before one that rises."""
+
+    def targets(self, bars: Bars) -> np.ndarray:
+        close = bars.close
+        rises = np.zeros_like(close)
+        rises[:-1] = close[1:] > close[:-1]
+        return rises
+
+
+def test_a_sweep_marks_a_strategy_that_looks_ahead() -> None:
+    prices = sample_bars(["IBM"], start="2006-01-03", end="2006-12-29")
+    with pytest.warns(LookAheadWarning, match="could not have been had"):
+        found = sweep(Tomorrow, {"days": [2, 3]}, prices, workers=1)
+    assert "it saw bars after" in found.look_ahead
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sweep(Tomorrow, {"days": [2, 3]}, prices, workers=1, check=False).look_ahead == ""
+        assert sweep(Held, {"days": [2, 3]}, prices, workers=1).look_ahead == ""
+
+
+def test_series_that_do_not_fit_are_made_again() -> None:
+    """Room for four series, where twelve are needed: the rows are the same."""
+    prices = sample_bars(["IBM"], start="2006-06-01", end="2007-06-29")
+    grid = combinations(SmaCross, {"fast": [2, 3, 4, 5], "slow": [10, 11, 12, 13, 14, 15, 16, 17]})
+    roomy, narrow = (Runner(grid, prices, 0, agreed()) for _ in range(2))
+    narrow.series = SeriesKept(narrow.ground, 4)
+    ours, theirs = (runner.run(range(len(grid)))[0] for runner in (narrow, roomy))
+    assert np.array_equal(ours, theirs, equal_nan=True)
+    offers = [grid.build(row).compiled_weights for row in range(len(grid))]
+    parts = list(groups_within([offer for offer in offers if offer is not None], 4))
+    assert len(parts) > 8 and [row for part in parts for row in part] == list(range(len(grid)))

@@ -87,13 +87,17 @@ class SweepOptions:
     by: Annotated[str | None, Parameter(group=SWEEP, help="The figure that says what is best. [sharpe_ratio]")] = None
     workers: Annotated[int | None, Parameter(group=SWEEP, help="At most so many. [one a core]")] = None
     memory_mb: Annotated[float | None, Parameter(group=SWEEP, help="Memory beyond the bars, MB. [1024]")] = None
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"] | None,
+        Parameter(group=SWEEP, help="Processor, graphics card, or a card where it is worth it. [auto]"),
+    ] = None
     combinations_max: Annotated[int | None, Parameter(group=SWEEP, help="A larger grid is refused. [1000000]")] = None
 
 
 def sweep_parameters(options: SweepOptions | None) -> dict[str, object]:
     """The options that were given, by the names of `SweepParameters`."""
     chosen = options or SweepOptions()
-    named = {name: getattr(chosen, name) for name in ("by", "workers", "memory_mb", "combinations_max")}
+    named = {name: getattr(chosen, name) for name in ("by", "workers", "memory_mb", "device", "combinations_max")}
     return {"grid": read_grid(chosen.grid), **{name: value for name, value in named.items() if value is not None}}
 
 
@@ -125,6 +129,7 @@ def run_research(
 
     def check(_: object) -> None:
         asked.check(settings)
+        asked.check_device()
         if isinstance(asked, WalkForwardParameters) and asked.source != "alpaca":
             asked.folds(asked.load_bars(settings))
 

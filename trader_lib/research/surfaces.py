@@ -17,6 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ..errors.taxonomy import Misused, did_you_mean
+from .backtest import WORTHLESS
 from .measures import LOWER_IS_BETTER
 from .plots import EQUITY, Figure, plotly_text, styled
 from .report import facts, figure_text, lead, note, table, tiles, words, write_report
@@ -242,7 +243,11 @@ def sweep_sections(result: "SweepResult", by: str) -> list[tuple[str, list[objec
     return [
         (
             "Best combination",
-            [lead(f"By {words(by).lower()}: ", ", ".join(f"{k} = {v}" for k, v in best.items())), tiles(head)],
+            [
+                *([note(f"{result.look_ahead} {WORTHLESS}", "bad")] if result.look_ahead else []),
+                lead(f"By {words(by).lower()}: ", ", ".join(f"{k} = {v}" for k, v in best.items())),
+                tiles(head),
+            ],
         ),
         ("Is it luck?", [plateau_note(ground, by)]),
         ("All combinations", [count + ".", *pictures]),

@@ -19,7 +19,7 @@ import pandas as pd
 from ..errors.taxonomy import BadData, Misused
 from ..market.bars import Bars, window
 from ..market.stamps import to_date
-from .backtest import BacktestResult, agreed, run_on
+from .backtest import WORTHLESS, BacktestResult, agreed, run_on
 from .combinations import Grid, Samples, combinations
 from .measures import MEASURES
 from .statistics import statistics
@@ -88,6 +88,7 @@ class WalkForward:
     folds: pd.DataFrame  # a row a fold: its windows, what was chosen, and how it did inside and outside
     results: tuple[BacktestResult | None, ...]  # the run of each test window; None where nothing could be chosen
     complete: bool  # every fold is there
+    look_ahead: str = ""  # where the strategy was seen to use later bars, as a sentence
 
     def __repr__(self) -> str:
         last = float(self.equity.iloc[-1])
@@ -184,6 +185,8 @@ def walk_forward(
     end: date | str | None = None,  # last day of the last test window
     workers: int | None = None,
     memory_mb: float = 1024.0,
+    device: str = "auto",  # as of `sweep`
+    check: bool = True,  # look for look-ahead, with the first combination on the first training window
     report: Callable[[int, int], None] = lambda done, total: None,
     **terms: Any,  # cash, costs, limits, multiplier, sizing, seed, calendar: as of `backtest`
 ) -> WalkForward:
@@ -200,7 +203,7 @@ def walk_forward(
     folds = folds_of(first, to_date(end) if end is not None else cut.day(-1), train, test, anchored=anchored)
     rows: list[dict[str, object]] = []
     results: list[BacktestResult | None] = []
-    cash = agreement.starting_cash
+    cash, look_ahead = agreement.starting_cash, ""
     try:
         for number, fold in enumerate(folds):
             inside = sweep(
@@ -211,9 +214,12 @@ def walk_forward(
                 end=fold.train_end,
                 workers=workers,
                 memory_mb=memory_mb,
+                device=device,
+                check=check and number == 0,
                 progress=False,
                 **{**terms, "cash": cash},
             )
+            look_ahead = look_ahead or inside.look_ahead
             if not inside.complete:
                 raise KeyboardInterrupt
             chosen = inside.best(by) if inside.frame[by].notna().any() else None
@@ -237,7 +243,8 @@ def walk_forward(
             else "Walk-forward was stopped before its first fold was done."
         )
     done = len(rows) == len(folds)
-    return WalkForward(grid.strategy, grid.names, by, agreement.starting_cash, pd.DataFrame(rows), tuple(results), done)
+    cash, table = agreement.starting_cash, pd.DataFrame(rows)
+    return WalkForward(grid.strategy, grid.names, by, cash, table, tuple(results), done, look_ahead)
 
 
 def _row(
@@ -266,14 +273,15 @@ def _row(
 # %% ../../nbs/research/15_walkforward.ipynb #797f24ed
 def walk_forward_sections(done: WalkForward) -> list[tuple[str, list[object]]]:
     """What a report of a walk-forward shows: headings, and what stands under them."""
-    from trader_lib.research.report import facts, figure_text, lead, table, tiles
+    from trader_lib.research.report import facts, figure_text, lead, note, table, tiles
 
     figures, folds = done.statistics, done.folds
+    warned: list[object] = [note(f"{done.look_ahead} {WORTHLESS}", "bad")] if done.look_ahead else []
     head = ("total_return", "annual_return", "sharpe_ratio", "max_drawdown", "trades", "fees")
     columns = [name for name in folds.columns if name != "equity_end"]
     numeric = [f"{name}#" if folds[name].dtype.kind == "f" else name for name in columns]
     return [
-        ("Out of sample", [lead(done.sentence()), tiles({name: figures[name] for name in head}), done.plot()]),
+        ("Out of sample", [*warned, lead(done.sentence()), tiles({name: figures[name] for name in head}), done.plot()]),
         (
             "Folds",
             [table(numeric, [[figure_text(name, row[name]) for name in columns] for row in folds.to_dict("records")])],

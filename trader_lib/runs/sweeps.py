@@ -10,7 +10,7 @@ __all__ = ['ROWS', 'SweepParameters', 'WalkForwardParameters', 'run_sweep', 'run
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -20,7 +20,7 @@ from ..research.combinations import COMBINATIONS_MAX, Combinations, combinations
 from ..research.measures import COUNTS, MEASURES
 from ..research.overfitting import deflate, probability_of_overfitting
 from ..research.report import Piece
-from ..research.sweep import ABOUT, SweepProgress, SweepResult, sweep
+from ..research.sweep import ABOUT, SweepProgress, SweepResult, runs_on_card, sweep
 from ..research.walkforward import WalkForward, folds_of, period, walk_forward
 from . import cells
 from .parameters import RunParameters
@@ -34,6 +34,7 @@ class SweepParameters(RunParameters):
     by: str = Field("sharpe_ratio", description="the figure that says which combination is best")
     workers: int | None = Field(None, ge=1, description="at most so many; none: one a core")
     memory_mb: float = Field(1024.0, gt=0, description="memory beyond the bars, MB")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="processor, graphics card, or what suits")
     combinations_max: int = Field(COMBINATIONS_MAX, ge=1, description="a larger grid is refused")
 
     @field_validator("by")
@@ -76,6 +77,11 @@ class SweepParameters(RunParameters):
         """The specification as JSON-able values: what varies has no one value to name."""
         return self.values()
 
+    def check_device(self) -> None:
+        """Refuse a graphics card that is not there or runs no such strategy; raises Misused and Misconfigured."""
+        if self.device == "cuda":
+            runs_on_card(self.device, self.build_strategy(), True, 0, len(self.symbols))
+
     def terms(self) -> dict[str, Any]:
         """What `sweep` takes beside strategy, grid and bars."""
         return {
@@ -89,6 +95,8 @@ class SweepParameters(RunParameters):
             "seed": self.seed,
             "workers": self.workers,
             "memory_mb": self.memory_mb,
+            "device": self.device,
+            "check": self.check_strategy,
         }
 
     def swept(self) -> dict[str, Any]:
@@ -194,6 +202,7 @@ def publish_sweep(asked: SweepParameters, result: SweepResult) -> None:
         order_list_hash=None,
         statistics=figures,
         equity_end=float(figures["equity_end"] or 0.0),
+        failure=cells.look_ahead_failure(result.look_ahead),
         status="completed" if result.complete else "interrupted",
     )
 
@@ -213,5 +222,6 @@ def publish_walk_forward(asked: WalkForwardParameters, result: WalkForward, bars
             **result.statistics,
         },
         equity_end=float(result.equity.iloc[-1]),
+        failure=cells.look_ahead_failure(result.look_ahead),
         status="completed" if result.complete else "interrupted",
     )
