@@ -50,6 +50,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     "run": ("run", "no-such.ipynb"),
     "runs compare": ("runs", "compare", "latest-paper", "latest-paper"),
     "runs list": ("runs", "list"),
+    "runs trials": ("runs", "trials"),
     "runs show": ("runs", "show", "latest-paper"),
     "schedule check": ("schedule", "check", "jobs.toml"),
     "schedule example": ("schedule", "example"),

@@ -46,6 +46,7 @@ from trader_lib.app.options import (
 )
 from .research import sweep, walkforward
 from .scheduling import schedule
+from .trials import trials
 from .watch import dashboard, watch
 from ..errors.extras import require_extra
 from ..errors.taxonomy import Interrupted, Misconfigured, Misused, RunFailed, TraderError, did_you_mean
@@ -76,6 +77,7 @@ runs = App(
     """,
 )
 app.command(runs)
+runs.command(trials)
 app.command(journal)
 app.command(schedule)
 app.command(agent)

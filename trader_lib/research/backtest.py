@@ -9,7 +9,7 @@ __all__ = ['SIDES', 'TYPES', 'STATUSES', 'Stated', 'PURPOSES', 'WORTHLESS', 'Loo
 # %% ../../nbs/research/09_backtest.ipynb #a2922632
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date, datetime
 from decimal import Decimal
 from functools import cached_property
@@ -32,6 +32,7 @@ from .ledger import CANCELED, EXPIRED, FILLED, LIQUIDATION, OCO_LIMIT, Market, R
 from .notes import Seen, notes
 from .portfolio import portfolio_of
 from .statistics import Statistics, statistics, trades_of
+from .trials import TrialLedger, enter
 from ..risk.checks import About, RiskDecision, outcomes
 from ..risk.limits import Limits
 from ..rules.checks import CHECK_COUNT, Check, OrderFacts, RiskFacts, check_order
@@ -501,6 +502,10 @@ class Terms:
             multiplier=float(self.multiplier),
         )
 
+    def without_calendar(self) -> "Terms":
+        """The terms as text can tell them apart: a calendar's text says where it lies in memory."""
+        return replace(self, calendar=None)
+
     def market(self, cut: Bars) -> tuple[Market, RunActions, str]:
         """Bars as the engine takes them, what the run takes of corporate actions, and the calendar's name."""
         calendar = self.calendar or TradingCalendar()
@@ -582,6 +587,7 @@ def backtest(
     seed: int = 0,  # recorded in the result; the engine draws nothing
     calendar: TradingCalendar | None = None,  # NYSE unless given
     check: bool = True,  # look for look-ahead, once for the same code, parameters and data
+    trials: TrialLedger | bool = True,  # where the trial is counted: beside the runs; False: nowhere
 ) -> BacktestResult:
     """Run a strategy over bars and return what it did and what it was worth.
 
@@ -603,6 +609,8 @@ def backtest(
         calendar=calendar,
     )
     result = run_on(strategy, bars, terms, check=check)
+    days = result.bars.day(result.start), result.bars.day(-1)
+    enter(trials, "backtest", type(strategy), (strategy, terms.without_calendar()), result.bars, days)
     if result.look_ahead:
         warnings.warn(LookAheadWarning(f"{result.look_ahead} {WORTHLESS}"), stacklevel=2)
     return result

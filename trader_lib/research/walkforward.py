@@ -24,6 +24,7 @@ from .combinations import Grid, Samples, combinations
 from .measures import MEASURES
 from .statistics import statistics
 from .sweep import sweep
+from .trials import TrialLedger, days_of, enter
 from ..strategy.contract import Strategy, build_strategy
 
 if TYPE_CHECKING:
@@ -184,6 +185,7 @@ def walk_forward(
     workers: int | None = None,
     memory_mb: float = 1024.0,
     report: Callable[[int, int], None] = lambda done, total: None,
+    trials: TrialLedger | bool = True,  # where the trials are counted: beside the runs; False: nowhere
     **terms: Any,  # cash, costs, limits, multiplier, sizing, seed, calendar: as of `backtest`
 ) -> WalkForward:
     """Choose parameters on each training window alone, and trade them on the test window that follows.
@@ -211,6 +213,7 @@ def walk_forward(
                 workers=workers,
                 memory_mb=memory_mb,
                 progress=False,
+                trials=False,
                 **{**terms, "cash": cash},
             )
             if not inside.complete:
@@ -236,6 +239,8 @@ def walk_forward(
             else "Walk-forward was stopped before its first fold was done."
         )
     done = len(rows) == len(folds)
+    asked = (grid.base, grid.names, grid.rows[:: len(grid) // 1_000 + 1], train, test, anchored, by, agreement.without_calendar())
+    enter(trials, "walkforward", grid.strategy, asked, bars, days_of(bars, start, end), len(grid))
     return WalkForward(grid.strategy, grid.names, by, agreement.starting_cash, pd.DataFrame(rows), tuple(results), done)
 
 

@@ -160,13 +160,14 @@ def sweep_statistics(result: SweepResult, by: str) -> dict[str, float | int | st
     """What `result.json` says of a sweep: counts, the best combination, and its figures."""
     row = result.ranked(by).iloc[0]
     found = {name: int(row[name]) if name in COUNTS else float(row[name]) for name in MEASURES}
-    luck = deflate(result.frame)
+    luck = deflate(result)
     return {
         "combinations": len(result.grid),
         "combinations_done": len(result.frame),
         "combinations_refused": len(result.refused),
         "best_parameters": ", ".join(f"{name}={value}" for name, value in result.best(by).items()),
         **found,
+        "trials": luck.trials,
         "expected_best_sharpe": luck.expected_best,
         "deflated_sharpe": luck.deflated,
     }
@@ -174,7 +175,7 @@ def sweep_statistics(result: SweepResult, by: str) -> dict[str, float | int | st
 
 def luck_sentences(result: SweepResult) -> list[str]:
     """What the statistics say of the best combination: deflated Sharpe, and overfitting where the runs are few enough."""
-    told, rows_max = [deflate(result.frame).sentence()], 2_000 if result.estimate.compiled else 200
+    told, rows_max = [deflate(result).sentence()], 2_000 if result.estimate.compiled else 200
     try:
         returns = result.daily_returns(rows_max).to_numpy()
         told.append(probability_of_overfitting(returns, blocks=10).sentence())
