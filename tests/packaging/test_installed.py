@@ -35,7 +35,7 @@ CODES = {
     "run": 2,
     "runs compare": 4,
 }
-CODES |= {"runs show": 4, "status": 7, "walkforward": 4, "watch": 7}
+CODES |= {"runs show": 4, "status": 7, "verdict": 2, "walkforward": 4, "watch": 7}
 AFTER_REPORTS = {"runs compare", "runs show"}  # find a whole run where the reports were made before
 
 pytestmark = pytest.mark.packaging

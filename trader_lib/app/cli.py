@@ -47,6 +47,7 @@ from trader_lib.app.options import (
 from .research import sweep, walkforward
 from .scheduling import schedule
 from .trials import trials
+from .verdict import verdict
 from .watch import dashboard, watch
 from ..errors.extras import require_extra
 from ..errors.taxonomy import Interrupted, Misconfigured, Misused, RunFailed, TraderError, did_you_mean
@@ -90,6 +91,7 @@ app.command(watch)
 app.command(dashboard)
 app.command(sweep)
 app.command(walkforward)
+app.command(verdict)
 
 Strategies = Annotated[
     Path | None,

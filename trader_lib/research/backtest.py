@@ -295,6 +295,13 @@ class BacktestResult:
         return notes(seen, called, self.ruined_at, then)
 
     @cached_property
+    def diagnosis(self) -> tuple[str, ...]:
+        """What is weak about this run, with figures and a remedy: a sentence or two each; see `research.critique`."""
+        from trader_lib.research.critique import critique
+
+        return tuple(remark.text for remark in critique(self))
+
+    @cached_property
     def equity_end(self) -> Decimal:
         """Equity at the last close, to the cent."""
         return to_decimal(float(self.simulation.equity[-1]), CASH_DECIMALS)
@@ -408,8 +415,8 @@ class BacktestResult:
         ]
         if self.corporate_actions:
             sections.insert(2, ("Corporate actions", list(self.corporate_actions)))
-        if remarks := [one for one in (self.doubt, *self.notes) if one]:
-            sections.insert(1, ("Notes", [table(["What happened beside the orders"], [(one,) for one in remarks])]))
+        if remarks := [one for one in (self.doubt, *self.notes, *self.diagnosis) if one]:
+            sections.insert(1, ("Notes", [table(["What happened, and what is weak"], [(one,) for one in remarks])]))
         return write_report(path, f"Backtest of {self.strategy.name}", [one for one in sections if one[1]])
 
 

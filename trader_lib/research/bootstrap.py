@@ -8,8 +8,8 @@ __all__ = ['Floats', 'RETURNS_MIN', 'stationary_rows', 'block_length', 'Drawn', 
 
 # %% ../../nbs/research/18_bootstrap.ipynb #f8e3a142
 import math
+from dataclasses import dataclass
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -72,7 +72,8 @@ def block_length(values: Floats) -> float:
     return float(min(max(wanted, 1.0), math.ceil(min(3.0 * math.sqrt(n), n / 3.0))))
 
 # %% ../../nbs/research/18_bootstrap.ipynb #dba2b231
-class Drawn(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Drawn:
     """What as many histories from the same sessions were worth."""
 
     sharpe: Floats  # annualised [draw]
@@ -121,10 +122,16 @@ def _worth(returns: Floats, a_year: float) -> tuple[Floats, Floats, Floats]:
     ratio = returns.mean(axis=1) / np.where(deviation > VARIES_MIN, deviation, np.inf) * math.sqrt(a_year)
     curve = np.cumprod(1.0 + returns, axis=1)
     highs = np.maximum(np.maximum.accumulate(curve, axis=1), 1.0)
-    return ratio, curve[:, -1], (curve / highs - 1.0).min(axis=1)
+    falls = (curve / highs - 1.0).min(axis=1)
+    return (
+        np.asarray(ratio, dtype=np.float64),
+        np.asarray(curve[:, -1], dtype=np.float64),
+        np.asarray(falls, dtype=np.float64),
+    )
 
 # %% ../../nbs/research/18_bootstrap.ipynb #9161c5c7
-class Shuffled(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Shuffled:
     """The deepest fall in as many orders of the same trades."""
 
     drawdown: Floats  # fractions of the highest equity, 0 to -1 [draw]
@@ -176,10 +183,12 @@ def resampled_bars(
     for values in fields[:3]:
         values[first + 1 :] = close[:-1] * (values[rows] / before)
     fields[3][first:], fields[4][first + 1 :] = close, fields[4][rows]
-    return Bars(*fields, bars.index, bars.symbols, bars.provenance)
+    opened, high, low, _, volume = fields
+    return Bars(opened, high, low, fields[3], volume, bars.index, bars.symbols, bars.provenance)
 
 # %% ../../nbs/research/18_bootstrap.ipynb #11d95ddb
-class Elsewhere(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
     """What a strategy was worth on markets whose sessions come in another order."""
 
     sharpe: Floats  # annualised [market]

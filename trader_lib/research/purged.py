@@ -7,10 +7,10 @@ __all__ = ['Floats', 'Rows', 'SPLITS_MAX', 'purged_splits', 'PurgedPaths', 'purg
 
 # %% ../../nbs/research/20_purged.ipynb #5ce41cf2
 import math
+from dataclasses import dataclass
 from collections.abc import Iterator
 from itertools import combinations as choose
 from math import comb
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,7 +58,8 @@ def purged_splits(
         yield np.flatnonzero(trained), [np.flatnonzero(member == group) for group in left_out]
 
 # %% ../../nbs/research/20_purged.ipynb #7c12a121
-class PurgedPaths(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PurgedPaths:
     """What choosing was worth out of sample, along as many whole histories."""
 
     returns: Floats  # [path × session]

@@ -7,8 +7,8 @@ __all__ = ['Floats', 'DRAWS_AT_ONCE', 'long_run_variance', 'Superior', 'superior
 
 # %% ../../nbs/research/19_snooping.ipynb #c720ab24
 import math
+from dataclasses import dataclass
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,8 @@ def long_run_variance(values: Floats, block: float) -> Floats:
     return np.asarray(covariances[0] + 2.0 * kernel @ covariances[1:], dtype=np.float64)
 
 # %% ../../nbs/research/19_snooping.ipynb #e011d331
-class Superior(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Superior:
     """Whether the best of many is better than the benchmark."""
 
     p_value: float  # Hansen's consistent one

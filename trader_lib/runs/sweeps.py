@@ -17,6 +17,7 @@ from pydantic import Field, field_validator
 from ..errors.taxonomy import BadData, Misused, TraderError
 from ..market.bars import Bars
 from ..research.combinations import COMBINATIONS_MAX, Combinations, combinations
+from ..research.critique import critique_sweep
 from ..research.measures import COUNTS, MEASURES
 from ..research.overfitting import deflate, probability_of_overfitting
 from ..research.report import Piece
@@ -122,7 +123,14 @@ class WalkForwardParameters(SweepParameters):
 ROWS = "sweep"
 
 
-def run_sweep(asked: SweepParameters, bars: Bars, folder: str | None, *, resume: bool = False) -> SweepResult:
+def run_sweep(
+    asked: SweepParameters,
+    bars: Bars,
+    folder: str | None,
+    *,
+    resume: bool = False,
+    trials: bool = True,  # count them in the ledger
+) -> SweepResult:
     """The sweep of a run, kept in its folder; goes on where an earlier attempt has ended."""
     place = None if folder is None else Path(folder) / ROWS
     going_on = resume and place is not None and (place / ABOUT).exists()
@@ -134,6 +142,7 @@ def run_sweep(asked: SweepParameters, bars: Bars, folder: str | None, *, resume:
         folder=place,
         resume=going_on,
         progress=False,
+        trials=trials,
         report=_tell,
     )
 
@@ -142,10 +151,15 @@ def _tell(step: SweepProgress) -> None:
     cells.tell(step.done, step.total)
 
 
-def run_walk_forward(asked: WalkForwardParameters, bars: Bars) -> WalkForward:
+def run_walk_forward(
+    asked: WalkForwardParameters,
+    bars: Bars,
+    *,
+    trials: bool = True,  # count them in the ledger
+) -> WalkForward:
     """The walk-forward of a run."""
     how: dict[str, Any] = {"train": asked.train, "test": asked.test, "anchored": asked.anchored, "by": asked.by}
-    return walk_forward(**asked.swept(), bars=bars, **asked.terms(), **how, report=cells.tell)
+    return walk_forward(**asked.swept(), bars=bars, **asked.terms(), **how, report=cells.tell, trials=trials)
 
 
 def asked_piece(asked: SweepParameters) -> Piece:
@@ -195,6 +209,7 @@ def publish_sweep(asked: SweepParameters, result: SweepResult) -> None:
         order_list_hash=None,
         statistics=figures,
         equity_end=float(figures["equity_end"] or 0.0),
+        notes=tuple(remark.text for remark in critique_sweep(result, asked.by)),
         status="completed" if result.complete else "interrupted",
     )
 
