@@ -54,9 +54,9 @@ def made_again(run: "RunFolder", asked: "RunParameters", settings: "Settings") -
 
     bars = asked.load_bars(settings)
     if isinstance(asked, WalkForwardParameters):
-        return run_walk_forward(asked, bars, trials=False)
+        return run_walk_forward(asked, bars, trials=False, shown=False)
     if isinstance(asked, SweepParameters):
-        return run_sweep(asked, bars, str(run.path), resume=True, trials=False)
+        return run_sweep(asked, bars, str(run.path), resume=True, trials=False, shown=False)
     named = ("start", "end", "cash", "costs", "limits", "multiplier", "sizing", "seed")
     terms: dict[str, Any] = {name: getattr(asked, name) for name in named}
     result = backtest(asked.build_strategy(), bars, check=asked.check_strategy, trials=False, **terms)

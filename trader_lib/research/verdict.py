@@ -21,10 +21,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ..errors.taxonomy import BadData, Misused, TraderError
+from ..errors.taxonomy import Misused, TraderError, did_you_mean
 from .backtest import WORTHLESS, BacktestResult
 from .bootstrap import drawn_sessions, on_other_markets, session_sharpe, shuffled_trades
 from .critique import TRADES_MIN, critique, critique_sweep
+from .measures import MEASURES
 from trader_lib.research.overfitting import (
     deflate,
     expected_best,
@@ -34,7 +35,7 @@ from trader_lib.research.overfitting import (
 )
 from .purged import purged_paths
 from .ratios import VARIES_MIN, Sessions, buy_and_hold, sessions_of
-from .report import Piece, facts, write_report
+from .report import Piece, facts, words, write_report
 from .sensitivity import break_even_bps, cost_curve, rerun, subperiods
 from .snooping import superior
 from .surfaces import plateaus
@@ -378,7 +379,7 @@ def of_ground(case: Case) -> Light:
         )
     colour: Colour = "red" if bool(row["alone"]) else "yellow" if bool(row["edge"]) else "green"
     told = "stands alone" if row["alone"] else "lies at the edge of the grid" if row["edge"] else "stands on a plateau"
-    reason = f"It {told}: its {case.by} is {own:.2f}, that of the middle one of {count} neighbours {around:.2f}."
+    reason = f"It {told}: its {words(case.by).lower()} is {own:.2f}, that of the middle one of {count} neighbours {around:.2f}."
     return Light(
         "Neighbours",
         colour,
@@ -570,6 +571,8 @@ def verdict(
     names = {_strategy(part) for part in parts}
     if len(names) > 1:
         raise Misused(f"These are about different strategies, {' and '.join(sorted(names))}: judge them one by one.")
+    if by not in MEASURES:
+        raise Misused(f"A sweep has no {by!r}.{did_you_mean(by, MEASURES)} It has {', '.join(MEASURES)}.")
     if isinstance(trials, int) and not isinstance(trials, bool) and trials < 1:
         raise Misused(f"{trials} trials are none: count every combination that was tried, this one included.")
     grid: SweepResult | None = next(iter(found[SweepResult]), None)  # type: ignore[assignment]

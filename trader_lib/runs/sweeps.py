@@ -130,6 +130,7 @@ def run_sweep(
     *,
     resume: bool = False,
     trials: bool = True,  # count them in the ledger
+    shown: bool = True,  # let the runner's progress bar know
 ) -> SweepResult:
     """The sweep of a run, kept in its folder; goes on where an earlier attempt has ended."""
     place = None if folder is None else Path(folder) / ROWS
@@ -143,7 +144,7 @@ def run_sweep(
         resume=going_on,
         progress=False,
         trials=trials,
-        report=_tell,
+        report=_tell if shown else lambda step: None,
     )
 
 
@@ -156,10 +157,12 @@ def run_walk_forward(
     bars: Bars,
     *,
     trials: bool = True,  # count them in the ledger
+    shown: bool = True,  # let the runner's progress bar know
 ) -> WalkForward:
     """The walk-forward of a run."""
     how: dict[str, Any] = {"train": asked.train, "test": asked.test, "anchored": asked.anchored, "by": asked.by}
-    return walk_forward(**asked.swept(), bars=bars, **asked.terms(), **how, report=cells.tell, trials=trials)
+    report = cells.tell if shown else lambda done, total: None
+    return walk_forward(**asked.swept(), bars=bars, **asked.terms(), **how, report=report, trials=trials)
 
 
 def asked_piece(asked: SweepParameters) -> Piece:
