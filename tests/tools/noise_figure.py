@@ -130,7 +130,7 @@ def draw() -> str:
             label(
                 x + LEFT + WIDE - 130,
                 TOP + HIGH - 60 + 16 * (1, 3, 10).index(years),
-                f"{years} years, line: theory",
+                f"{years} year{'s' if years > 1 else ''}, line: theory",
                 color,
             )
         )

@@ -32,7 +32,11 @@ def asked_of(run: "RunFolder") -> "RunParameters":
     from trader_lib.runs.runner import checked
     from trader_lib.runs.sweeps import SweepParameters, WalkForwardParameters
 
-    kinds = {"backtest": RunParameters, "sweep": SweepParameters, "walkforward": WalkForwardParameters}
+    kinds: dict[str, type[RunParameters]] = {
+        "backtest": RunParameters,
+        "sweep": SweepParameters,
+        "walkforward": WalkForwardParameters,
+    }
     if run.kind not in kinds:
         raise Misused(
             f"{run.name} is a {run.kind} run; a verdict is about a {', '.join(JUDGED[:-1])} or {JUDGED[-1]}. Judge the backtest of it."
