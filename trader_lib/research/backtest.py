@@ -396,6 +396,12 @@ class BacktestResult:
 
         return equity_figure(self.equity, self.exposure)
 
+    def tear_sheet(self, path: Path | str, benchmark: "pd.Series[float] | None" = None, name: str = "") -> Path:
+        """Write everything about the run beside a benchmark as one HTML file; see `research.tear_sheet`."""
+        from trader_lib.research.tear_sheet import tear_sheet
+
+        return tear_sheet(self, path, benchmark=benchmark, name=name)
+
     def report(self, path: Path | str) -> Path:
         """Write an HTML report that needs no network; returns its path."""
         from trader_lib.research.plots import price_figure

@@ -21,7 +21,7 @@ import pandas as pd
 from ..clock.sessions import NEW_YORK
 from ..errors.taxonomy import Misused
 from .backtest import WORTHLESS, BacktestResult
-from .plots import EQUITY, LOSS, PALE, Figure, price_figure, styled, thin
+from .plots import EQUITY, EXPOSURE, PALE, WASH, Figure, price_figure, styled, thin
 from .ratios import VARIES_MIN, Sessions, buy_and_hold, sessions_of
 from .report import Piece, facts, grouped, note, table, tiles, write_report
 
@@ -81,11 +81,11 @@ class Compared:
 
 # %% ../../nbs/research/26_tear_sheet.ipynb #0fc9a079
 def compared_figure(run: Compared, *, log: bool = True) -> Figure:
-    """What one dollar became in the run and in the benchmark, and both drawdowns."""
+    """What one dollar became in the run and in the benchmark, both drawdowns, and the run's exposure."""
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.05, row_heights=[0.68, 0.32])
+    figure = make_subplots(rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.05, row_heights=[0.58, 0.26, 0.16])
     for name, returns, color, width in (
         (run.result.strategy.name, run.returns, EQUITY, 1.6),
         (run.name, run.benchmark, PALE, 1.1),
@@ -102,9 +102,25 @@ def compared_figure(run: Compared, *, log: bool = True) -> Figure:
                 showlegend=row == 1,
             )
             figure.add_trace(line, row=row, col=1)
+    exposure = thin(run.result.exposure)
+    held = go.Scatter(
+        x=exposure.index,
+        y=exposure,
+        line={"color": EXPOSURE, "width": 0.9},
+        fill="tozeroy",
+        fillcolor=WASH[EXPOSURE],
+        showlegend=False,
+    )
+    figure.add_trace(held, row=3, col=1)
+    figure.update_yaxes(title_text="Exposure", row=3, col=1)
     figure.update_yaxes(title_text="One dollar", type="log" if log else "linear", row=1, col=1)
     figure.update_yaxes(title_text="Drawdown", tickformat=".0%", row=2, col=1)
-    return styled(figure, 520)
+    buttons = [
+        {"label": kind, "method": "relayout", "args": [{"yaxis.type": kind.lower()}]} for kind in ("Log", "Linear")
+    ]
+    place = {"type": "buttons", "direction": "right", "x": 1.0, "xanchor": "right", "y": 1.08, "yanchor": "bottom"}
+    figure.update_layout(updatemenus=[{**place, "buttons": buttons, "active": 0 if log else 1}])
+    return styled(figure, 600)
 
 # %% ../../nbs/research/26_tear_sheet.ipynb #57dba707
 def monthly_returns(returns: "pd.Series[float]") -> pd.DataFrame:
@@ -289,7 +305,7 @@ def trades_piece(result: BacktestResult, count: int = 10) -> Piece:
         ]
 
     best, worst = table(columns, rows(closed.head(count))), table(columns, rows(closed.tail(count).iloc[::-1]))
-    every = table(columns, rows(closed.sort_values("closed", kind="stable")), rows_max=TRADES_SHOWN)
+    every = table(columns, rows(closed.sort_values("closed", kind="stable")), rows_max=TRADES_SHOWN, sortable=True)
     listed = f"<details><summary>All {len(closed):,} closed trades</summary>{every.html}</details>"
     return Piece(f"<h4>Best</h4>{best.html}<h4>Worst</h4>{worst.html}{listed}")
 
