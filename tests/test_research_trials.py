@@ -23,7 +23,8 @@ from pathlib import Path
 from trader_lib.research.trials import Trial, TrialLedger
 ledger = TrialLedger(Path(sys.argv[1]))
 for k in range(400):
-    ledger.enter(Trial("", "backtest", "x" * 3000, ("IBM",), "1Day", "2010-01-04", "2010-12-31", 1, f"{sys.argv[2]}{k}"))
+    key = f"{sys.argv[2]}{k}"
+    ledger.enter(Trial("", "backtest", "x" * 3000, ("IBM",), "1Day", "2010-01-04", "2010-12-31", 1, key))
 """
 
 

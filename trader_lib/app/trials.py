@@ -6,9 +6,8 @@
 __all__ = ['trials']
 
 # %% ../../nbs/app/17_trials.ipynb #61ece0c2
-import json as json_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -29,9 +28,10 @@ def trials(
     """
     from dataclasses import asdict
 
-    from trader_lib.app.console import say
+    from trader_lib.app.console import print_json, print_table, say
     from trader_lib.config.settings import load_settings
     from trader_lib.errors.taxonomy import Misused, did_you_mean
+    from trader_lib.research.report import plain, words
     from trader_lib.research.trials import LEDGER, TrialLedger, trial_rows
 
     ledger = TrialLedger((folder or load_settings().runs.path).expanduser() / LEDGER)
@@ -40,22 +40,15 @@ def trials(
         names = dict.fromkeys(one.strategy for one in entries)
         if strategy not in names:
             raise Misused(f"{ledger.path} has no trial of {strategy!r}.{did_you_mean(strategy, names)}")
-        rows = [asdict(one) for one in entries if one.strategy == strategy]
+        rows: list[dict[str, Any]] = [asdict(one) for one in entries if one.strategy == strategy]
     else:
         rows = trial_rows(entries)
     if json:
-        print(json_module.dumps(rows, indent=2))
+        print_json(rows)
     elif not rows:
         say(f"{ledger.path} has no trial yet: every backtest, sweep and walk-forward is entered there.")
     else:
-        print(_table(rows))
+        shown = [name for name in rows[0] if name != "key"]  # the key of a line says nothing to a person
+        heads = [f"{words(name)}#" if isinstance(rows[0][name], int) else words(name) for name in shown]
+        print_table(heads, [[plain(row[name]) for name in shown] for row in rows])
     return 0
-
-
-def _table(rows: list[dict[str, object]]) -> str:
-    """Rows as text, a column a name; the key of a line says nothing to a person."""
-    names = [name for name in rows[0] if name != "key"]
-    texts = [[", ".join(v) if isinstance(v, list | tuple) else f"{v}" for v in (row[n] for n in names)] for row in rows]
-    widths = [max(len(line[k]) for line in [names, *texts]) for k in range(len(names))]
-    lines = ("  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)) for line in [names, *texts])
-    return "\n".join(line.rstrip() for line in lines)

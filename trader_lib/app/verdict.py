@@ -94,9 +94,7 @@ def verdict(
 
     Example: trader verdict latest-sweep latest-walkforward
     """
-    import json
-
-    from trader_lib.app.console import say
+    from trader_lib.app.console import print_json, say
     from trader_lib.config.settings import load_settings
     from trader_lib.research.trials import LEDGER, TrialLedger
     from trader_lib.research.verdict import verdict as judge
@@ -125,7 +123,7 @@ def verdict(
     page = found.report(runs[0].path / PAGE)
     runs[0].write_result(before[0].model_copy(update={"verdict": VerdictRow.model_validate(found.document())}))
     if chosen.json:
-        print(json.dumps(found.document(), indent=2))
+        print_json(found.document())
     else:
         _print(found)
         say(f"The page: {page}")
@@ -133,17 +131,18 @@ def verdict(
 
 
 def _print(found: "Verdict") -> None:
-    """The lights as lines, each with what would change it where it does not pass."""
-    from rich.console import Console
-    from rich.text import Text
+    """The lights as a table, each with what would change it where it does not pass, and what is weak."""
+    from trader_lib.app.console import print_table
 
-    console = Console()
-    shades = {"green": "green", "yellow": "yellow", "red": "red", "grey": "bright_black"}
-    console.print(Text(found.sentence, style=f"bold {shades[found.colour]}"))
-    for one in found.lights:
-        console.print(Text.assemble((f"{one.colour:<7}", shades[one.colour]), f"{one.name:<18}", (one.shown, "bold")))
-        console.print(Text(f"       {one.reason}"))
-        if one.colour in ("yellow", "red"):
-            console.print(Text(f"       What would change it: {one.remedy}", style="dim"))
-    for remark in found.remarks:
-        console.print(Text(remark))
+    rows = [
+        (
+            one.name,
+            one.colour,
+            one.shown,
+            one.reason + (f" To change it: {one.remedy}" if one.colour in ("yellow", "red") else ""),
+        )
+        for one in found.lights
+    ]
+    print_table(("Light", "", "Number#", "Why, and what would change it"), rows, title=found.sentence)
+    if found.remarks:
+        print_table(("What is weak",), [(remark,) for remark in found.remarks])

@@ -581,7 +581,9 @@ def sweep(
     frame = _table(grid, sorted(found, key=lambda answer: answer[0].start))
     if kept is not None and complete:
         kept.finish(frame)
-    some = grid.rows[:: len(grid) // 1_000 + 1]  # the text of a million combinations would take longer than running them
+    some = grid.rows[
+        :: len(grid) // 1_000 + 1
+    ]  # the text of a million combinations would take longer than running them
     asked, tried = (grid.base, grid.names, some, terms.without_calendar()), int((frame["reason"] == "").sum())
     enter(trials, "sweep", grid.strategy, asked, bars, days_of(bars, start, end), tried)
     return SweepResult(grid, bars, terms, plan, frame, complete)

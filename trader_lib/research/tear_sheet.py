@@ -69,14 +69,14 @@ class Compared:
         """
         if self.prices is None:
             close = self.result.bars.frame("close").ffill().to_numpy()[self.result.start :]
-            growth = buy_and_hold(close)[self.sessions.rows]
+            growth = np.asarray(buy_and_hold(close)[self.sessions.rows], dtype=np.float64)
         else:
             if pd.DatetimeIndex(self.prices.index).tz is None:
                 raise Misused("The benchmark's index has no time zone. Give it one: prices.tz_localize('UTC').")
             known = self.prices.dropna().sort_index().reindex(self.index, method="ffill")
             if known.isna().all():
                 raise Misused("The benchmark has no price during the run. Give one that has.")
-            growth = known.bfill().to_numpy(dtype=np.float64)
+            growth = np.asarray(known.bfill(), dtype=np.float64)
         return pd.Series(np.append(0.0, growth[1:] / growth[:-1] - 1.0), index=self.index)
 
 # %% ../../nbs/research/26_tear_sheet.ipynb #0fc9a079
@@ -90,8 +90,8 @@ def compared_figure(run: Compared, *, log: bool = True) -> Figure:
         (run.result.strategy.name, run.returns, EQUITY, 1.6),
         (run.name, run.benchmark, PALE, 1.1),
     ):
-        grown = (1.0 + returns).cumprod()
-        fallen = grown / np.maximum(grown.cummax(), 1.0) - 1.0
+        grown: pd.Series[float] = (1.0 + returns).cumprod()
+        fallen = grown / grown.cummax().clip(lower=1.0) - 1.0
         for row, series, hover in ((1, thin(grown), "%{y:.3f}"), (2, thin(fallen), "%{y:.1%}")):
             line = go.Scatter(
                 x=series.index,
@@ -292,16 +292,10 @@ def trades_piece(result: BacktestResult, count: int = 10) -> Piece:
     columns = ["Symbol", "Side", "Opened", "Closed", "Qty#", "Profit, USD#"]
 
     def rows(frame: pd.DataFrame) -> list[tuple[object, ...]]:
+        columns = (frame[name].to_list() for name in ("symbol", "side", "opened", "closed", "qty", "profit"))
         return [
-            (
-                row.symbol,
-                "long" if row.side > 0 else "short",
-                _day(row.opened),
-                _day(row.closed),
-                f"{row.qty:,.10g}",
-                f"{row.profit:,.2f}",
-            )
-            for row in frame.itertuples()
+            (symbol, "long" if side > 0 else "short", _day(opened), _day(closed), f"{qty:,.10g}", f"{profit:,.2f}")
+            for symbol, side, opened, closed, qty, profit in zip(*columns, strict=True)
         ]
 
     best, worst = table(columns, rows(closed.head(count))), table(columns, rows(closed.tail(count).iloc[::-1]))
@@ -339,7 +333,7 @@ def tear_sheet(
     )
     figures = result.statistics if benchmark is None else result.statistics_against(benchmark)
     weak = [one for one in (result.doubt, *result.notes, *result.diagnosis) if one]
-    refused = [
+    refused: list[object] = [
         f"{count:,} orders failed {check.lower().replace('_', ' ')}." for check, count in result.refused_by.items()
     ]
     sections: list[tuple[str, list[object]]] = [

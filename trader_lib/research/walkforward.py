@@ -239,7 +239,16 @@ def walk_forward(
             else "Walk-forward was stopped before its first fold was done."
         )
     done = len(rows) == len(folds)
-    asked = (grid.base, grid.names, grid.rows[:: len(grid) // 1_000 + 1], train, test, anchored, by, agreement.without_calendar())
+    asked = (
+        grid.base,
+        grid.names,
+        grid.rows[:: len(grid) // 1_000 + 1],
+        train,
+        test,
+        anchored,
+        by,
+        agreement.without_calendar(),
+    )
     enter(trials, "walkforward", grid.strategy, asked, bars, days_of(bars, start, end), len(grid))
     return WalkForward(grid.strategy, grid.names, by, agreement.starting_cash, pd.DataFrame(rows), tuple(results), done)
 

@@ -154,9 +154,13 @@ class RunResult(Part):
     strategies: tuple[StrategyRow, ...] = Field(default=(), description="sessions of several strategies only")
     reconciliation: ReconciliationRow | None = Field(default=None, description="sessions only")
     failure: Failure | None = Field(default=None, description="failed and degraded runs only")
-    notes: tuple[str, ...] = Field(default=(), description="why symbols were not ordered, cuts, margin calls, ruin, and what is weak about the run")
+    notes: tuple[str, ...] = Field(
+        default=(), description="why symbols were not ordered, cuts, margin calls, ruin, and what is weak about the run"
+    )
     ruined_at: Moment | None = Field(default=None, description="bar at whose close no equity was left")
-    verdict: VerdictRow | None = Field(default=None, description="what `trader verdict` found; null before it was asked")
+    verdict: VerdictRow | None = Field(
+        default=None, description="what `trader verdict` found; null before it was asked"
+    )
 
     def to_json(self) -> str:
         """The document, indented, with a final newline."""
