@@ -111,8 +111,9 @@ def ledger_of(
     """The ledger that a run is entered in; None where it is switched off, or the settings cannot be read."""
     if isinstance(trials, TrialLedger) or not trials:
         return trials or None
-    named = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("TRADER_")))
-    return _configured(os.getcwd(), hash(named))
+    from trader_lib.config.settings import environment_mark
+
+    return _configured(os.getcwd(), environment_mark())
 
 
 @lru_cache(maxsize=16)
