@@ -145,4 +145,6 @@ def _print(found: "Verdict") -> None:
     ]
     print_table(("Light", "", "Number#", "Why, and what would change it"), rows, title=found.sentence)
     if found.remarks:
-        print_table(("What is weak",), [(remark,) for remark in found.remarks])
+        print_table(
+            ("", "What is weak"), [(f"{number}", remark) for number, remark in enumerate(found.remarks, start=1)]
+        )
