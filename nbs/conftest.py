@@ -28,6 +28,7 @@ from typing import Any
 import pytest
 from loguru import logger
 
+os.environ.setdefault("TRADER_RUNS__TRIALS", "false")  # what tests try is no trial of a strategy
 NBS = Path(__file__).parent
 LIBRARY = NBS.parent / "trader_lib"
 HEADER = re.compile(r"^# %% (?P<notebook>\S+\.ipynb) #?(?P<cell>\S+)$")

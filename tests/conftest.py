@@ -24,6 +24,7 @@ settings.register_profile("ci", derandomize=True, deadline=None)
 settings.register_profile("home", deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") else "home")
 
+os.environ.setdefault("TRADER_RUNS__TRIALS", "false")  # what tests try is no trial of a strategy
 KEY_ID, SECRET_KEY = "test-key", "test-secret"
 
 

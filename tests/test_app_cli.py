@@ -208,7 +208,7 @@ def test_backtest_and_session_place_the_same_orders(trader: Trader, tmp_path: Pa
     assert compared["order_list_hash"] == [backtest["order_list_hash"]] * 2
     assert backtest["orders"] and backtest["parameters"]["costs"]["commission_bps"] == 5
 
-    for folder in (tmp_path / "runs").iterdir():
+    for folder in (tmp_path / "runs").glob("*Z-*"):
         document = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         jsonschema.validate(document, shipped_schema())
         page = (folder / "report.html").read_text(encoding="utf-8")
@@ -240,7 +240,7 @@ def test_a_strategy_that_breaks_fails_the_run_with_cell_and_reason(trader: Trade
     code, out, err = trader("backtest", "--strategy", "mine.py:Mine", "--start", "2012-01-03")
     assert code == 5 and "failed" in out
     assert "failed in cell" in err and "no idea" in err and "notebook.ipynb" in err and "Traceback" not in err
-    (folder,) = (tmp_path / "runs").iterdir()
+    (folder,) = (tmp_path / "runs").glob("*Z-*")
     document = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     jsonschema.validate(document, shipped_schema())
     assert document["status"] == "failed" and document["failure"]["error"] == "ValueError"
@@ -353,7 +353,7 @@ def test_ctrl_c_drains_a_session_and_leaves_its_report(tmp_path: Path) -> None:
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "Stopping" in err and "Stopped as asked" in err and "Traceback" not in err
-    (folder,) = (tmp_path / "runs").iterdir()
+    (folder,) = (tmp_path / "runs").glob("*Z-*")
     document = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     assert document["status"] == "interrupted" and document["failure"] is None
     assert document["reconciliation"]["ok"] is True

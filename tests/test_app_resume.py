@@ -47,7 +47,7 @@ def test_killed_run_is_resumed_in_its_folder(
     command = [TRADER, "paper", "--transport", "in_process", *WHAT, *runs]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: any(events_in(path) > 100 for path in (tmp_path / "runs").glob("*/journal.sqlite")))
-    run = next((tmp_path / "runs").iterdir())
+    run = next((tmp_path / "runs").glob("*Z-*"))
     _, runner = who_runs(run / "session.lock")
     assert runner is not None and runner.pid != process.pid
     os.kill(runner.pid if victim == "kernel" else process.pid, signal.SIGKILL)

@@ -500,11 +500,11 @@ def test_trader_backtest_ends_with_five_and_paper_does_not_begin(trader, tmp_pat
     (tmp_path / "peek.py").write_text(PEEK)
     code, out, err = trader("backtest", "--strategy", "peek.py:Peek", *DAYS)
     assert code == 5 and "Not to be believed" in out and "it saw bars after" in err
-    run = next((tmp_path / "runs").iterdir())
+    run = next((tmp_path / "runs").glob("*Z-*"))
     assert json.loads((run / "result.json").read_text())["failure"]["error"] == "LookAhead"
     assert "could not have been had in a market" in (run / "report.html").read_text()
     code, out, err = trader("paper", "--transport", "in_process", "--strategy", "peek.py:Peek", *DAYS)
-    assert code == 5 and "--no-check" in err and len(list((tmp_path / "runs").iterdir())) == 1
+    assert code == 5 and "--no-check" in err and len(list((tmp_path / "runs").glob("*Z-*"))) == 1
     code, out, err = trader("backtest", "--strategy", "peek.py:Peek", "--no-check", *DAYS)
     assert code == 0 and "Not to be believed" not in out
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .market.synthetic import synthetic_bars
     from .research.backtest import BacktestResult, backtest
     from .research.sweep import SweepResult, sweep
+    from .research.verdict import Verdict, verdict
     from .research.walkforward import WalkForward, walk_forward
     from .risk.limits import Limits
     from .session.session import run_session
@@ -46,6 +47,7 @@ HOMES = {
     "SmaCross": "strategy.sma_cross",
     "Strategy": "strategy.contract",
     "SweepResult": "research.sweep",
+    "Verdict": "research.verdict",
     "VolTarget": "strategy.vol_target",
     "WalkForward": "research.walkforward",
     "backtest": "research.backtest",
@@ -58,6 +60,7 @@ HOMES = {
     "sample_bars": "market.sample",
     "sweep": "research.sweep",
     "synthetic_bars": "market.synthetic",
+    "verdict": "research.verdict",
     "walk_forward": "research.walkforward",
 }
 

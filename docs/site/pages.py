@@ -77,6 +77,7 @@ KINDS = {
             "docs/commands",
             "docs/data",
             "docs/sweeps",
+            "docs/verdict",
             "docs/checks",
             "docs/operations",
             "docs/schedule",

@@ -50,6 +50,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     "run": ("run", "no-such.ipynb"),
     "runs compare": ("runs", "compare", "latest-paper", "latest-paper"),
     "runs list": ("runs", "list"),
+    "runs trials": ("runs", "trials"),
     "runs show": ("runs", "show", "latest-paper"),
     "schedule check": ("schedule", "check", "jobs.toml"),
     "schedule example": ("schedule", "example"),
@@ -59,6 +60,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     "strategies": ("strategies",),
     "summary": ("summary", "latest-paper"),
     "sweep": ("sweep", "--grid", "fast=2:4:1", *WHAT[:-4], "-p", "slow=5"),
+    "verdict": ("verdict", "no-such-run"),
     "walkforward": ("walkforward", "--grid", "fast=2,3", "--train", "40y", *WHAT[:-4]),
     "watch": ("watch", "latest-paper", "--once"),
 }

@@ -35,7 +35,7 @@ CODES = {
     "run": 2,
     "runs compare": 4,
 }
-CODES |= {"runs show": 4, "walkforward": 4}
+CODES |= {"runs show": 4, "verdict": 2, "walkforward": 4}
 CODES |= dict.fromkeys(("kill", "reduce", "resume", "status", "watch"), 7)  # the session has ended
 AFTER_REPORTS = {"runs compare", "runs show"}  # find a whole run where the reports were made before
 

@@ -166,7 +166,7 @@ def test_a_failed_backtest_leaves_no_secret_anywhere(
     monkeypatch.setenv("TRADER_DEBUG", "1")
     code, out, err = planted("backtest", *WHAT)
     assert code == 5 and MASKED in err and leaks(out + err) == []
-    (run,) = (tmp_path / "runs").iterdir()
+    (run,) = (tmp_path / "runs").glob("*Z-*")
     for name in ("notebook.ipynb", "kernel.log", "result.json"):  # the leak did happen
         assert MASKED in (run / name).read_text(encoding="utf-8"), name
     (tmp_path / "leaky.py").unlink()
@@ -227,7 +227,7 @@ def test_a_session_whose_strategy_leaks_leaves_no_secret_anywhere(
             looking.join()
         monkeypatch.setenv("PAUSE_S", "0")
         assert leaks(out + err) == []
-        (run,) = (tmp_path / "runs").iterdir()
+        (run,) = (tmp_path / "runs").glob("*Z-*")
         for name in ("journal.sqlite", "log.jsonl", "notebook.ipynb", "report.html"):  # the leak did happen
             assert MASKED.encode() in (run / name).read_bytes(), name
         assert any("restart" in text and MASKED in text for text in seen), "the page showed the failure"

@@ -49,6 +49,8 @@ from trader_lib.app.options import (
 )
 from .research import sweep, walkforward
 from .scheduling import schedule
+from .trials import trials
+from .verdict import verdict
 from .watch import dashboard, watch
 from ..errors.extras import require_extra
 from ..errors.taxonomy import Interrupted, Misconfigured, Misused, RunFailed, TraderError, did_you_mean
@@ -82,6 +84,7 @@ runs = App(
     """,
 )
 app.command(runs)
+runs.command(trials)
 app.command(journal)
 app.command(schedule)
 app.command(agent)
@@ -94,6 +97,7 @@ app.command(watch)
 app.command(dashboard)
 app.command(sweep)
 app.command(walkforward)
+app.command(verdict)
 
 DEFAULT_STRATEGY = "sma_cross"  # as the model of parameters has it
 Strategies = Annotated[

@@ -358,6 +358,9 @@ class RunSettings(Section):
 
     path: Path = Field(Path("runs"), description="folder of the run folders")
     timeout_s: float = Field(3600.0, gt=0, le=604_800, description="longest time for one run, in seconds")
+    trials: bool = Field(
+        True, description="enter every backtest, sweep and walk-forward in trials.jsonl beside the runs"
+    )
     schedule_path: Path = Field(Path(".trader/schedule.sqlite"), description="what `trader schedule` remembers")
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Profile', 'PREFIX', 'ALIASES', 'SETTING_NAMES', 'SECRETS_DIR', 'FILE', 'NOTHING', 'Settings', 'load_settings',
-           'SettingRow', 'explain']
+           'environment_mark', 'SettingRow', 'explain']
 
 # %% ../../nbs/config/01_settings.ipynb #113e15cf
 import os
@@ -338,6 +338,11 @@ def _readable(error: ValidationError, chosen: Mapping[str, _Layer]) -> Iterator[
         else:
             layer = chosen[name]
             yield f"{layer.spelling.get(name, name)} ({layer.source}): {message}"
+
+# %% ../../nbs/config/01_settings.ipynb #8d02f4b6
+def environment_mark() -> int:
+    """A number that changes when a `TRADER_` variable of the environment does, and tells nothing about it."""
+    return hash(tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("TRADER_"))))
 
 # %% ../../nbs/config/01_settings.ipynb #ceeb2396
 class SettingRow(NamedTuple):

@@ -9,7 +9,7 @@ __all__ = ['Stated', 'WORTHLESS', 'ENGINE', 'COMPILING', 'LookAheadWarning', 'Ba
 # %% ../../nbs/research/09_backtest.ipynb #a2922632
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date, datetime
 from decimal import Decimal
 from functools import cached_property
@@ -40,6 +40,7 @@ from trader_lib.research.tables import (
     refused_orders,
 )
 from .statistics import Statistics, statistics, trades_of
+from .trials import TrialLedger, enter
 from ..risk.limits import Limits
 from ..rules.checks import Check
 from ..strategy.checks import checked_weights, elsewhere
@@ -237,6 +238,13 @@ class BacktestResult:
         return notes(seen, called, self.ruined_at, then)
 
     @cached_property
+    def diagnosis(self) -> tuple[str, ...]:
+        """What is weak about this run, with figures and a remedy: a sentence or two each; see `research.critique`."""
+        from trader_lib.research.critique import critique
+
+        return tuple(remark.text for remark in critique(self))
+
+    @cached_property
     def equity_end(self) -> Decimal:
         """Equity at the last close, to the cent."""
         return to_decimal(float(self.simulation.equity[-1]), CASH_DECIMALS)
@@ -301,6 +309,12 @@ class BacktestResult:
 
         return equity_figure(self.equity, self.exposure)
 
+    def tear_sheet(self, path: Path | str, benchmark: "pd.Series[float] | None" = None, name: str = "") -> Path:
+        """Write everything about the run beside a benchmark as one HTML file; see `research.tear_sheet`."""
+        from trader_lib.research.tear_sheet import tear_sheet
+
+        return tear_sheet(self, path, benchmark=benchmark, name=name)
+
     def report(self, path: Path | str) -> Path:
         """Write an HTML report that needs no network; returns its path."""
         from trader_lib.research.plots import price_figure
@@ -320,8 +334,8 @@ class BacktestResult:
         ]
         if self.corporate_actions:
             sections.insert(2, ("Corporate actions", list(self.corporate_actions)))
-        if remarks := [one for one in (self.doubt, *self.notes) if one]:
-            sections.insert(1, ("Notes", [table(["What happened beside the orders"], [(one,) for one in remarks])]))
+        if remarks := [one for one in (self.doubt, *self.notes, *self.diagnosis) if one]:
+            sections.insert(1, ("Notes", [table(["What happened, and what is weak"], [(one,) for one in remarks])]))
         return write_report(path, f"Backtest of {self.strategy.name}", [one for one in sections if one[1]])
 
 # %% ../../nbs/research/09_backtest.ipynb #22e5cc91
@@ -415,6 +429,10 @@ class Terms:
             multiplier=float(self.multiplier),
         )
 
+    def without_calendar(self) -> "Terms":
+        """The terms as text can tell them apart: a calendar's text says where it lies in memory."""
+        return replace(self, calendar=None)
+
     def market(self, cut: Bars) -> tuple[Market, RunActions, str]:
         """Bars as the engine takes them, what the run takes of corporate actions, and the calendar's name."""
         calendar = self.calendar or TradingCalendar()
@@ -498,6 +516,7 @@ def backtest(
     seed: int = 0,  # recorded in the result; the engine draws nothing
     calendar: TradingCalendar | str | None = None,  # or its name, such as "24/7"; NYSE unless given
     check: bool = True,  # look for look-ahead, once for the same code, parameters and data
+    trials: TrialLedger | bool = True,  # where the trial is counted: beside the runs; False: nowhere
 ) -> BacktestResult:
     """Run a strategy over bars and return what it did and what it was worth.
 
@@ -519,6 +538,8 @@ def backtest(
         calendar=calendar,
     )
     result = run_on(strategy, bars, terms, check=check)
+    days = result.bars.day(result.start), result.bars.day(-1)
+    enter(trials, "backtest", type(strategy), (strategy, terms.without_calendar()), result.bars, days)
     if result.look_ahead:
         warnings.warn(LookAheadWarning(f"{result.look_ahead} {WORTHLESS}"), stacklevel=2)
     return result

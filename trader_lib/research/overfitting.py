@@ -12,7 +12,7 @@ from itertools import combinations as choose
 from itertools import islice
 from math import comb
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,10 @@ from numpy.typing import NDArray
 
 from ..errors.taxonomy import BadData, Misused
 from .ratios import sessions_a_year
+from .trials import counted, days_of
+
+if TYPE_CHECKING:
+    from trader_lib.research.sweep import SweepResult
 
 NORMAL = NormalDist()
 EULER_MASCHERONI = 0.5772156649015329
@@ -104,12 +108,17 @@ class Deflated(NamedTuple):
         return f"{found}; {luck}. The probability that it is more than luck is {sure}."
 
 
-def deflate(frame: pd.DataFrame, trials: int | None = None) -> Deflated:
-    """The deflated Sharpe ratio of the best row of a sweep's frame.
+def deflate(swept: "pd.DataFrame | SweepResult", trials: int | None = None) -> Deflated:
+    """The deflated Sharpe ratio of the best row of a sweep, or of its frame.
 
-    trials: how many were tried in all, earlier sweeps included; the rows with a ratio unless given. Raises BadData where
-    no row has one, Misused for fewer trials than rows.
+    trials: how many were tried in all. Unless given: of a sweep all that the [ledger](17_trials.ipynb) knows of its
+    strategy on these bars, of a frame the rows with a ratio. Raises BadData where no row has one, Misused for fewer trials
+    than rows.
     """
+    frame = swept if isinstance(swept, pd.DataFrame) else swept.frame
+    if trials is None and not isinstance(swept, pd.DataFrame):
+        days = days_of(swept.bars, swept.terms.start, swept.terms.end)
+        trials = counted(swept.grid.strategy, swept.bars, days, int(frame["sharpe_ratio"].notna().sum()))
     kept = frame[frame["sharpe_ratio"].notna()]
     if kept.empty:
         raise BadData("No combination has a Sharpe ratio: there is nothing to deflate.")

@@ -43,6 +43,7 @@ from .backtest import WORTHLESS, BacktestResult, LookAheadWarning, Terms, agreed
 from .combinations import COMBINATIONS_MAX, Combinations, Grid, Samples, combinations
 from .many import Runner, room_bytes, series_places
 from .measures import COUNTS, LOWER_IS_BETTER, MEASURES
+from .trials import TrialLedger, days_of, enter
 from ..risk.limits import Limits
 from ..rules.sizing import SizingRules
 from ..strategy.checks import checked_weights
@@ -604,6 +605,7 @@ def sweep(
     folder: Path | str | None = None,  # where rows are kept as they come
     resume: bool = False,  # go on with what lies in the folder
     progress: bool | None = None,  # draw a bar; where standard error is a terminal unless given
+    trials: TrialLedger | bool = True,  # where the trials are counted: beside the runs; False: nowhere
     report: Callable[[SweepProgress], None] = lambda step: None,
 ) -> SweepResult:
     """Run a strategy with every combination of parameters over bars.
@@ -647,6 +649,11 @@ def sweep(
     frame = _table(grid, sorted(found, key=lambda answer: answer[0].start))
     if kept is not None and complete:
         kept.finish(frame)
+    some = grid.rows[
+        :: len(grid) // 1_000 + 1
+    ]  # the text of a million combinations would take longer than running them
+    asked, tried = (grid.base, grid.names, some, terms.without_calendar()), int((frame["reason"] == "").sum())
+    enter(trials, "sweep", grid.strategy, asked, bars, days_of(bars, start, end), tried)
     return SweepResult(grid, bars, terms, plan, frame, complete, look_ahead)
 
 

@@ -24,6 +24,7 @@ from .combinations import Grid, Samples, combinations
 from .measures import MEASURES
 from .statistics import statistics
 from .sweep import sweep
+from .trials import TrialLedger, days_of, enter
 from ..strategy.contract import Strategy
 from ..strategy.registry import build_strategy
 
@@ -188,6 +189,7 @@ def walk_forward(
     device: str = "auto",  # as of `sweep`
     check: bool = True,  # look for look-ahead, with the first combination on the first training window
     report: Callable[[int, int], None] = lambda done, total: None,
+    trials: TrialLedger | bool = True,  # where the trials are counted: beside the runs; False: nowhere
     **terms: Any,  # cash, costs, limits, multiplier, sizing, seed, calendar: as of `backtest`
 ) -> WalkForward:
     """Choose parameters on each training window alone, and trade them on the test window that follows.
@@ -217,6 +219,7 @@ def walk_forward(
                 device=device,
                 check=check and number == 0,
                 progress=False,
+                trials=False,
                 **{**terms, "cash": cash},
             )
             look_ahead = look_ahead or inside.look_ahead
@@ -243,6 +246,17 @@ def walk_forward(
             else "Walk-forward was stopped before its first fold was done."
         )
     done = len(rows) == len(folds)
+    asked = (
+        grid.base,
+        grid.names,
+        grid.rows[:: len(grid) // 1_000 + 1],
+        train,
+        test,
+        anchored,
+        by,
+        agreement.without_calendar(),
+    )
+    enter(trials, "walkforward", grid.strategy, asked, bars, days_of(bars, start, end), len(grid))
     cash, table = agreement.starting_cash, pd.DataFrame(rows)
     return WalkForward(grid.strategy, grid.names, by, cash, table, tuple(results), done, look_ahead)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RESULT_MIME', 'PROGRESS_MIME', 'AGENT_DOWN', 'LOOK_AHEAD', 'Kind', 'Status', 'Moment', 'VERSIONED', 'Part', 'DataRow',
-           'RefusalRow', 'StrategyRow', 'ReconciliationRow', 'Failure', 'RunResult', 'read_result', 'result_schema',
-           'shipped_schema', 'versions']
+           'RefusalRow', 'StrategyRow', 'ReconciliationRow', 'LightRow', 'VerdictRow', 'Failure', 'RunResult',
+           'read_result', 'result_schema', 'shipped_schema', 'versions']
 
 # %% ../../nbs/runs/00_result.ipynb #03fe9172
 import json
@@ -94,6 +94,27 @@ class ReconciliationRow(Part):
     differences: tuple[str, ...] = ()
 
 
+class LightRow(Part):
+    """The answer to one question of a verdict."""
+
+    name: str
+    colour: Literal["green", "yellow", "red", "grey"] = Field(description="passes, in doubt, fails, unknown")
+    number: float | None = Field(description="what the colour follows from; null where it could not be computed")
+    shown: str = Field(description="the number as a person reads it")
+    reason: str
+    remedy: str = Field(description="what would change it")
+
+
+class VerdictRow(Part):
+    """What statistics say of a run: `trader verdict`."""
+
+    colour: Literal["green", "yellow", "red", "grey"]
+    sentence: str
+    subject: str = Field(description="name of the strategy")
+    lights: tuple[LightRow, ...]
+    remarks: tuple[str, ...] = ()
+
+
 class Failure(Part):
     """Where and why a run failed, or which agents had given up when a session ended."""
 
@@ -136,8 +157,13 @@ class RunResult(Part):
     strategies: tuple[StrategyRow, ...] = Field(default=(), description="sessions of several strategies only")
     reconciliation: ReconciliationRow | None = Field(default=None, description="sessions only")
     failure: Failure | None = Field(default=None, description="failed and degraded runs only")
-    notes: tuple[str, ...] = Field(default=(), description="why symbols were not ordered, cuts, margin calls, ruin")
+    notes: tuple[str, ...] = Field(
+        default=(), description="why symbols were not ordered, cuts, margin calls, ruin, and what is weak about the run"
+    )
     ruined_at: Moment | None = Field(default=None, description="bar at whose close no equity was left")
+    verdict: VerdictRow | None = Field(
+        default=None, description="what `trader verdict` found; null before it was asked"
+    )
 
     def to_json(self) -> str:
         """The document, indented, with a final newline."""

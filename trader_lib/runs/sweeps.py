@@ -17,6 +17,7 @@ from pydantic import Field, field_validator
 from ..errors.taxonomy import BadData, Misused, TraderError
 from ..market.bars import Bars
 from ..research.combinations import COMBINATIONS_MAX, Combinations, combinations
+from ..research.critique import critique_sweep
 from ..research.measures import COUNTS, MEASURES
 from ..research.overfitting import deflate, probability_of_overfitting
 from ..research.report import Piece
@@ -130,7 +131,15 @@ class WalkForwardParameters(SweepParameters):
 ROWS = "sweep"
 
 
-def run_sweep(asked: SweepParameters, bars: Bars, folder: str | None, *, resume: bool = False) -> SweepResult:
+def run_sweep(
+    asked: SweepParameters,
+    bars: Bars,
+    folder: str | None,
+    *,
+    resume: bool = False,
+    trials: bool = True,  # count them in the ledger
+    shown: bool = True,  # let the runner's progress bar know
+) -> SweepResult:
     """The sweep of a run, kept in its folder; goes on where an earlier attempt has ended."""
     place = None if folder is None else Path(folder) / ROWS
     going_on = resume and place is not None and (place / ABOUT).exists()
@@ -142,7 +151,8 @@ def run_sweep(asked: SweepParameters, bars: Bars, folder: str | None, *, resume:
         folder=place,
         resume=going_on,
         progress=False,
-        report=_tell,
+        trials=trials,
+        report=_tell if shown else lambda step: None,
     )
 
 
@@ -150,10 +160,17 @@ def _tell(step: SweepProgress) -> None:
     cells.tell(step.done, step.total)
 
 
-def run_walk_forward(asked: WalkForwardParameters, bars: Bars) -> WalkForward:
+def run_walk_forward(
+    asked: WalkForwardParameters,
+    bars: Bars,
+    *,
+    trials: bool = True,  # count them in the ledger
+    shown: bool = True,  # let the runner's progress bar know
+) -> WalkForward:
     """The walk-forward of a run."""
     how: dict[str, Any] = {"train": asked.train, "test": asked.test, "anchored": asked.anchored, "by": asked.by}
-    return walk_forward(**asked.swept(), bars=bars, **asked.terms(), **how, report=cells.tell)
+    report = cells.tell if shown else lambda done, total: None
+    return walk_forward(**asked.swept(), bars=bars, **asked.terms(), **how, report=report, trials=trials)
 
 
 def asked_piece(asked: SweepParameters) -> Piece:
@@ -168,13 +185,14 @@ def sweep_statistics(result: SweepResult, by: str) -> dict[str, float | int | st
     """What `result.json` says of a sweep: counts, the best combination, and its figures."""
     row = result.ranked(by).iloc[0]
     found = {name: int(row[name]) if name in COUNTS else float(row[name]) for name in MEASURES}
-    luck = deflate(result.frame)
+    luck = deflate(result)
     return {
         "combinations": len(result.grid),
         "combinations_done": len(result.frame),
         "combinations_refused": len(result.refused),
         "best_parameters": ", ".join(f"{name}={value}" for name, value in result.best(by).items()),
         **found,
+        "trials": luck.trials,
         "expected_best_sharpe": luck.expected_best,
         "deflated_sharpe": luck.deflated,
     }
@@ -182,7 +200,7 @@ def sweep_statistics(result: SweepResult, by: str) -> dict[str, float | int | st
 
 def luck_sentences(result: SweepResult) -> list[str]:
     """What the statistics say of the best combination: deflated Sharpe, and overfitting where the runs are few enough."""
-    told, rows_max = [deflate(result.frame).sentence()], 2_000 if result.estimate.compiled else 200
+    told, rows_max = [deflate(result).sentence()], 2_000 if result.estimate.compiled else 200
     try:
         returns = result.daily_returns(rows_max).to_numpy()
         told.append(probability_of_overfitting(returns, blocks=10).sentence())
@@ -203,6 +221,7 @@ def publish_sweep(asked: SweepParameters, result: SweepResult) -> None:
         statistics=figures,
         equity_end=float(figures["equity_end"] or 0.0),
         failure=cells.look_ahead_failure(result.look_ahead),
+        notes=tuple(remark.text for remark in critique_sweep(result, asked.by)),
         status="completed" if result.complete else "interrupted",
     )
 
