@@ -143,6 +143,7 @@ def serve_exchange(
         quota=Quota(alone.quota) if alone.quota else None,
         faults=faults,
         clock=clock,
+        data_connections_max=1,  # as Alpaca's basic plan
     )
     host, port = settings.exchange.host, settings.exchange.port
     with (
