@@ -56,6 +56,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     "schedule example": ("schedule", "example"),
     "schedule history": ("schedule", "history"),
     "schedule run": ("schedule", "run", "jobs.toml", "--once"),
+    "search": ("search", "--space", "fast=2:4", "--trials", "2", "--folds", "1", *WHAT[:-4], "-p", "slow=5"),
     "status": ("status", "latest-paper"),
     "strategies": ("strategies",),
     "summary": ("summary", "latest-paper"),
@@ -64,7 +65,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     "walkforward": ("walkforward", "--grid", "fast=2,3", "--train", "40y", *WHAT[:-4]),
     "watch": ("watch", "latest-paper", "--once"),
 }
-WITH_REPORTS = ("backtest", "paper", "sweep")
+WITH_REPORTS = ("backtest", "paper", "search", "sweep")
 
 
 def first_step(words: tuple[str, ...]) -> dict[str, object]:

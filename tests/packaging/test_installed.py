@@ -23,6 +23,7 @@ NEEDS = {  # all of them, the one that is asked for first at the beginning
     **dict.fromkeys(("backtest", "live", "paper", "run", "sweep", "walkforward"), ("runs",)),
     **dict.fromkeys(("schedule check", "schedule run"), ("schedule", "runs")),
     "dashboard": ("observe",),
+    "search": ("runs", "search"),
 }
 # What the commands answer where nothing is missing; 0 unless named. The session of `first_steps` has no result.json.
 CODES = {

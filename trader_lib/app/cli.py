@@ -47,7 +47,7 @@ from trader_lib.app.options import (
     strategy_params,
     usage_hint,
 )
-from .research import sweep, walkforward
+from .research import search, sweep, walkforward
 from .scheduling import schedule
 from .trials import trials
 from .verdict import verdict
@@ -97,6 +97,7 @@ app.command(watch)
 app.command(dashboard)
 app.command(sweep)
 app.command(walkforward)
+app.command(search)
 app.command(verdict)
 
 DEFAULT_STRATEGY = "sma_cross"  # as the model of parameters has it
@@ -603,7 +604,7 @@ def _store(folder: str | None, profile: str | None = None) -> "RunStore":
 def list_(
     *,
     kind: Annotated[
-        Literal["backtest", "sweep", "walkforward", "paper", "live", "notebook"] | None,
+        Literal["backtest", "sweep", "walkforward", "search", "paper", "live", "notebook"] | None,
         Parameter(help="Only runs of this kind."),
     ] = None,
     limit: Annotated[int, Parameter(help="At most so many. [20]")] = 20,

@@ -30,7 +30,7 @@ PROGRESS_MIME = "application/vnd.trader.progress+json"
 AGENT_DOWN = "AgentDown"  # the error of a session that ended with agents that had given up
 LOOK_AHEAD = "LookAhead"  # the error of a backtest whose strategy uses later bars
 
-Kind = Literal["backtest", "sweep", "walkforward", "paper", "live", "notebook"]
+Kind = Literal["backtest", "sweep", "walkforward", "search", "paper", "live", "notebook"]
 Status = Literal["running", "completed", "degraded", "failed", "interrupted"]
 
 # %% ../../nbs/runs/00_result.ipynb #0262178a

@@ -268,9 +268,11 @@ def _way_on(run: RunFolder) -> str:
 
 
 def _resumed_by(run: RunFolder) -> str:
-    """The command that goes on with a session or a sweep; "" for a run that is none."""
+    """The command that goes on with a session, a sweep or a search; "" for a run that is none."""
     account = " --account NUMBER" if run.kind == "live" else ""
-    return f"`trader {run.kind}{account} --resume {run.name}`" if run.kind in ("paper", "live", "sweep") else ""
+    return (
+        f"`trader {run.kind}{account} --resume {run.name}`" if run.kind in ("paper", "live", "sweep", "search") else ""
+    )
 
 # %% ../../nbs/runs/05_runner.ipynb #c6bce75f
 def _why(outcome: Any) -> str:
@@ -287,7 +289,7 @@ def _family(kind: type[TraderError]) -> list[type[TraderError]]:
 
 
 def _interrupted(run: RunFolder, failure: Failure | None) -> str:
-    if failure is None and run.kind in ("sweep", "walkforward"):
+    if failure is None and run.kind in ("sweep", "walkforward", "search"):
         way_on = f" {_resumed_by(run)} goes on." if _resumed_by(run) else ""
         return f"Stopped as asked; what was done is kept. Its report is {run.report}.{way_on}"
     if failure is None:
@@ -297,6 +299,6 @@ def _interrupted(run: RunFolder, failure: Failure | None) -> str:
     told = f"Stopped as asked{failure.where}, before it had a result. Its notebook is {run.notebook}."
     return (
         f"{told} {_resumed_by(run)} goes on."
-        if _resumed_by(run) and (run.kind == "sweep" or run.journal.exists())
+        if _resumed_by(run) and (run.kind in ("sweep", "search") or run.journal.exists())
         else told
     )

@@ -22,6 +22,7 @@ TEMPLATES: Mapping[Kind, str] = {
     "backtest": "backtest.ipynb",
     "sweep": "sweep.ipynb",
     "walkforward": "walkforward.ipynb",
+    "search": "search.ipynb",
     "paper": "paper_session.ipynb",
     "live": "paper_session.ipynb",
 }
