@@ -7,8 +7,9 @@ import pytest
 
 from trader_lib.errors.taxonomy import BadData, Misconfigured, Misused
 from trader_lib.market.sample import sample_bars
-from trader_lib.research.backtest import backtest
-from trader_lib.research.search import done_trials, search, windows_of
+from trader_lib.research.backtest import LookAheadWarning, backtest
+from trader_lib.research.search import done_trials, ensure_study, first_built, probes, search, windows_of
+from trader_lib.research.trials import TrialLedger
 from trader_lib.strategy.contract import Strategy
 from trader_lib.strategy.sma_cross import SmaCross
 
@@ -89,6 +90,51 @@ def test_combinations_without_a_figure_keep_their_reason() -> None:
         found.best()
     refused = search(SmaCross, {"fast": [50], "slow": [20]}, PRICES, trials=1)
     assert "must be smaller than slow" in refused.frame["reason"][0]
+
+
+class Tomorrow(Strategy):
+    """Holds what the next bar will gain."""
+
+    days: int = 2
+
+    @property
+    def warmup(self) -> int:
+        return 1
+
+    def targets(self, bars: object) -> np.ndarray:
+        close = bars.close  # type: ignore[attr-defined]
+        return np.append(close[1:] > close[:-1], np.zeros((1, close.shape[1])), axis=0).astype(float)
+
+
+def test_a_search_counts_each_combination_once_and_marks_one_that_looks_ahead(tmp_path: Path) -> None:
+    ledger = TrialLedger(tmp_path / "trials.jsonl")
+    small = {"fast": [5, 10], "slow": [5, 20]}  # fast=5, slow=5 and fast=10, slow=5 are refused: they have no figures
+    found = search(SmaCross, small, PRICES, trials=12, folds=2, ledger=ledger)
+    (entry,) = ledger.entries()
+    assert entry.kind == "search" and entry.count == 2 < len(found.frame) and entry.first == "2006-01-03"
+    search(SmaCross, small, PRICES, trials=12, folds=2, ledger=ledger)
+    assert len(ledger.about("sma_cross", ["IBM"], PRICES.day(0), PRICES.day(-1))) == 1
+    search(SmaCross, small, PRICES, trials=1, folds=2, ledger=False)
+    assert len(ledger.entries()) == 2 and found.look_ahead == ""
+    with pytest.warns(LookAheadWarning, match="could not have been had"):
+        assert "it saw bars after" in search(Tomorrow, {"days": [2, 3]}, PRICES, trials=1, folds=2).look_ahead
+    assert not search(Tomorrow, {"days": [2, 3]}, PRICES, trials=1, folds=2, check=False).look_ahead
+
+
+def test_the_corners_of_a_space_are_among_its_probes() -> None:
+    some = probes(SmaCross, {"fast": range(2, 100), "slow": range(20, 400)})
+    assert len(some) == 1_004 and some.rows[-1] == (99, 399)
+    assert first_built(some)[0] == SmaCross(fast=2, slow=20)
+    assert first_built(probes(SmaCross, {"fast": [50], "slow": [20]}))[0] is None
+
+
+def test_a_study_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    search(SmaCross, SPACE, PRICES, trials=1, storage=tmp_path / "here")
+    ensure_study(tmp_path / "here", "search")
+    for place, name in ((tmp_path / "here", "another"), (tmp_path / "gone", "search")):
+        with pytest.raises(BadData, match="There is no study"):
+            ensure_study(place, name)
+    assert not (tmp_path / "gone").exists()
 
 
 def test_what_cannot_be_searched_is_a_sentence(tmp_path: Path) -> None:
