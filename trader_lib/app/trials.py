@@ -46,7 +46,7 @@ def trials(
     if json:
         print_json(rows)
     elif not rows:
-        say(f"{ledger.path} has no trial yet: every backtest, sweep and walk-forward is entered there.")
+        say(f"{ledger.path} has no trial yet: every backtest, sweep, walk-forward and search is entered there.")
     else:
         shown = [name for name in rows[0] if name != "key"]  # the key of a line says nothing to a person
         heads = [f"{words(name)}#" if isinstance(rows[0][name], int) else words(name) for name in shown]
