@@ -64,10 +64,11 @@ def test_nobody_else_reads_the_environment():
     excused = {
         "runs/kernel.py",  # pass it on to the process that they start, without looking into it
         "runs/runner.py",
-        "session/distributed.py",
+        "session/agent_process.py",
         "session/permit.py",  # the number of a descriptor that it inherits, which is no setting
         "strategy/fresh.py",  # pass it on to the process that asks a strategy anew
         "strategy/trust.py",  # what a kernel may run, from the process that started it; no setting either
+        "telemetry/progress.py",  # whether to draw a bar, asked before settings are loaded
         "app/cli.py",  # asks for TRADER_DEBUG when settings could not be loaded
     }
     readers = set()

@@ -113,8 +113,9 @@ def wait_for(what: Callable[[], bool], seconds: float = 90.0) -> None:
 async def test_a_session_whose_only_strategy_gave_up_is_degraded_and_stays_so_when_asked_again(tmp_path: Path) -> None:
     result = await session(tmp_path, strategy=Broken())
     assert result.status == "degraded" and result.reason == "every bar was played" and result.reconciliation.ok
-    assert result.down == {"strategy": "ZeroDivisionError: no opinion today"}
-    assert result.degraded == "The strategy agent gave up after ZeroDivisionError: no opinion today."
+    (reason,) = result.down.values()
+    assert reason.startswith("ZeroDivisionError: no opinion today. It was raised in ") and __file__ in reason
+    assert result.degraded.startswith("The strategy agent gave up after ZeroDivisionError: no opinion today.")
     notice = notice_of(ended(result))
     assert notice is not None and notice.level == "ERROR" and "no opinion today" in notice.text
     assert (notice.title, notice.runbook) == ("Session ended degraded", "agent-down")
@@ -168,6 +169,8 @@ async def test_a_session_that_was_stopped_is_interrupted_and_still_names_who_gav
     def stop(count: int, _: datetime) -> None:
         if count == 25:
             os.kill(os.getpid(), signal.SIGINT)
+        if count >= 25:
+            time.sleep(0.02)  # signals have their turn every 10 ms
 
     result = await session(tmp_path, strategy=Broken(), progress=stop)
     assert result.status == "interrupted" and list(result.down) == ["strategy"]

@@ -129,8 +129,10 @@ def _asked(
         given = {**given, "profile": "paper"}  # a day in real time outlasts what research allows a run
         settings = load_settings("paper", overrides=overrides)
     if typed and not given.get("strategies"):
+        from trader_lib.config.masking import refuse_secrets
         from trader_lib.strategy.registry import build_strategy
 
+        refuse_secrets(given)
         params = given.get("params") or {}
         build_strategy(str(given.get("strategy") or DEFAULT_STRATEGY), params if isinstance(params, dict) else {})
     from trader_lib.runs.parameters import RunParameters, resolved  # pandas and numba, once the strategy can be built

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Literal
 
 from .console import print_facts, print_json, print_line, print_table, say
-from ..errors.taxonomy import Misused
+from ..errors.taxonomy import Misused, TraderError
 from ..journal.opening import journal_exists
 from ..observe.address import monitor_url
 from ..runs.store import RunFolder, RunStore
@@ -40,10 +40,16 @@ def session_run(store: RunStore, which: str | None) -> RunFolder:
 
 # %% ../../nbs/app/07_operate.ipynb #08f694c7
 def ended_sentence(run: RunFolder) -> str:
-    """Why a session takes no command any more; "" for one that runs, or that stopped without an end and can go on."""
+    """Why a session takes no command any more; "" for one that runs, or that stopped without an end and can go on.
+
+    A journal that cannot be read says nothing about an end: "" too, so that a kill is never held up by it.
+    """
     if not journal_exists(run.journal):
         return ""
-    status = session_status(run.journal)
+    try:
+        status = session_status(run.journal)
+    except TraderError:
+        return ""
     if status.alive or not status.ended:
         return ""
     return f"{run.name} has ended ({status.ended}): there is no session to steer. `trader paper` starts a new one."

@@ -74,7 +74,7 @@ class SweepParameters(RunParameters):
                 continue
         return longest
 
-    def told(self, built: "Strategy | Mapping[str, Strategy]") -> dict[str, Any]:
+    def document(self, built: "Strategy | Mapping[str, Strategy]") -> dict[str, Any]:
         """The specification as JSON-able values: what varies has no one value to name."""
         return self.values()
 

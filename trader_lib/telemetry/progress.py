@@ -7,10 +7,11 @@ __all__ = ['PROGRESS_VARIABLE', 'PATIENCE_S', 'is_watched', 'steps']
 
 # %% ../../nbs/telemetry/01_progress.ipynb #7617f7fb
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os import environ
+
+from ..clock.clock import wall_timer
 
 PROGRESS_VARIABLE = "TRADERLIB_PROGRESS"  # off: draw nothing
 PATIENCE_S = 2.0  # how long a call may be silent
@@ -44,9 +45,7 @@ def steps(
     console = Console(file=sys.stderr, force_terminal=True, force_jupyter=False, width=100)
     bar = Progress(*columns, console=console, transient=True)
     task = bar.add_task(title, total=total)
-    timer = threading.Timer(after_s, bar.start)
-    timer.daemon = True
-    timer.start()
+    timer = wall_timer(after_s, bar.start)
     try:
         yield lambda: bar.advance(task)
     finally:
