@@ -256,7 +256,7 @@ async def test_a_process_that_dies_is_followed_by_one_that_goes_on(hub: RedisHub
         if len(first) == 2:
             break
         await asyncio.sleep(0.01)
-    await dead.fall_silent()
+    await dead.disconnect()
     member = await risk(redis_server, second)
     await hub.idle(timeout_s=10)
     await dead.close()
@@ -287,7 +287,7 @@ async def test_a_successor_is_not_put_off_by_what_its_predecessor_is_told(
     old = await risk(redis_server, [])
     await hub.idle(timeout_s=10)
     new = await risk(redis_server, [])
-    await old.fall_silent()  # so that the successor reads whatever is sent to either
+    await old.disconnect()  # so that the successor reads whatever is sent to either
     for number in range(5):
         await old._line.send(old._hub, old._message("ask", ask=1000 + number))
         assert (await new.publish(HALT, source="risk", correlation_id="c")).seq == number + 1

@@ -332,33 +332,33 @@ class InProcessBus:
                 depths=self.depths(),
             ) from None
 
-    async def relive(self, past: Past, events: Iterable[Event], deaf: Collection[str] = ()) -> None:
+    async def relive(self, past: Past, events: Iterable[Event], excluded: Collection[str] = ()) -> None:
         """Deliver what was published before a restart once more, so that subscribers come to be as they were.
 
         What they publish meanwhile is taken for a repetition: it is checked, and not published again. What goes beyond
-        the record waits until all of the record is delivered and agrees. events: all of them, in order; deaf: names of
-        subscribers that hear nothing of it. Raises Overloaded where an inbox has no room, and what `past` raises.
+        the record waits until all of the record is delivered and agrees. events: all of them, in order; excluded: names of
+        subscribers that get none of it. Raises Overloaded where an inbox has no room, and what `past` raises.
         """
         self._past = past
         for event in events:
-            await self._deliver_again(event, deaf)
+            await self._deliver_again(event, excluded)
         await self._standstill()
         past.finish()
         self._past = None
         self._relived.set()
 
-    async def remind(self, events: Iterable[Event], deaf: Collection[str]) -> None:
+    async def redeliver(self, events: Iterable[Event], excluded: Collection[str]) -> None:
         """Deliver single events of the past once more to those who were not there, before `relive` begins later than they.
 
-        deaf: names of subscribers that know of them in another way. Raises Overloaded where an inbox has no room.
+        excluded: names of subscribers that know of them in another way. Raises Overloaded where an inbox has no room.
         """
         for event in events:
-            await self._deliver_again(event, deaf)
+            await self._deliver_again(event, excluded)
         await self._standstill()
 
-    async def _deliver_again(self, event: Event, deaf: Collection[str]) -> None:
+    async def _deliver_again(self, event: Event, excluded: Collection[str]) -> None:
         for subscription in self._route(type(event.payload)):
-            if subscription.name in deaf:
+            if subscription.name in excluded:
                 continue
             if subscription.depth >= self._queue_max:
                 await self._standstill()

@@ -77,7 +77,7 @@ def figures_of(bars: Bars, first: int, stop: int) -> dict[str, BarRows]:
 class QuietBars:
     """Finds bars at which nothing happens, and plays them at once.
 
-    is_reported: whether the account is as it was reported last. beside: names of subscribers that need not hear of bars.
+    is_reported: whether the account is as it was reported last. beside: names of subscribers that need no bars.
     """
 
     exchange: Exchange
@@ -93,7 +93,7 @@ class QuietBars:
 
     @property
     def agents(self) -> tuple[Agent, ...]:
-        """Who hears of bars."""
+        """Return the subscribers that receive bars."""
         return self.monitor, self.portfolio, self.execution, self.risk, self.strategy
 
     def find(self, most: int) -> BarsSlice | None:
@@ -173,7 +173,7 @@ class QuietBars:
         )
 
     def play(self, part: BarsSlice) -> Step:
-        """Let the exchange play these bars; nobody is told of them but by the event."""
+        """Let the exchange play these bars; the event alone reports them."""
         step = self.exchange.skip(len(part.at_ns))
         self.broker.inbox.start_at(step.trade_updates, step.bars)
         return step

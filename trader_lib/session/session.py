@@ -58,8 +58,8 @@ from ..market.splits import check_splits
 from ..market.store import BarStore
 from .companions import Companion, SessionParts, accompanied
 from ..steering.control import ControlFile
-from .drivers import RECOVERY_PAUSE_S, STOPPED, Desk, Driver, Progress
-from .drivers import SOURCE as DESK
+from .drivers import RECOVERY_PAUSE_S, STOPPED, Gateway, Driver, Progress
+from .drivers import SOURCE as GATEWAY
 from trader_lib.session.orders import (
     ORDER_EVENTS,
     Refusal,
@@ -241,7 +241,7 @@ class Session:
     async def open(
         self,
         agents: Agents,
-        desk: Desk,
+        gateway: Gateway,
         driver: Driver,
         reconciler: Reconciler,
         history: Bars,
@@ -254,18 +254,18 @@ class Session:
         inputs, past, snapshot = self._inputs, self._inputs.past, self._inputs.snapshot
         if snapshot is not None:
             with _collecting_later():
-                self._take_over(snapshot, agents, desk, journal)
+                self._take_over(snapshot, agents, gateway, journal)
         for agent in agents.all():
             await agent.start()
-        desk.start()
+        gateway.start()
         if past.history is not None:
             agents.market_data.resume(past.last_bar or past.history.last, past.bars)
         if snapshot is not None:
             knowing = [agent.name for agent in agents.all()]
-            await self._bus.remind(snapshot.standing, deaf=[*knowing, DESK])
+            await self._bus.redeliver(snapshot.standing, excluded=[*knowing, GATEWAY])
         if not past.is_empty:
             events = journal.read(past.relived_from)
-            await driver.recover(self._bus.relive(past, events, deaf=[agents.monitor.name]))
+            await driver.recover(self._bus.relive(past, events, excluded=[agents.monitor.name]))
         if past.started is None:
             await self._publish(
                 SessionStarted(
@@ -292,7 +292,7 @@ class Session:
             if not inputs.is_simulated:  # the embedded exchange trades whatever it has bars of
                 assets = await self._answer(driver, lambda: self._broker.assets(history.symbols))
                 await self._publish(AssetsReported(assets=tuple(assets.values())))
-            await self._answer(driver, lambda: desk.report_account(self._correlation_id))
+            await self._answer(driver, lambda: gateway.report_account(self._correlation_id))
         await self._bus.idle()
         if past.ended is not None:
             return
@@ -304,14 +304,14 @@ class Session:
                 + ". Compare the orders at the broker with `trader journal show`; a new session takes over what is held."
             )
 
-    def _take_over(self, snapshot: Snapshot, agents: Agents, desk: Desk, journal: Journal) -> None:
+    def _take_over(self, snapshot: Snapshot, agents: Agents, gateway: Gateway, journal: Journal) -> None:
         """Let the agents know what they knew, bars and orders included, so that only the rest is lived through."""
         book, symbols = agents.execution.book, self._inputs.spec.symbols
-        snapshot.restore(agents.knowing() | {DESK: desk}, book)
-        desk.correlate(book.correlations())
+        snapshot.restore(agents.knowing() | {GATEWAY: gateway}, book)
+        gateway.correlate(book.correlations())
         bars = snapshot.bars(journal, symbols)
-        for strategist in agents.strategies:
-            strategist.follow(symbols, *bars)
+        for agent in agents.strategies:
+            agent.follow(symbols, *bars)
 
     def _ensure_capital(self, account: AccountReported) -> None:
         total = sum(self._inputs.capital.values(), Decimal(0))
@@ -366,7 +366,7 @@ class Session:
         return await question()
 
     async def close(
-        self, agents: Agents, desk: Desk, driver: Driver, reconciler: Reconciler, reason: str
+        self, agents: Agents, gateway: Gateway, driver: Driver, reconciler: Reconciler, reason: str
     ) -> tuple[Reconciled, AccountReported, tuple[Position, ...], SessionEnded]:
         """Cancel what is open, let it come to rest, reconcile, and write down the end, each unless it is done.
 
@@ -384,7 +384,7 @@ class Session:
             await driver.pause(RECOVERY_PAUSE_S)
             await self._publish(ClockTicked(at=self._clock.now()))
             await driver.settle()
-        await self._answer(driver, lambda: desk.report_account(self._correlation_id))
+        await self._answer(driver, lambda: gateway.report_account(self._correlation_id))
         await self._bus.idle()
         found = await self._reconcile(reconciler, driver, closing=True)
         account = await self._answer(driver, self._broker.account)
@@ -657,7 +657,7 @@ async def _run(inputs: SessionInputs, companions: Iterable[Companion]) -> Sessio
                 session = Session(inputs, await container.get(InProcessBus), broker, clock, await container.get(Ids))
                 async with container(context={History: history}) as parts:
                     agents, driver = await parts.get(Agents), await parts.get(Driver)
-                    desk, reconciler = await parts.get(Desk), await parts.get(Reconciler)
+                    gateway, reconciler = await parts.get(Gateway), await parts.get(Reconciler)
                     journal = await container.get(Journal)
                     if journal.last_seq != inputs.past.last_seq:
                         raise Misused(
@@ -675,14 +675,14 @@ async def _run(inputs: SessionInputs, companions: Iterable[Companion]) -> Sessio
                     )
                     async with accompanied(beside, companions):
                         try:
-                            await session.open(agents, desk, driver, reconciler, history, journal)
+                            await session.open(agents, gateway, driver, reconciler, history, journal)
                         except Misconfigured as error:  # such as a disk that is full
                             error.add_note(await session.leave(agents))
                             raise
                         reason, failure = _ending(inputs.past) or await _drive(driver, stop)
                         try:
                             found, account, positions, ended = await session.close(
-                                agents, desk, driver, reconciler, reason
+                                agents, gateway, driver, reconciler, reason
                             )
                         except Exception as worse:
                             (failure or worse).add_note(await session.leave(agents))
