@@ -379,13 +379,13 @@ class World:
     ) -> SessionResult:
         """Begin the session, or go on with what its journal holds."""
         settings = _settings(self.plan.snapshot_events if snapshot_events is None else snapshot_events)
-        wanted = session_module._wanted(self.spec, settings, self.plan.strategy)
-        past, snapshot = session_module._recall(self.path, settings.journal, wanted, resume=True)
+        wanted = session_module.snapshot_identity(self.spec, settings, self.plan.strategy)
+        past, snapshot = session_module.read_recorded(self.path, settings.journal, wanted, resume=True)
         self.outcome.faults["began with a snapshot"] += snapshot is not None
         inputs = SessionInputs(
             self.spec, settings, self.plan.strategy, None, 0, self.session_id, self.path, past=past, snapshot=snapshot
         )
-        return await session_module._run(inputs, companions)
+        return await session_module.run_prepared(inputs, companions)
 
     def open_journal(self, path: Path) -> WatchedJournal:
         self.journal = WatchedJournal(path, self.record)
