@@ -27,7 +27,7 @@ from trader_lib.journal.opening import open_journal
 from trader_lib.market.bars import Bars
 from trader_lib.market.sample import sample_bars
 from trader_lib.market.synthetic import synthetic_bars
-from trader_lib.session.drivers import STOPPED, Gateway, RealTimeDriver
+from trader_lib.session.drivers import STOPPED, Gateway, RealTimeDriver, next_close
 from trader_lib.session.session import run_session
 from trader_lib.session.spec import SessionSpec
 from trader_lib.trading.events import (
@@ -181,7 +181,7 @@ async def test_bars_that_are_not_closed_yet_are_left_for_later() -> None:
     ],
 )
 async def test_next_close_of_an_hourly_bar(now: datetime, expected: datetime) -> None:
-    assert Stage(now, "1Hour").driver._next_close() == expected
+    assert next_close(CALENDAR, "1Hour", now) == expected
 
 
 async def test_stop_ends_and_settle_takes_what_has_arrived() -> None:
@@ -358,7 +358,7 @@ class Books:
 async def test_books_are_looked_at_on_a_timer_and_again_soon_where_something_differs() -> None:
     stage = Stage(OPEN, "1Min", ends_at=OPEN + timedelta(minutes=8), reconcile_s=120.0, tick_s=30.0)
     agree = Reconciled(ok=True)
-    books = stage.driver._reconciler = Books(stage, agree, None, agree, Retryable("down"), agree)  # type: ignore
+    books = stage.driver.reconciler = Books(stage, agree, None, agree, Retryable("down"), agree)  # type: ignore
     await stage.driver.run(asyncio.Event())
     spans = [later - sooner for sooner, later in pairwise(books.looks)]
     assert books.looks[0] == pytest.approx(120, abs=1)
@@ -369,7 +369,7 @@ async def test_books_are_looked_at_after_a_stream_has_come_back() -> None:
     stage = Stage(OPEN, "1Min", ends_at=OPEN + timedelta(seconds=10))
     stage.market.bars = [Retryable("down")]
     stage.market.counters = replace(stage.market.counters, reconnects=1)
-    books = stage.driver._reconciler = Books(stage, Reconciled(ok=True))  # type: ignore[assignment]
+    books = stage.driver.reconciler = Books(stage, Reconciled(ok=True))  # type: ignore[assignment]
     await stage.driver.run(asyncio.Event())
     assert len(books.looks) == 1
 
