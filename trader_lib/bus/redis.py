@@ -45,19 +45,19 @@ BLOCK_MS = 500
 PAUSE_S = 0.1  # between two attempts to reach Redis
 R = TypeVar("R")
 
-
+# %% ../../nbs/bus/02_redis.ipynb #98794c48
 def key_of(session_id: str, name: str) -> str:
-    """The name of a stream or a value of a session in Redis."""
+    """Return the name of a stream or a value of a session in Redis."""
     return f"trader:{session_id}:{name}"
 
 
 def text(value: bytes | str) -> str:
-    """What Redis answered, as text."""
+    """Return what Redis answered, as text."""
     return value if isinstance(value, str) else value.decode()
 
 
 def connect(url: str) -> "Redis":
-    """A client; raises Misconfigured where redis-py is missing or the address is none."""
+    """Return a client; raise Misconfigured where redis-py is missing or the address is none."""
     require_extra("scale", "A bus over Redis")
     from redis import asyncio as redis
 
@@ -93,7 +93,22 @@ async def finish(tasks: Collection["asyncio.Task[None]"]) -> None:
     if tasks:
         await asyncio.wait(tasks, timeout=5.0)
 
+# %% ../../nbs/bus/02_redis.ipynb #2b8ae51a
+def _flat(entries: Any) -> Iterator[tuple[bytes, dict[bytes, bytes]]]:
+    """Yield entries, whichever protocol of Redis they came by."""
+    for entry in entries:
+        if isinstance(entry, list) and entry and isinstance(entry[0], list | tuple):
+            yield from _flat(entry)
+        else:
+            yield entry[0], entry[1]
 
+
+def _messages(found: Any) -> list[tuple[bytes, dict[str, Any]]]:
+    """Return what Redis answered to a read: the messages with the names of their entries, oldest first."""
+    streams = found.values() if isinstance(found, dict) else [entries for _, entries in found or ()]
+    return [(entry, orjson.loads(fields[b"m"])) for entries in streams for entry, fields in _flat(entries)]
+
+# %% ../../nbs/bus/02_redis.ipynb #14deac90
 class Line:
     """One end of the lines between the processes of a session.
 
@@ -113,28 +128,23 @@ class Line:
     async def send(self, stream: str, message: Mapping[str, Any], done: Collection[bytes] = ()) -> None:
         """Send a message; acknowledge and delete in the same step what is done with."""
         body = orjson.dumps(message)
+        await self._transact(done, lambda pipe: pipe.xadd(stream, {"m": body}))
 
+    async def done(self, entries: Collection[bytes]) -> None:
+        """Acknowledge and delete."""
+        if entries:
+            await self._transact(entries, lambda pipe: None)
+
+    async def _transact(self, done: Collection[bytes], more: Callable[[Any], Any]) -> None:
         async def call() -> None:
             async with self.redis.pipeline(transaction=True) as pipe:
                 if done:
                     pipe.xack(self._reads, GROUP, *done)
                     pipe.xdel(self._reads, *done)
-                pipe.xadd(stream, {"m": body})
+                more(pipe)
                 await pipe.execute(raise_on_error=False)
 
         await self.call(call)
-
-    async def done(self, entries: Collection[bytes]) -> None:
-        """Acknowledge and delete."""
-        if entries:
-
-            async def call() -> None:
-                async with self.redis.pipeline(transaction=True) as pipe:
-                    pipe.xack(self._reads, GROUP, *entries)
-                    pipe.xdel(self._reads, *entries)
-                    await pipe.execute(raise_on_error=False)
-
-            await self.call(call)
 
     async def claim(self) -> int:
         """Take over what a predecessor had read and not acknowledged, and drop it: whoever sent it repeats it."""
@@ -165,26 +175,13 @@ class Line:
         except ResponseError:  # Redis has come back empty
             await self._make_group()
             return []
-        streams = found.values() if isinstance(found, dict) else [entries for _, entries in found or ()]
-        messages: list[tuple[bytes, dict[str, Any]]] = []
-        for entries in streams:
-            for entry, fields in _flat(entries):
-                messages.append((entry, orjson.loads(fields[b"m"])))
+        messages = _messages(found)
         self.received += len(messages)
         return messages
 
     async def close(self) -> None:
         """Close the connection."""
         await self.redis.aclose()
-
-
-def _flat(entries: Any) -> Iterator[tuple[bytes, dict[bytes, bytes]]]:
-    """Entries, whichever protocol of Redis they came by."""
-    for entry in entries:
-        if isinstance(entry, list) and entry and isinstance(entry[0], list | tuple):
-            yield from _flat(entry)
-        else:
-            yield entry[0], entry[1]
 
 # %% ../../nbs/bus/02_redis.ipynb #d894de31
 class Archive(Recorder, Protocol):

@@ -6,7 +6,8 @@
 __all__ = ['History', 'ORDER_FRESH_S', 'StrategyAgents', 'SIMULATED_KEY', 'SessionInputs', 'CoreProvider', 'Agents',
            'ensure_sound', 'stretches', 'RebuiltExchange', 'build_exchange', 'EmbeddedExchangeProvider',
            'InProcessProvider', 'HttpProvider', 'build_response_cache', 'AlpacaProvider', 'end_of',
-           'RealMarketProvider', 'build_strategy_agent', 'bars_ahead', 'bounds', 'AgentProvider', 'UpkeepProvider']
+           'RealMarketProvider', 'build_strategy_agent', 'build_strategy_agents', 'bars_ahead', 'bounds',
+           'AgentProvider', 'UpkeepProvider']
 
 # %% ../../nbs/session/04_wiring.ipynb #f3513452
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -543,6 +544,26 @@ def build_strategy_agent(
     ahead = None if played is None else WeightsAhead(one.strategy, bars_ahead(history, played), seed)
     return kind(bus, clock, rules, history, capital=one.capital, forward_fill=forward_fill, ahead=ahead)
 
+
+def build_strategy_agents(inputs: SessionInputs, bus: Bus, clock: Clock, history: Bars) -> StrategyAgents:
+    """Return the agents of a session's strategies, one each. history: the bars before its first."""
+    return StrategyAgents(
+        tuple(
+            build_strategy_agent(
+                one,
+                bus,
+                clock,
+                history,
+                inputs.session_id,
+                forward_fill=not inputs.is_simulated,
+                commission=inputs.commission,
+                played=inputs.bars,
+                seed=inputs.spec.seed,
+            )
+            for one in inputs.assignments
+        )
+    )
+
 # %% ../../nbs/session/04_wiring.ipynb #5b5e4ba9
 def bars_ahead(history: Bars, played: Bars) -> Bars:
     """Return a strategy's history and the bars that follow it, without stamps at which none of its symbols has a bar."""
@@ -586,22 +607,7 @@ class AgentProvider(Provider):
     @provide
     def strategies(self, inputs: SessionInputs, bus: InProcessBus, clock: Clock, history: History) -> StrategyAgents:
         """Return the agents that propose orders, one for each strategy."""
-        return StrategyAgents(
-            tuple(
-                build_strategy_agent(
-                    one,
-                    bus,
-                    clock,
-                    history,
-                    inputs.session_id,
-                    forward_fill=not inputs.is_simulated,
-                    commission=inputs.commission,
-                    played=inputs.bars,
-                    seed=inputs.spec.seed,
-                )
-                for one in inputs.assignments
-            )
-        )
+        return build_strategy_agents(inputs, bus, clock, history)
 
     @provide
     def risk(self, inputs: SessionInputs, bus: InProcessBus, clock: Clock, history: History) -> RiskAgent:
