@@ -39,7 +39,7 @@ class Stage:
         if self._server is None:
             return self.bus
         assert isinstance(self.bus, RedisHub)
-        self.bus._admitting.set()
+        self.bus.admit_agents()
         member = self.members[name] = RedisMember(self._server.url, "s-1", name, absent_s=20)
         await member.join()
         member.subscribe(name, types, handler)

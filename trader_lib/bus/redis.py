@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUPERSEDED', 'RENEWED', 'GROUP', 'SESSIONS', 'WINDOW', 'RESEND_S', 'CHUNK', 'ANSWERS_MAX', 'BLOCK_MS', 'PAUSE_S', 'R',
-           'ERRORS', 'key_of', 'text', 'connect', 'call_until_answered', 'finish', 'Line', 'Archive', 'RedisHub',
-           'RedisMember', 'HubClock']
+           'ERRORS', 'key_of', 'text', 'connect', 'call_until_answered', 'finish', 'Line', 'Archive', 'journal_part',
+           'RedisHub', 'RedisMember', 'HubClock']
 
 # %% ../../nbs/bus/02_redis.ipynb #e3136b20
 import asyncio
@@ -210,6 +210,29 @@ class _Remote:
     moved: asyncio.Event = field(default_factory=asyncio.Event)
 
 
+async def _arrival(subscription: Subscription) -> None:
+    while not subscription.inbox:
+        subscription.arrived.clear()
+        await subscription.arrived.wait()
+
+# %% ../../nbs/bus/02_redis.ipynb #c05901da
+def journal_part(archive: Archive, subscription: Subscription, first: int, upto: int) -> dict[str, Any]:
+    """Return a part of the journal: what an agent handled, what it published, and how the session began.
+
+    first, upto: numbers of events. "next" is the number to go on with, None at the end.
+    """
+    found: list[str] = []
+    for event in archive.read(first):
+        if event.seq > upto:
+            break
+        begins = event.type in {"session_started", "history_loaded"}
+        if begins or subscription.wants(type(event.payload)) or event.source == subscription.name:
+            found.append(event.to_json().decode())
+        if event.seq - first >= CHUNK:
+            return {"events": found, "next": event.seq + 1}
+    return {"events": found, "next": None}
+
+# %% ../../nbs/bus/02_redis.ipynb #3f4c8770
 class RedisHub(InProcessBus):
     """The bus of a session whose agents live in several processes.
 
@@ -309,7 +332,7 @@ class RedisHub(InProcessBus):
         Raises Misconfigured where one does not, and whatever ended the line to Redis.
         """
         if asyncio.current_task() not in self._tasks.values():
-            self._admitting.set()
+            self.admit_agents()
             if self._remotes and not self._attended.is_set():
                 await self._await_agents()
         await super().idle(timeout_s)
@@ -320,6 +343,10 @@ class RedisHub(InProcessBus):
     def _refuse_broken(self) -> None:
         if self._broken is not None:
             raise self._broken
+
+    def admit_agents(self) -> None:
+        """Answer from now on the `hello` of the agents' processes."""
+        self._admitting.set()
 
     async def _await_agents(self) -> None:
         try:
@@ -489,7 +516,9 @@ class RedisHub(InProcessBus):
                 upto = self._seq if self._archive is not None or not inbox else inbox[0].seq - 1
                 return {"upto": upto, "epoch": self._epoch, "facts": self.facts}
             case "past":
-                return self._recall(remote.subscription, message["from"], message["upto"])
+                if self._archive is None:
+                    return {"events": [], "next": None}
+                return journal_part(self._archive, remote.subscription, message["from"], message["upto"])
             case "sleep":
                 await self._clock.sleep(message["seconds"])
                 return {}
@@ -513,26 +542,6 @@ class RedisHub(InProcessBus):
         if self._archive is not None and isinstance(payload, self._commit_for):
             self._archive.commit()
         return event
-
-    def _recall(self, subscription: Subscription, first: int, upto: int) -> dict[str, Any]:
-        """A piece of the journal: what an agent handled, what it published, and how the session began."""
-        found: list[str] = []
-        if self._archive is not None:
-            for event in self._archive.read(first):
-                if event.seq > upto:
-                    break
-                begins = event.type in {"session_started", "history_loaded"}
-                if begins or subscription.wants(type(event.payload)) or event.source == subscription.name:
-                    found.append(event.to_json().decode())
-                if event.seq - first >= CHUNK:
-                    return {"events": found, "next": event.seq + 1}
-        return {"events": found, "next": None}
-
-
-async def _arrival(subscription: Subscription) -> None:
-    while not subscription.inbox:
-        subscription.arrived.clear()
-        await subscription.arrived.wait()
 
 # %% ../../nbs/bus/02_redis.ipynb #90543bba
 ERRORS: dict[str, type[TraderError]] = {
