@@ -180,7 +180,7 @@ async def hub(redis_server: RedisServer, tmp_path: Path) -> AsyncIterator[RedisH
     with SqliteJournal(tmp_path / "journal.sqlite") as journal:
         hub = RedisHub(VirtualClock(MOMENT), SeededIds("bus"), journal, "s-1", redis_server.url, ["risk"], absent_s=20)
         await hub.open()
-        hub._admitting.set()
+        hub.admit_agents()
         yield hub
         await hub.close()
 

@@ -164,7 +164,7 @@ class Line:
             await self.call(lambda: self.redis.xgroup_create(self._reads, GROUP, id="0", mkstream=True))
 
     async def receive(self) -> list[tuple[bytes, dict[str, Any]]]:
-        """What has come, oldest first; nothing after half a second of silence."""
+        """Return what has come, oldest first; nothing after half a second without a message."""
         from redis.exceptions import ResponseError
 
         async def call() -> Any:
@@ -192,7 +192,7 @@ class Archive(Recorder, Protocol):
         ...
 
     def read(self, from_seq: int = 0, types: Collection[type[Payload]] = ()) -> Iterable[Event]:
-        """Events in order."""
+        """Return events in order."""
         ...
 
 
@@ -322,7 +322,7 @@ class RedisHub(InProcessBus):
         return False
 
     def state_of(self, name: str) -> dict[str, Any]:
-        """What an agent elsewhere reported of itself after the last event that it handled."""
+        """Return what an agent elsewhere reported of itself after the last event that it handled."""
         remote = self._remotes.get(name)
         return {} if remote is None else remote.state
 
@@ -602,7 +602,7 @@ class RedisMember(InProcessBus):
         self._seq = self._taken = self.upto
 
     async def past(self) -> list[Event]:
-        """What the journal holds for this agent, up to the hello."""
+        """Return what the journal holds for this agent, up to the hello."""
         events: list[Event] = []
         first: int | None = 1
         while first is not None:
@@ -649,7 +649,7 @@ class RedisMember(InProcessBus):
         causation_id: str | None = None,
         time: datetime | None = None,
     ) -> Event | None:
-        """None: the hub has to be asked, and its answer waited for."""
+        """Return None: the hub has to be asked, and its answer waited for."""
         return None
 
     async def publish(
@@ -814,14 +814,14 @@ class HubClock:
         self._began = self.now()
 
     def now(self) -> datetime:
-        """The session's moment, as of the last message."""
+        """Return the session's time, UTC, as of the last message."""
         now = self._member.session_now
         if now is None:
             raise Misused("The session's time is not known before its process has answered. Call join() first.")
         return now
 
     def monotonic(self) -> float:
-        """Seconds of the session's time since this clock was made."""
+        """Return the seconds of the session's time since this clock was made."""
         return (self.now() - self._began).total_seconds()
 
     async def sleep(self, seconds: float) -> None:
