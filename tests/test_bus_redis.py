@@ -39,7 +39,7 @@ class Stage:
         if self._server is None:
             return self.bus
         assert isinstance(self.bus, RedisHub)
-        self.bus._admitting.set()
+        self.bus.admit_agents()
         member = self.members[name] = RedisMember(self._server.url, "s-1", name, absent_s=20)
         await member.join()
         member.subscribe(name, types, handler)
@@ -180,7 +180,7 @@ async def hub(redis_server: RedisServer, tmp_path: Path) -> AsyncIterator[RedisH
     with SqliteJournal(tmp_path / "journal.sqlite") as journal:
         hub = RedisHub(VirtualClock(MOMENT), SeededIds("bus"), journal, "s-1", redis_server.url, ["risk"], absent_s=20)
         await hub.open()
-        hub._admitting.set()
+        hub.admit_agents()
         yield hub
         await hub.close()
 
@@ -256,7 +256,7 @@ async def test_a_process_that_dies_is_followed_by_one_that_goes_on(hub: RedisHub
         if len(first) == 2:
             break
         await asyncio.sleep(0.01)
-    await dead.fall_silent()
+    await dead.disconnect()
     member = await risk(redis_server, second)
     await hub.idle(timeout_s=10)
     await dead.close()
@@ -287,7 +287,7 @@ async def test_a_successor_is_not_put_off_by_what_its_predecessor_is_told(
     old = await risk(redis_server, [])
     await hub.idle(timeout_s=10)
     new = await risk(redis_server, [])
-    await old.fall_silent()  # so that the successor reads whatever is sent to either
+    await old.disconnect()  # so that the successor reads whatever is sent to either
     for number in range(5):
         await old._line.send(old._hub, old._message("ask", ask=1000 + number))
         assert (await new.publish(HALT, source="risk", correlation_id="c")).seq == number + 1

@@ -27,7 +27,7 @@ from trader_lib.journal.opening import open_journal
 from trader_lib.market.bars import Bars
 from trader_lib.market.sample import sample_bars
 from trader_lib.market.synthetic import synthetic_bars
-from trader_lib.session.drivers import STOPPED, Desk, RealTimeDriver
+from trader_lib.session.drivers import STOPPED, Gateway, RealTimeDriver, next_close
 from trader_lib.session.session import run_session
 from trader_lib.session.spec import SessionSpec
 from trader_lib.trading.events import (
@@ -103,7 +103,7 @@ class Stage:
         self.commits = 0
         self.bus.subscribe("test", [], self.hear)
         self.agent = MarketDataAgent(self.bus, self.clock, CALENDAR, ("AAPL", "IBM"), timeframe)
-        self.desk = Desk(self.bus, self.market, SeededIds("desk"))  # type: ignore[arg-type]
+        self.gateway = Gateway(self.bus, self.market, SeededIds("gateway"))  # type: ignore[arg-type]
         self.driver = RealTimeDriver(
             self.bus,
             self.clock,
@@ -111,7 +111,7 @@ class Stage:
             self.market,
             CALENDAR,
             self.agent,
-            self.desk,
+            self.gateway,
             SeededIds("driver"),
             self.commit,
             ("AAPL", "IBM"),
@@ -181,12 +181,12 @@ async def test_bars_that_are_not_closed_yet_are_left_for_later() -> None:
     ],
 )
 async def test_next_close_of_an_hourly_bar(now: datetime, expected: datetime) -> None:
-    assert Stage(now, "1Hour").driver._next_close() == expected
+    assert next_close(CALENDAR, "1Hour", now) == expected
 
 
 async def test_stop_ends_and_settle_takes_what_has_arrived() -> None:
     stage, stop = Stage(OPEN, "1Min"), asyncio.Event()
-    stage.desk.start()
+    stage.gateway.start()
     request = OrderRequest(symbol="IBM", side=OrderSide.BUY, qty=1, client_order_id="c-1")  # type: ignore[arg-type]
     leg = order(id="leg", client_order_id="theirs", status="held")
     for payload in (
@@ -200,7 +200,7 @@ async def test_stop_ends_and_settle_takes_what_has_arrived() -> None:
         stage.market.inbox.put(TradeUpdated(event="new", order=told, timestamp=OPEN))
     await stage.driver.settle()
     ours = [event.correlation_id for event in stage.events if isinstance(event.payload, TradeUpdated)]
-    assert ours[:2] == ["the bar's"] * 2 and ours[2] != "the bar's" and stage.desk.sent == 2
+    assert ours[:2] == ["the bar's"] * 2 and ours[2] != "the bar's" and stage.gateway.sent == 2
     stop.set()
     assert await stage.driver.run(stop) == STOPPED
 
@@ -224,28 +224,28 @@ FILL = Fill(
 
 async def test_account_is_asked_for_again_only_after_a_fill() -> None:
     stage = Stage(OPEN, "1Min")
-    stage.desk.start()
-    await stage.desk.report_account("a")
-    await stage.desk.report_account("b")
-    await stage.desk.publish(TradeUpdated(event="new", order=order(), timestamp=OPEN))
-    await stage.desk.report_account("c")
+    stage.gateway.start()
+    await stage.gateway.report_account("a")
+    await stage.gateway.report_account("b")
+    await stage.gateway.publish(TradeUpdated(event="new", order=order(), timestamp=OPEN))
+    await stage.gateway.report_account("c")
     assert stage.market.reports == 1
-    await stage.desk.report_account("d")
+    await stage.gateway.report_account("d")
     assert stage.market.reports == 1
     await stage.bus.publish(FillRecorded(fill=FILL), source="test", correlation_id="e")
     await stage.bus.idle()
-    await stage.desk.report_account("e")
+    await stage.gateway.report_account("e")
     assert stage.market.reports == 2
 
 
 async def test_account_is_asked_for_after_a_fill_that_the_stream_never_told() -> None:
     stage = Stage(OPEN, "1Min")
-    stage.desk.start()
-    await stage.desk.report_account("a")
+    stage.gateway.start()
+    await stage.gateway.report_account("a")
     repaired = FILL.model_copy(update={"execution_id": "repair:o-1:1"})
     await stage.bus.publish(FillRecorded(fill=repaired), source="test", correlation_id="b")
     await stage.bus.idle()
-    await stage.desk.report_account("c")
+    await stage.gateway.report_account("c")
     assert stage.market.reports == 2
 
 
@@ -269,7 +269,7 @@ async def test_bar_waits_until_the_account_is_known() -> None:
 
 async def test_account_that_was_asked_for_before_a_fill_and_answered_after_it_is_asked_for_again() -> None:
     stage = Stage(OPEN, "1Min")
-    stage.desk.start()
+    stage.gateway.start()
     answer = stage.market.account
 
     async def account() -> AccountReported:
@@ -280,11 +280,11 @@ async def test_account_that_was_asked_for_before_a_fill_and_answered_after_it_is
         return report
 
     stage.market.account = account  # type: ignore[method-assign]
-    await stage.desk.report_account("a")
+    await stage.gateway.report_account("a")
     await stage.bus.idle()
-    await stage.desk.report_account("b")
+    await stage.gateway.report_account("b")
     await stage.bus.idle()
-    await stage.desk.report_account("c")
+    await stage.gateway.report_account("c")
     assert stage.market.reports == 2
 
 
@@ -358,7 +358,7 @@ class Books:
 async def test_books_are_looked_at_on_a_timer_and_again_soon_where_something_differs() -> None:
     stage = Stage(OPEN, "1Min", ends_at=OPEN + timedelta(minutes=8), reconcile_s=120.0, tick_s=30.0)
     agree = Reconciled(ok=True)
-    books = stage.driver._reconciler = Books(stage, agree, None, agree, Retryable("down"), agree)  # type: ignore
+    books = stage.driver.reconciler = Books(stage, agree, None, agree, Retryable("down"), agree)  # type: ignore
     await stage.driver.run(asyncio.Event())
     spans = [later - sooner for sooner, later in pairwise(books.looks)]
     assert books.looks[0] == pytest.approx(120, abs=1)
@@ -369,7 +369,7 @@ async def test_books_are_looked_at_after_a_stream_has_come_back() -> None:
     stage = Stage(OPEN, "1Min", ends_at=OPEN + timedelta(seconds=10))
     stage.market.bars = [Retryable("down")]
     stage.market.counters = replace(stage.market.counters, reconnects=1)
-    books = stage.driver._reconciler = Books(stage, Reconciled(ok=True))  # type: ignore[assignment]
+    books = stage.driver.reconciler = Books(stage, Reconciled(ok=True))  # type: ignore[assignment]
     await stage.driver.run(asyncio.Event())
     assert len(books.looks) == 1
 

@@ -48,7 +48,7 @@ from trader_lib.exchange.server import ExchangeServer
 from trader_lib.journal.journal import SqliteJournal
 from trader_lib.market.bars import Bars
 from trader_lib.risk.limits import Limits
-from trader_lib.session.drivers import Desk
+from trader_lib.session.drivers import Gateway
 from trader_lib.telemetry.log import bind_session, configure_logging
 from trader_lib.trading.events import BarRow, BarsClosed, CancelProposed, Event, OrderProposed
 from trader_lib.trading.orders import Order, OrderRequest, OrderSide, OrderType
@@ -217,7 +217,7 @@ async def _order_path(folder: Path) -> dict[str, list[float]]:
             )
             for agent in agents:
                 await agent.start()
-            Desk(bus, broker, UniqueIds()).start()
+            Gateway(bus, broker, UniqueIds()).start()
             rows = {symbol: BarRow(**values._asdict()) for symbol, values in bars.rows(5).items()}
             said = {"source": "bench", "correlation_id": "bench"}
             await bus.publish(await adapter.account(), **said)

@@ -17,10 +17,10 @@ from trader_lib.agents.execution import ExecutionAgent
 from trader_lib.agents.portfolio import PortfolioAgent
 from trader_lib.agents.risk import RiskAgent
 from trader_lib.agents.tracking import LocalState, OrderBook, OrderTrack, is_unresolved
+from trader_lib.broker.port import Broker
 from trader_lib.bus.bus import InProcessBus
 from trader_lib.errors.taxonomy import Misconfigured, OutcomeUnknown, Rejected, Retryable, TraderError
 from trader_lib.recovery.answers import RecordedBroker
-from trader_lib.session.session import Session
 from trader_lib.session.wiring import Agents
 from trader_lib.trading.events import (
     Event,
@@ -289,11 +289,9 @@ class CommitsNowAndThen(WatchedJournal):
             super().commit()
 
 
-class LeavesEntriesOpen(Session):
+async def leaves_entries_open(broker: Broker, agents: Agents) -> str:
     """A session whose disk is full ends and leaves its orders where they are."""
-
-    async def leave(self, agents: Agents) -> str:
-        return ""
+    return ""
 
 
 class SnapshotsWithoutOrders(Keeper):
@@ -378,7 +376,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(ForgetsTheFills, ("trader_lib.session.wiring.PortfolioAgent",)),
     Mutation(IgnoresTheFullDisk, JOURNAL),
     Mutation(CommitsNowAndThen, JOURNAL),
-    Mutation(LeavesEntriesOpen, ("trader_lib.session.session.Session",), 193),
+    Mutation(leaves_entries_open, ("trader_lib.session.session.cancel_entries",), 193),
     Mutation(SnapshotsWithoutOrders, ("trader_lib.session.wiring.SnapshotKeeper",), 6),
     Mutation(SnapshotsInTheMiddle, ("trader_lib.session.wiring.InProcessBus",), 44),
     Mutation(SnapshotsWithoutTheOpenOrders, ("trader_lib.session.wiring.RiskAgent",), 12),

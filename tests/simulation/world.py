@@ -45,11 +45,11 @@ from trader_lib.recovery.snapshots import SnapshotKeeper
 from trader_lib.session import session as session_module
 from trader_lib.session import wiring as wiring_module
 from trader_lib.session.companions import Companion
-from trader_lib.session.drivers import Desk, Driver, RealTimeDriver
+from trader_lib.session.drivers import Driver, Gateway, RealTimeDriver
 from trader_lib.session.reconcile import Reconciler
 from trader_lib.session.session import SessionResult
 from trader_lib.session.spec import SessionSpec
-from trader_lib.session.wiring import AgentProvider, CoreProvider, History, SessionInputs
+from trader_lib.session.wiring import AgentProvider, CoreProvider, History, SessionInputs, UpkeepProvider
 from trader_lib.steering.control import SessionLock
 from trader_lib.trading.events import AccountReported, OrderAcknowledged
 from trader_lib.trading.orders import Order, OrderRequest
@@ -203,7 +203,7 @@ class StormProvider(Provider):
         data: MarketData,
         calendar: TradingCalendar,
         market_data: MarketDataAgent,
-        desk: Desk,
+        gateway: Gateway,
         ids: Ids,
         journal: Journal,
         history: History,
@@ -214,7 +214,7 @@ class StormProvider(Provider):
     ) -> Driver:
         plan: Plan = world["world"].plan
         driver = _Follower(
-            bus, clock, broker, data, calendar, market_data, desk, ids, journal.commit, history.symbols,
+            bus, clock, broker, data, calendar, market_data, gateway, ids, journal.commit, history.symbols,
             inputs.spec.timeframe, inputs.past.last_bar or history.at(history.n - 1), count=inputs.past.bars,
             ends_at=world["world"].ends_at, wait_s=5.0, tick_s=TICK_S, reconcile_s=RECONCILE_S,
             reconciler=reconciler if plan.seed % RECONCILING == RECONCILING - 1 else None,
@@ -227,7 +227,7 @@ class StormProvider(Provider):
 
 @cache
 def _template() -> AsyncContainer:
-    providers = (CoreProvider(), AgentProvider(), StormProvider())
+    providers = (CoreProvider(), AgentProvider(), UpkeepProvider(), StormProvider())
     return make_async_container(*providers, start_scope=Scope.RUNTIME, lock_factory=None)
 
 
@@ -379,13 +379,13 @@ class World:
     ) -> SessionResult:
         """Begin the session, or go on with what its journal holds."""
         settings = _settings(self.plan.snapshot_events if snapshot_events is None else snapshot_events)
-        wanted = session_module._wanted(self.spec, settings, self.plan.strategy)
-        past, snapshot = session_module._recall(self.path, settings.journal, wanted, resume=True)
+        wanted = session_module.snapshot_identity(self.spec, settings, self.plan.strategy)
+        past, snapshot = session_module.read_recorded(self.path, settings.journal, wanted, resume=True)
         self.outcome.faults["began with a snapshot"] += snapshot is not None
         inputs = SessionInputs(
             self.spec, settings, self.plan.strategy, None, 0, self.session_id, self.path, past=past, snapshot=snapshot
         )
-        return await session_module._run(inputs, companions)
+        return await session_module.run_prepared(inputs, companions)
 
     def open_journal(self, path: Path) -> WatchedJournal:
         self.journal = WatchedJournal(path, self.record)

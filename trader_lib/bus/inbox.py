@@ -21,7 +21,7 @@ Handler = Callable[[Event], Awaitable[None] | None]  # what is left to await; No
 class Overloaded(TraderError):
     """A subscriber does not keep up: slow down, or find out what it is busy with. Nothing was published."""
 
-
+# %% ../../nbs/bus/00_inbox.ipynb #9abcdee4
 class Subscription:
     """One subscriber: its inbox and its counts."""
 
@@ -42,11 +42,11 @@ class Subscription:
 
     @property
     def depth(self) -> int:
-        """Events that wait in the inbox, not counting one that is being handled."""
+        """Return how many events wait in the inbox, not counting one that is being handled."""
         return len(self.inbox)
 
     def wants(self, payload: type[Payload]) -> bool:
-        """Whether events with this payload are delivered here."""
+        """Return whether events with this payload are delivered here."""
         return not self.types or issubclass(payload, self.types)
 
     def put(self, event: Event) -> None:
@@ -55,7 +55,7 @@ class Subscription:
         self.inbox.append(event)
 
     async def take(self) -> Event:
-        """The next event, as soon as there is one; the present one, where its handler has begun and is not done."""
+        """Return the next event, as soon as there is one; the present one, where its handler has begun and is not done."""
         while not self.inbox and self.rest is None:
             self.arrived.clear()
             await self.arrived.wait()

@@ -20,7 +20,7 @@ from ..journal.chain import Journal
 from ..market.bars import Bars
 from ..session.scripted import SCRIPTED, NotingBus, RecordedClock, RecordEnds, ScriptedBroker
 from ..session.spec import Assignment, SessionSpec
-from ..session.wiring import bounds, strategist
+from ..session.wiring import bounds, build_strategy_agent
 from ..trading.events import Event, Payload
 from ..trading.portfolio import Commission
 
@@ -85,7 +85,8 @@ def strategy_agents(
     """Return the agents of the strategies. history: the bars before the session's first. fee: what a fill costs, USD."""
     fills = stage != "simulated"  # a live market leaves out the bars at which nothing was traded
     return [
-        strategist(one, fresh.bus, fresh.clock, history, session_id, carry=fills, commission=fee) for one in assignments
+        build_strategy_agent(one, fresh.bus, fresh.clock, history, session_id, forward_fill=fills, commission=fee)
+        for one in assignments
     ]
 
 

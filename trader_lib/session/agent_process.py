@@ -26,7 +26,7 @@ from ..agents.risk import RiskAgent
 from ..agents.strategy import StrategyAgent
 from ..broker.alpaca import AlpacaBroker
 from ..broker.connection import AlpacaAccess
-from ..bus.redis import SESSIONS, SUPERSEDED, HubClock, RedisMember, connect, insisting, text
+from ..bus.redis import SESSIONS, SUPERSEDED, HubClock, RedisMember, connect, call_until_answered, text
 from ..clock.clock import Clock, WallClock
 from ..config.masking import put_in_force
 from ..config.settings import Settings
@@ -38,7 +38,7 @@ from ..recovery.past import RecordedPast, read_past
 from .distributed import JOIN_S, stage_refusal
 from .recorded import recorded_spec, recorded_strategy
 from .spec import SessionSpec
-from .wiring import ORDER_FRESH_S, answers_kept, bounds, strategist
+from .wiring import ORDER_FRESH_S, build_response_cache, bounds, build_strategy_agent
 from ..steering.control import ControlFile
 from ..strategy.trust import Trust
 from ..telemetry.log import bind_session, get_logger
@@ -50,7 +50,7 @@ async def find_session(url: str, session: str = "") -> tuple[str, tuple[str, ...
     """Return the session that waits for agents, and their names; raise Misused where there is none, or more than one."""
     redis = connect(url)
     try:
-        known = await insisting(lambda: redis.hgetall(SESSIONS), 5.0)
+        known = await call_until_answered(lambda: redis.hgetall(SESSIONS), 5.0)
     finally:
         await redis.aclose()
     found = {text(name): described for name, described in known.items() if text(name).startswith(session)}
@@ -105,9 +105,16 @@ def build_agent(parts: AgentParts) -> tuple[Agent, AlpacaBroker | None]:
         return execution_agent(parts)
     for one in assignments:
         if parts.name == (f"{StrategyAgent.name}:{one.label}" if one.label else StrategyAgent.name):
-            carry = not parts.is_simulated
             session_id = parts.member.session_id
-            agent = strategist(one, parts.member, parts.clock, parts.history, session_id, carry=carry, commission=fee)
+            agent = build_strategy_agent(
+                one,
+                parts.member,
+                parts.clock,
+                parts.history,
+                session_id,
+                forward_fill=not parts.is_simulated,
+                commission=fee,
+            )
             return agent, None
     raise Misused(f"There is no agent {parts.name!r} in this session.")
 
@@ -119,7 +126,7 @@ def execution_agent(parts: AgentParts) -> tuple[ExecutionAgent, AlpacaBroker]:
         access,
         symbols=parts.spec.symbols,
         timeframe=parts.spec.timeframe,
-        cache=answers_kept(parts.settings, access),
+        cache=build_response_cache(parts.settings, access),
     )
     fresh_s = None if parts.is_simulated else ORDER_FRESH_S
     recorded = RecordedBroker(broker, parts.past, parts.member, parts.clock, fresh_s)

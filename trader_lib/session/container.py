@@ -19,6 +19,7 @@ from trader_lib.session.wiring import (
     InProcessProvider,
     RealMarketProvider,
     SessionInputs,
+    UpkeepProvider,
 )
 
 # %% ../../nbs/session/11_container.ipynb #c5cc4aca
@@ -40,4 +41,5 @@ def session_container(inputs: SessionInputs) -> AsyncContainer:
                 "bus.url empty."
             )
         apart = [DistributedProvider(), AgentsElsewhereProvider()]
-    return make_async_container(CoreProvider(), AgentProvider(), *venue, *apart, context={SessionInputs: inputs})
+    common = [CoreProvider(), AgentProvider(), UpkeepProvider()]
+    return make_async_container(*common, *venue, *apart, context={SessionInputs: inputs})

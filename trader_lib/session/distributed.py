@@ -28,7 +28,7 @@ from ..clock.clock import Clock
 from ..clock.ids import Ids
 from ..journal.chain import Journal
 from .scripted import SCRIPTED, NotingBus, RecordedClock, RecordEnds, ScriptedBroker
-from .wiring import History, SessionInputs, Strategists, bounds, strategist
+from .wiring import History, SessionInputs, StrategyAgents, bounds, build_strategy_agent
 from ..steering.control import ControlFile
 from ..trading.events import CancelIntended, Event, OrderIntended
 
@@ -193,16 +193,18 @@ class AgentsElsewhereProvider(Provider):
         return agent
 
     @provide
-    def strategies(self, inputs: SessionInputs, bus: InProcessBus, clock: Clock, history: History) -> Strategists:
+    def strategies(self, inputs: SessionInputs, bus: InProcessBus, clock: Clock, history: History) -> StrategyAgents:
         """Return the stand-ins for the strategies' agents."""
         assert isinstance(bus, RedisHub)
         agents = []
         for one in inputs.assignments:
-            agent = strategist(one, bus, clock, history, inputs.session_id, carry=False, kind=StrategyElsewhere)
+            agent = build_strategy_agent(
+                one, bus, clock, history, inputs.session_id, forward_fill=False, kind=StrategyElsewhere
+            )
             assert isinstance(agent, StrategyElsewhere)
             agent.hub = bus
             agents.append(agent)
-        return Strategists(tuple(agents))
+        return StrategyAgents(tuple(agents))
 
     @provide
     def risk(self, inputs: SessionInputs, bus: InProcessBus, clock: Clock, history: History) -> RiskAgent:

@@ -4,7 +4,14 @@
 
 # %% auto #0
 __all__ = ['SOURCE', 'ANSWERS_MAX', 'LEAVE_S', 'LAST_LOOKS', 'LEAST_PRICE', 'SIGNALS_BORNE', 'T', 'stop_on_signals',
-           'SessionResult', 'Session', 'run_session', 'agents_down']
+           'SessionOutcome', 'SessionResult', 'ensure_capital', 'owner_of', 'opening_fill', 'library_versions',
+           'session_started', 'ask', 'reconcile', 'Session', 'TradingParts', 'paused_gc', 'restore_snapshot',
+           'start_agents', 'take_over_account', 'open_session', 'Closed', 'agents_down', 'cancel_open_orders',
+           'close_session', 'may_open_position', 'cancel_entries', 'cut_bars', 'fill_to_end', 'lookback_start',
+           'as_recorded', 'real_history', 'load_history', 'read_recorded', 'permitted_account', 'session_account',
+           'temporary_folder', 'snapshot_identity', 'ensure_strategies_checked', 'prepare_session', 'status_of',
+           'recorded_ending', 'drive', 'closed_at_end', 'trading_parts', 'close_after', 'trade', 'run_prepared',
+           'run_session']
 
 # %% ../../nbs/session/12_session.ipynb #f76b28ca
 import asyncio
@@ -20,7 +27,7 @@ from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -48,6 +55,8 @@ from trader_lib.errors.taxonomy import (
     Retryable,
     TraderError,
 )
+
+# %% ../../nbs/session/12_session.ipynb #5fa93865
 from ..journal.chain import Journal
 from ..journal.opening import journal_exists, open_journal
 from ..journal.scratch import open_scratch
@@ -58,8 +67,8 @@ from ..market.splits import check_splits
 from ..market.store import BarStore
 from .companions import Companion, SessionParts, accompanied
 from ..steering.control import ControlFile
-from .drivers import RECOVERY_PAUSE_S, STOPPED, Desk, Driver, Progress
-from .drivers import SOURCE as DESK
+from .drivers import RECOVERY_PAUSE_S, STOPPED, Gateway, Driver, Progress
+from .drivers import SOURCE as GATEWAY
 from trader_lib.session.orders import (
     ORDER_EVENTS,
     Refusal,
@@ -74,7 +83,7 @@ from .permit import use_live_permit
 from .reconcile import CONFIRM_S, LOOKS_MAX, Reconciler
 from ..recovery.past import RecordedPast, read_past
 from ..recovery.snapshots import Snapshot, find_snapshot, identity, snapshot_folder
-from .spec import SessionSpec, session_name, title
+from .spec import Assignment, SessionSpec, session_name, title
 from .container import session_container
 from .wiring import Agents, History, SessionInputs
 from ..strategy.checks import ensure_checked
@@ -102,6 +111,7 @@ from ..trading.order_list import OrderRecord, order_list_hash
 from ..trading.orders import OrderSide
 from ..trading.portfolio import Fill, Position
 
+# %% ../../nbs/session/12_session.ipynb #742b29e3
 SOURCE = "session"
 ANSWERS_MAX = 6  # times that a question is asked while the broker does not answer
 LEAVE_S = 60.0  # longest time for canceling open entries when nothing can be written down, real seconds
@@ -138,15 +148,9 @@ def stop_on_signals(stop: asyncio.Event) -> Iterator[None]:
             signal.signal(number, before)
 
 # %% ../../nbs/session/12_session.ipynb #5d30bed1
-def _curve(rows: Sequence[tuple[datetime, Decimal, Decimal]]) -> pd.DataFrame:
-    index = pd.DatetimeIndex([at for at, _, _ in rows], name="timestamp", tz="UTC")
-    figures = [(float(equity), float(cash)) for _, equity, cash in rows]
-    return pd.DataFrame(figures, index=index, columns=["equity", "cash"], dtype="float64")
-
-
 @dataclass(frozen=True)
-class SessionResult:
-    """A session that has ended, in good order or not.
+class SessionOutcome:
+    """How a session ended, in good order or not.
 
     status: "completed", "degraded" where an agent had given up, or "interrupted". equity, cash: at the end, USD, by the
     broker's record. bars: closed ones. wall_s: real seconds it took. down: agents that had given up: their last failure.
@@ -172,272 +176,331 @@ class SessionResult:
 
     @property
     def degraded(self) -> str:
-        """Which agents had given up when the session ended, and why, as a sentence; "" for none."""
+        """Return which agents had given up when the session ended, and why, as a sentence; "" for none."""
         return degraded_sentence(self.down)
+
+# %% ../../nbs/session/12_session.ipynb #f780f19b
+def _curve(rows: Sequence[tuple[datetime, Decimal, Decimal]]) -> pd.DataFrame:
+    """Return equity and cash, USD, by stamp."""
+    index = pd.DatetimeIndex([at for at, _, _ in rows], name="timestamp", tz="UTC")
+    figures = [(float(equity), float(cash)) for _, equity, cash in rows]
+    return pd.DataFrame(figures, index=index, columns=["equity", "cash"], dtype="float64")
+
+
+@dataclass(frozen=True)
+class SessionResult(SessionOutcome):
+    """How a session ended, and what its journal holds of it, read when it is asked for."""
 
     @cached_property
     def orders(self) -> list[OrderRecord]:
-        """The order list, in the sequence of submission."""
+        """Return the order list, in the sequence of submission."""
         with open_journal(self.journal_path) as journal:
             return order_records(journal.read(types=ORDER_EVENTS))
 
     @cached_property
     def corporate_actions(self) -> tuple[str, ...]:
-        """Each split and delisting during the session in a sentence."""
+        """Return each split and delisting during the session in a sentence."""
         with open_journal(self.journal_path) as journal:
             return action_sentences(journal.read(types=[BarsClosed]))
 
     @property
     def order_list_hash(self) -> str:
-        """The fingerprint of the order list."""
+        """Return the fingerprint of the order list."""
         return order_list_hash(self.orders)
 
     def orders_of(self, strategy: str) -> list[OrderRecord]:
-        """The orders of one of several strategies, as the list of a backtest of it alone."""
+        """Return the orders of one of several strategies, as the list of a backtest of it alone."""
         return of_strategy(self.orders, strategy)
 
     @cached_property
     def refusals(self) -> list[Refusal]:
-        """The orders that risk refused."""
+        """Return the orders that risk refused."""
         with open_journal(self.journal_path) as journal:
             return refusals(journal.read(types=[RiskDecided]))
 
     @cached_property
     def curve(self) -> pd.DataFrame:
-        """Equity and cash, USD, at every closed bar."""
+        """Return equity and cash, USD, at every closed bar."""
         with open_journal(self.journal_path) as journal:
             rows = equity_curve(journal.read(types=[BarsClosed, PortfolioChanged]))
         return _curve(rows)
 
     @cached_property
     def curves(self) -> dict[str, pd.DataFrame]:
-        """Equity and cash, USD, of each of several strategies at every closed bar."""
+        """Return equity and cash, USD, of each of several strategies at every closed bar."""
         with open_journal(self.journal_path) as journal:
             found = strategy_curves(journal.read(types=[BarsClosed, PortfolioChanged]))
         return {label: _curve(rows) for label, rows in found.items()}
 
     @property
     def equity(self) -> "pd.Series[float]":
-        """Equity at every closed bar, USD."""
+        """Return equity at every closed bar, USD."""
         return self.curve["equity"]
 
     @property
     def ruined_at(self) -> datetime | None:
-        """Stamp of the first bar at whose close no equity was left, UTC; None where there always was some."""
+        """Return the stamp of the first bar at whose close no equity was left, UTC; None where there always was some."""
         gone = self.equity.index[self.equity <= 0.0]
         return gone[0].to_pydatetime() if len(gone) else None
 
 # %% ../../nbs/session/12_session.ipynb #0081b0b7
-class Session:
-    """One session over wired parts. Use `run_session`."""
-
-    def __init__(self, inputs: SessionInputs, bus: InProcessBus, broker: Broker, clock: Clock, ids: Ids) -> None:
-        self._inputs, self._bus, self._broker, self._clock, self._ids = inputs, bus, broker, clock, ids
-        self._correlation_id = ids.new()
-
-    async def _publish(self, payload: Payload) -> None:
-        await self._bus.publish(payload, source=SOURCE, correlation_id=self._correlation_id)
-
-    async def open(
-        self,
-        agents: Agents,
-        desk: Desk,
-        driver: Driver,
-        reconciler: Reconciler,
-        history: Bars,
-        journal: Journal,
-    ) -> None:
-        """Start the agents, tell them what the journal holds, then what it does not: the account and its holdings.
-
-        Open orders of others are adopted. Raises Halted where our books and the broker's differ.
-        """
-        inputs, past, snapshot = self._inputs, self._inputs.past, self._inputs.snapshot
-        if snapshot is not None:
-            with _collecting_later():
-                self._take_over(snapshot, agents, desk, journal)
-        for agent in agents.all():
-            await agent.start()
-        desk.start()
-        if past.history is not None:
-            agents.market_data.resume(past.last_bar or past.history.last, past.bars)
-        if snapshot is not None:
-            knowing = [agent.name for agent in agents.all()]
-            await self._bus.remind(snapshot.standing, deaf=[*knowing, DESK])
-        if not past.is_empty:
-            events = journal.read(past.relived_from)
-            await driver.recover(self._bus.relive(past, events, deaf=[agents.monitor.name]))
-        if past.started is None:
-            await self._publish(
-                SessionStarted(
-                    strategy=title(inputs.strategy),
-                    stage=inputs.stage,
-                    symbols=history.symbols,
-                    timeframe=inputs.spec.timeframe,
-                    parameters=inputs.spec.document(inputs.strategy),
-                    versions=_versions(),
-                    seed=inputs.spec.seed,
-                    account="" if inputs.is_simulated else self._broker.account_number,
-                    sources=sources(inputs.strategy),
-                    factors=inputs.factors if inputs.is_simulated else {},
-                )
-            )
-        if past.history is None:
-            await agents.market_data.announce(history, self._correlation_id)
-        if past.account is None:
-            if inputs.capital and not inputs.is_simulated:
-                self._ensure_capital(await self._answer(driver, self._broker.account))
-            for position in await self._answer(driver, self._broker.positions):
-                if f"opening:{position.symbol}" not in past.openings:
-                    await self._adopt(position)
-            if not inputs.is_simulated:  # the embedded exchange trades whatever it has bars of
-                assets = await self._answer(driver, lambda: self._broker.assets(history.symbols))
-                await self._publish(AssetsReported(assets=tuple(assets.values())))
-            await self._answer(driver, lambda: desk.report_account(self._correlation_id))
-        await self._bus.idle()
-        if past.ended is not None:
-            return
-        found = await self._reconcile(reconciler, driver, opening=past.account is None)
-        if not found.ok:
-            raise Halted(
-                "The account is not as a session can take it over: "
-                + "; ".join(found.differences)
-                + ". Compare the orders at the broker with `trader journal show`; a new session takes over what is held."
-            )
-
-    def _take_over(self, snapshot: Snapshot, agents: Agents, desk: Desk, journal: Journal) -> None:
-        """Let the agents know what they knew, bars and orders included, so that only the rest is lived through."""
-        book, symbols = agents.execution.book, self._inputs.spec.symbols
-        snapshot.restore(agents.knowing() | {DESK: desk}, book)
-        desk.correlate(book.correlations())
-        bars = snapshot.bars(journal, symbols)
-        for strategist in agents.strategies:
-            strategist.follow(symbols, *bars)
-
-    def _ensure_capital(self, account: AccountReported) -> None:
-        total = sum(self._inputs.capital.values(), Decimal(0))
-        if total > account.equity:
-            raise Halted(
-                f"The strategies are given {total:,.2f} USD together, and the account is worth {account.equity:,.2f} USD. "
-                "Give them less."
-            )
-
-    def _owner(self, position: Position) -> str:
-        """The one of several strategies that takes a position over; "" for one that none of them trades."""
-        owners = [one.label for one in self._inputs.assignments if one.label and position.symbol in one.symbols]
-        if len(owners) > 1:
-            raise Halted(
-                f"The account holds {position.symbol} already, and {' and '.join(owners)} both trade it: whose it is "
-                "cannot be known. Close the position, or resume the session that opened it."
-            )
-        return owners[0] if owners else ""
-
-    async def _adopt(self, position: Position) -> None:
-        fill = Fill(
-            strategy=self._owner(position),
-            execution_id=f"opening:{position.symbol}",
-            order_id="opening",
-            client_order_id="opening",
-            symbol=position.symbol,
-            side=OrderSide.BUY if position.qty > 0 else OrderSide.SELL,
-            qty=abs(position.qty),
-            price=position.avg_entry_price or position.market_price or LEAST_PRICE,  # shares may have come for nothing
-            timestamp=self._clock.now(),
+def ensure_capital(capital: Mapping[str, Decimal], account: AccountReported) -> None:
+    """Raise Halted where several strategies have more capital together than the account is worth. capital: USD, by label."""
+    total = sum(capital.values(), Decimal(0))
+    if total > account.equity:
+        raise Halted(
+            f"The strategies are given {total:,.2f} USD together, and the account is worth {account.equity:,.2f} USD. "
+            "Give them less."
         )
-        await self._publish(FillRecorded(fill=fill))
 
-    async def _reconcile(
-        self, reconciler: Reconciler, driver: Driver, *, opening: bool = False, closing: bool = False
-    ) -> Reconciled:
-        """Look at the books until it is decided whether they agree."""
-        for _ in range(LOOKS_MAX):
-            found = await self._answer(driver, lambda: reconciler.look(driver.settle, opening=opening, closing=closing))
-            if found is not None:
-                return found
-            await driver.pause(CONFIRM_S)
-        raise InvariantBroken(f"A reconciliation was not decided within {LOOKS_MAX} looks.")
 
-    async def _answer(self, driver: Driver, question: Callable[[], Awaitable[T]]) -> T:
-        """The broker's answer at the two ends of a session: a question that fails for the moment is asked again."""
-        for attempt in range(ANSWERS_MAX - 1):
-            try:
-                return await question()
-            except Retryable:
-                await driver.pause(2.0**attempt)
-        return await question()
+def owner_of(position: Position, assignments: Iterable[Assignment]) -> str:
+    """Return which of several strategies takes a position over, "" for none that trades it; raise Halted for two."""
+    owners = [one.label for one in assignments if one.label and position.symbol in one.symbols]
+    if len(owners) > 1:
+        raise Halted(
+            f"The account holds {position.symbol} already, and {' and '.join(owners)} both trade it: whose it is "
+            "cannot be known. Close the position, or resume the session that opened it."
+        )
+    return owners[0] if owners else ""
 
-    async def close(
-        self, agents: Agents, desk: Desk, driver: Driver, reconciler: Reconciler, reason: str
-    ) -> tuple[Reconciled, AccountReported, tuple[Position, ...], SessionEnded]:
-        """Cancel what is open, let it come to rest, reconcile, and write down the end, each unless it is done.
 
-        Gives the last reconciliation, the account as it was at the end, what is held, and the end as it was written down.
-        """
-        past = self._inputs.past
-        if past.ended is not None and past.reconciled is not None and past.account is not None:
-            then = past.account.model_copy(update={"equity": past.ended.equity})  # whatever it has become
-            return past.reconciled, then, await self._answer(driver, self._broker.positions), past.ended
-        await self._publish(OperatorCommand(action="cancel_all", reason=reason, by=SOURCE))
-        await driver.settle()
-        for _ in range(LAST_LOOKS):
-            if not agents.execution.book.working():
-                break
-            await driver.pause(RECOVERY_PAUSE_S)
-            await self._publish(ClockTicked(at=self._clock.now()))
-            await driver.settle()
-        await self._answer(driver, lambda: desk.report_account(self._correlation_id))
-        await self._bus.idle()
-        found = await self._reconcile(reconciler, driver, closing=True)
-        account = await self._answer(driver, self._broker.account)
-        positions = await self._answer(driver, self._broker.positions)
-        ended = SessionEnded(reason=reason, equity=account.equity, down=agents_down(a.health() for a in agents.all()))
-        await self._publish(ended)
-        await self._bus.idle()
-        for agent in agents.all():
-            await agent.stop()
-        return found, account, positions, ended
+def opening_fill(position: Position, owner: str, at: datetime) -> Fill:
+    """Return a held position as a fill. owner: label of the strategy that takes it over. at: when, UTC."""
+    return Fill(
+        strategy=owner,
+        execution_id=f"opening:{position.symbol}",
+        order_id="opening",
+        client_order_id="opening",
+        symbol=position.symbol,
+        side=OrderSide.BUY if position.qty > 0 else OrderSide.SELL,
+        qty=abs(position.qty),
+        price=position.avg_entry_price or position.market_price or LEAST_PRICE,  # shares may have come for nothing
+        timestamp=at,
+    )
 
-    async def leave(self, agents: Agents) -> str:
-        """Where nothing can be written down any more: cancel at the broker what may open a position; exits stay.
-
-        Says in a sentence what came of it.
-        """
-        opening = [track for track in agents.execution.book.working() if _may_open(track)]
-        canceled = 0
-        with suppress(TimeoutError):
-            async with asyncio.timeout(LEAVE_S):
-                for track in opening:
-                    with suppress(TraderError):
-                        await self._broker.cancel(track.current.order_id or "")
-                        canceled += 1
-        left = len(opening) - canceled
-        more = f" {left} could not be canceled: do it on the broker's own page." if left else ""
-        return f"{canceled} open entries were canceled at the broker; protective exits stay there.{more}"
-
-# %% ../../nbs/session/12_session.ipynb #a50452ab
-def _versions() -> dict[str, str]:
-    """What the numbers of a session rest on; a replay by another version names the two."""
+# %% ../../nbs/session/12_session.ipynb #2ead23aa
+def library_versions() -> dict[str, str]:
+    """Return the versions that a session's numbers rest on; a replay by another version names the two."""
     python = platform.python_version()
     return {"trader_lib": __version__, "python": python, "numpy": np.__version__, "pandas": pd.__version__}
 
 
-def _may_open(track: OrderTrack) -> bool:
-    """Whether an order of ours lies at the broker and may open a position."""
+def session_started(inputs: SessionInputs, symbols: tuple[str, ...], account_number: str) -> SessionStarted:
+    """Return the first event of a session. account_number: at the broker; it is left out of a simulated session."""
+    return SessionStarted(
+        strategy=title(inputs.strategy),
+        stage=inputs.stage,
+        symbols=symbols,
+        timeframe=inputs.spec.timeframe,
+        parameters=inputs.spec.document(inputs.strategy),
+        versions=library_versions(),
+        seed=inputs.spec.seed,
+        account="" if inputs.is_simulated else account_number,
+        sources=sources(inputs.strategy),
+        factors=inputs.factors if inputs.is_simulated else {},
+    )
+
+# %% ../../nbs/session/12_session.ipynb #e8bcf03d
+async def ask(driver: Driver, question: Callable[[], Awaitable[T]]) -> T:
+    """Return the broker's answer; ask again where it fails for the moment, ANSWERS_MAX times at most."""
+    for attempt in range(ANSWERS_MAX - 1):
+        try:
+            return await question()
+        except Retryable:
+            await driver.pause(2.0**attempt)
+    return await question()
+
+
+async def reconcile(
+    reconciler: Reconciler, driver: Driver, *, opening: bool = False, closing: bool = False
+) -> Reconciled:
+    """Compare the books until it is decided whether they agree; raise InvariantBroken where it cannot be decided."""
+    for _ in range(LOOKS_MAX):
+        found = await ask(driver, lambda: reconciler.look(driver.settle, opening=opening, closing=closing))
+        if found is not None:
+            return found
+        await driver.pause(CONFIRM_S)
+    raise InvariantBroken(f"A reconciliation was not decided within {LOOKS_MAX} looks.")
+
+# %% ../../nbs/session/12_session.ipynb #6edd7200
+@dataclass(frozen=True)
+class Session:
+    """One session over wired parts. correlation_id: on every event that the session publishes itself."""
+
+    inputs: SessionInputs
+    bus: InProcessBus
+    broker: Broker
+    clock: Clock
+    correlation_id: str
+
+    async def publish(self, payload: Payload) -> None:
+        """Publish an event of the session itself."""
+        await self.bus.publish(payload, source=SOURCE, correlation_id=self.correlation_id)
+
+
+@dataclass(frozen=True)
+class TradingParts:
+    """What trades in a session. history: the bars before its first."""
+
+    agents: Agents
+    driver: Driver
+    gateway: Gateway
+    reconciler: Reconciler
+    journal: Journal
+    history: Bars
+
+
+@contextmanager
+def paused_gc() -> Iterator[None]:
+    """Pause the garbage collector while many objects are made that stay: it would look at all of them again."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+# %% ../../nbs/session/12_session.ipynb #13ee44d9
+def restore_snapshot(snapshot: Snapshot, parts: TradingParts, symbols: tuple[str, ...]) -> None:
+    """Restore the agents, bars and orders included, so that only the events after the snapshot are delivered again."""
+    agents, book = parts.agents, parts.agents.execution.book
+    snapshot.restore(agents.knowing() | {GATEWAY: parts.gateway}, book)
+    parts.gateway.correlate(book.correlations())
+    bars = snapshot.bars(parts.journal, symbols)
+    for agent in agents.strategies:
+        agent.follow(symbols, *bars)
+
+
+async def start_agents(session: Session, parts: TradingParts) -> None:
+    """Start the agents, and deliver to them what the journal holds already."""
+    past, snapshot, agents = session.inputs.past, session.inputs.snapshot, parts.agents
+    if snapshot is not None:
+        with paused_gc():
+            restore_snapshot(snapshot, parts, session.inputs.spec.symbols)
+    for agent in agents.all():
+        await agent.start()
+    parts.gateway.start()
+    if past.history is not None:
+        agents.market_data.resume(past.last_bar or past.history.last, past.bars)
+    if snapshot is not None:
+        restored = [agent.name for agent in agents.all()]
+        await session.bus.redeliver(snapshot.standing, excluded=[*restored, GATEWAY])
+    if not past.is_empty:
+        events = parts.journal.read(past.relived_from)
+        await parts.driver.recover(session.bus.relive(past, events, excluded=[agents.monitor.name]))
+
+
+async def take_over_account(session: Session, parts: TradingParts) -> None:
+    """Publish the positions that the account holds, the assets that are traded, and the account itself."""
+    inputs, broker, driver = session.inputs, session.broker, parts.driver
+    if inputs.capital and not inputs.is_simulated:
+        ensure_capital(inputs.capital, await ask(driver, broker.account))
+    for position in await ask(driver, broker.positions):
+        if f"opening:{position.symbol}" not in inputs.past.openings:
+            fill = opening_fill(position, owner_of(position, inputs.assignments), session.clock.now())
+            await session.publish(FillRecorded(fill=fill))
+    if not inputs.is_simulated:  # the embedded exchange trades whatever it has bars of
+        assets = await ask(driver, lambda: broker.assets(parts.history.symbols))
+        await session.publish(AssetsReported(assets=tuple(assets.values())))
+    await ask(driver, lambda: parts.gateway.report_account(session.correlation_id))
+
+# %% ../../nbs/session/12_session.ipynb #c46e8a4c
+async def open_session(session: Session, parts: TradingParts) -> None:
+    """Start the agents, and publish what the journal does not hold yet: the start, the history, the account.
+
+    Open orders of others are adopted. Raises Halted where our books and the broker's differ.
+    """
+    inputs, past = session.inputs, session.inputs.past
+    await start_agents(session, parts)
+    if past.started is None:
+        number = "" if inputs.is_simulated else session.broker.account_number
+        await session.publish(session_started(inputs, parts.history.symbols, number))
+    if past.history is None:
+        await parts.agents.market_data.announce(parts.history, session.correlation_id)
+    if past.account is None:
+        await take_over_account(session, parts)
+    await session.bus.idle()
+    if past.ended is not None:
+        return
+    found = await reconcile(parts.reconciler, parts.driver, opening=past.account is None)
+    if not found.ok:
+        raise Halted(
+            "The account is not as a session can take it over: "
+            + "; ".join(found.differences)
+            + ". Compare the orders at the broker with `trader journal show`; a new session takes over what is held."
+        )
+
+# %% ../../nbs/session/12_session.ipynb #53ca60e9
+class Closed(NamedTuple):
+    """How a session closed: the last reconciliation, the account at the end, what is held, and the last event."""
+
+    reconciliation: Reconciled
+    account: AccountReported
+    positions: tuple[Position, ...]
+    ended: SessionEnded
+
+
+def agents_down(health: Iterable[AgentHealth]) -> dict[str, str]:
+    """Return the agents that gave up, by name, with their last failure; the monitor decides nothing and does not count."""
+    return {one.agent: one.reason for one in health if one.state == "down" and one.agent != MonitorAgent.name}
+
+
+async def cancel_open_orders(session: Session, parts: TradingParts, reason: str) -> None:
+    """Cancel every order, and wait until the broker has confirmed it or LAST_LOOKS are over."""
+    await session.publish(OperatorCommand(action="cancel_all", reason=reason, by=SOURCE))
+    await parts.driver.settle()
+    for _ in range(LAST_LOOKS):
+        if not parts.agents.execution.book.working():
+            break
+        await parts.driver.pause(RECOVERY_PAUSE_S)
+        await session.publish(ClockTicked(at=session.clock.now()))
+        await parts.driver.settle()
+
+
+async def close_session(session: Session, parts: TradingParts, reason: str) -> Closed:
+    """Cancel what is open, let it come to rest, reconcile, and write down the end, each unless it is done."""
+    past, broker, driver, agents = session.inputs.past, session.broker, parts.driver, parts.agents
+    if past.ended is not None and past.reconciled is not None and past.account is not None:
+        then = past.account.model_copy(update={"equity": past.ended.equity})  # whatever it has become
+        return Closed(past.reconciled, then, await ask(driver, broker.positions), past.ended)
+    await cancel_open_orders(session, parts, reason)
+    await ask(driver, lambda: parts.gateway.report_account(session.correlation_id))
+    await session.bus.idle()
+    found = await reconcile(parts.reconciler, driver, closing=True)
+    account = await ask(driver, broker.account)
+    positions = await ask(driver, broker.positions)
+    ended = SessionEnded(reason=reason, equity=account.equity, down=agents_down(a.health() for a in agents.all()))
+    await session.publish(ended)
+    await session.bus.idle()
+    for agent in agents.all():
+        await agent.stop()
+    return Closed(found, account, positions, ended)
+
+# %% ../../nbs/session/12_session.ipynb #e93153f6
+def may_open_position(track: OrderTrack) -> bool:
+    """Return whether an order of ours lies at the broker and may open a position."""
     return track.is_open and track.purpose == "entry" and not track.external and track.current.order_id is not None
 
 
-def _today(clock: Clock) -> date:
-    return clock.now().astimezone(NEW_YORK).date()
+async def cancel_entries(broker: Broker, agents: Agents) -> str:
+    """Cancel at the broker what may open a position, where nothing can be written down; return the result as a sentence."""
+    entries = [track for track in agents.execution.book.working() if may_open_position(track)]
+    canceled = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LEAVE_S):
+            for track in entries:
+                with suppress(TraderError):
+                    await broker.cancel(track.current.order_id or "")
+                    canceled += 1
+    left = len(entries) - canceled
+    more = f" {left} could not be canceled: do it on the broker's own page." if left else ""
+    return f"{canceled} open entries were canceled at the broker; protective exits stay there.{more}"
 
-
-def _lookback(spec: SessionSpec, warmup: int, today: date) -> date:
-    """The day from which to ask for the history of a real session: generously before the bars that are wanted."""
-    seconds = TIMEFRAME_SECONDS[spec.timeframe]
-    sessions = warmup if spec.timeframe == "1Day" else warmup * seconds // 12_600 + 2  # half days all along
-    return today - timedelta(days=sessions * 7 // 5 + 10)
-
-
-def _cut(spec: SessionSpec, settings: Settings, warmup: int, bars: Bars | None) -> tuple[Bars, int]:
-    """The bars that a simulated session plays, and the row at which trading begins."""
+# %% ../../nbs/session/12_session.ipynb #a50452ab
+def cut_bars(spec: SessionSpec, settings: Settings, warmup: int, bars: Bars | None) -> tuple[Bars, int]:
+    """Return the bars that a simulated session plays, and the row at which trading begins."""
     if bars is None:
         bars = load_bars(
             spec.source,
@@ -456,44 +519,23 @@ def _cut(spec: SessionSpec, settings: Settings, warmup: int, bars: Bars | None) 
     return cut, first
 
 
-async def _history(inputs: SessionInputs, data: MarketData, clock: Clock) -> Bars:
-    """The bars before the session's first, from the broker's own history."""
-    spec = inputs.spec
-    if inputs.bars is not None:
-        known = inputs.bars.head(inputs.start_index)
-        if known.n == 0 or np.isnan(known.close).all(axis=0).any():
-            return known  # no history, or a symbol that is yet to be listed: nothing to ask for
-        return await data.history(
-            spec.symbols, spec.timeframe, known.day(0), known.day(-1), adjustment=known.adjustment
-        )
-    today = _today(clock)
-    first, known_history = _lookback(spec, inputs.warmup, today), inputs.past.history
-    if known_history is not None and known_history.first is not None:
-        first = known_history.first.astimezone(NEW_YORK).date()
-    history = await data.history(
-        spec.symbols,
-        spec.timeframe,
-        first,
-        today,
-        adjustment=spec.adjustment,
-        feed=spec.feed or inputs.settings.data.feed,
-    )
-    history = _to_the_end(history)
-    if known_history is not None:
-        return _as_recorded(history, known_history)
-    return history.rows_between(max(history.n - inputs.warmup, 0), history.n)
-
-
-def _to_the_end(history: Bars) -> Bars:
-    """A history in which a symbol that has not traded lately repeats its last close: it may trade again at any moment."""
+def fill_to_end(history: Bars) -> Bars:
+    """Return a history in which a symbol that has not traded lately repeats its last close: it may trade again at any moment."""
     if not history.n or not np.isnan(history.close[-1]).any():
         return history
     block = np.stack([history.open, history.high, history.low, history.close, history.volume])
     return history.head(0).extend(history.times_ns, block, carry=True)
 
 
-def _as_recorded(history: Bars, recorded: HistoryLoaded) -> Bars:
-    """The bars that a session began with, out of what the broker gives after a restart; raises BadData for others."""
+def lookback_start(spec: SessionSpec, warmup: int, today: date) -> date:
+    """Return the day from which to ask for the history of a real session: well before the bars that are wanted."""
+    seconds = TIMEFRAME_SECONDS[spec.timeframe]
+    sessions = warmup if spec.timeframe == "1Day" else warmup * seconds // 12_600 + 2  # half days all along
+    return today - timedelta(days=sessions * 7 // 5 + 10)
+
+# %% ../../nbs/session/12_session.ipynb #49da08cc
+def as_recorded(history: Bars, recorded: HistoryLoaded) -> Bars:
+    """Return the bars that a session began with, from the broker's history after a restart; raise BadData for others."""
     begin = 0 if recorded.first is None else int(np.searchsorted(history.times_ns, to_ns(recorded.first)))
     found = history.rows_between(begin, begin + recorded.rows)
     if found.content_hash != recorded.content_hash:
@@ -504,26 +546,39 @@ def _as_recorded(history: Bars, recorded: HistoryLoaded) -> Bars:
     return found
 
 
-@contextmanager
-def _collecting_later() -> Iterator[None]:
-    """Leave the search for unreachable objects until many that stay have been made: it would look at all of them again."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
+async def real_history(inputs: SessionInputs, data: MarketData, today: date) -> Bars:
+    """Return the bars before a real session's first; after a restart, those that it began with."""
+    spec, recorded = inputs.spec, inputs.past.history
+    first = lookback_start(spec, inputs.warmup, today)
+    if recorded is not None and recorded.first is not None:
+        first = recorded.first.astimezone(NEW_YORK).date()
+    feed = spec.feed or inputs.settings.data.feed
+    history = fill_to_end(
+        await data.history(spec.symbols, spec.timeframe, first, today, adjustment=spec.adjustment, feed=feed)
+    )
+    if recorded is not None:
+        return as_recorded(history, recorded)
+    return history.rows_between(max(history.n - inputs.warmup, 0), history.n)
 
 
-def _recall(
+async def load_history(inputs: SessionInputs, data: MarketData, clock: Clock) -> Bars:
+    """Return the bars before the session's first, from the broker's own history."""
+    if inputs.bars is None:
+        return await real_history(inputs, data, clock.now().astimezone(NEW_YORK).date())
+    known, spec = inputs.bars.head(inputs.start_index), inputs.spec
+    if known.n == 0 or np.isnan(known.close).all(axis=0).any():
+        return known  # no history, or a symbol that is yet to be listed: nothing to ask for
+    return await data.history(spec.symbols, spec.timeframe, known.day(0), known.day(-1), adjustment=known.adjustment)
+
+# %% ../../nbs/session/12_session.ipynb #71f201c9
+def read_recorded(
     journal_path: Path,
     settings: JournalSettings,
     wanted: str,  # identity of a snapshot that may be taken over; "" for none
     *,
     resume: bool,
 ) -> tuple[RecordedPast, Snapshot | None]:
-    """What the journal holds already; raises Misused for a session that is not to be resumed."""
+    """Return what the journal holds already, and the snapshot to begin with; raise Misused where it is not to be resumed."""
     if not journal_exists(journal_path):
         return RecordedPast(), None
     with open_journal(journal_path, settings, read_only=False) as journal:
@@ -538,7 +593,7 @@ def _recall(
         if not found.ok:
             raise BadData(f"The journal {journal_path} cannot be resumed from: {found.reason}. Start a new session.")
         snapshot = find_snapshot(snapshot_folder(journal_path), journal, wanted) if wanted else None
-        with _collecting_later():
+        with paused_gc():
             if snapshot is None:
                 past = read_past(journal.read())
             else:
@@ -548,74 +603,16 @@ def _recall(
         raise Misused(f"This session has ended in a failure: {past.ended and past.ended.reason} Start a new one.")
     return past, snapshot
 
-
-async def run_session(
-    spec: SessionSpec,
-    settings: Settings | None = None,  # where orders go; None: the embedded exchange with all defaults
-    *,
-    bars: Bars | None = None,  # simulated only: play these instead of loading the source's
-    strategy: Strategy | Mapping[str, Strategy] | None = None,  # instead of building them; several by name
-    journal_path: Path
-    | str
-    | None = None,  # None: a temporary folder; that of a simulated session goes with its process
-    progress: Progress | None = None,  # called after every bar
-    resume: bool = False,  # go on with the session that journal_path holds; one that ended gives its result again
-    companions: Iterable[Companion] = (),  # what looks at the session from beside it
-    check: bool = True,  # refuse a strategy that looks ahead, or depends on more bars than it says
-) -> SessionResult:
-    """Run a session to its end, or until SIGINT or SIGTERM; raises TraderError where it cannot begin or go on.
-
-    Real money is traded with the permission that a child process of `trader live` inherits, and raises Misused without.
-    """
-    settings = settings or Settings()
-    account = _permitted_account(spec, settings, journal_path)
-    put_in_force(settings.secrets())
-    strategy = strategy or spec.build()
-    refuse_secrets(spec.document(strategy))
-    warmup = max(history_bars(one.strategy) for one in spec.assignments(strategy))
-    simulated = settings.broker.kind == "simulated"
-    if bars is not None and not simulated:
-        raise Misused("Bars can be played by the embedded exchange only. Leave them out, or set broker.kind=simulated.")
-    played, start_index = _cut(spec, settings, warmup, bars) if simulated else (None, 0)
-    path = Path(journal_path or _temporary(simulated) / "journal.sqlite")
-    past, snapshot = _recall(path, settings.journal, _wanted(spec, settings, strategy), resume=resume)
-    account = _meant_account(past, settings, account)
-    session_id = spec.session_id(strategy, played) if simulated else f"{session_name(strategy)}-{UniqueIds().new()}"
-    if simulated and past.session_id not in {"", session_id}:
-        raise Misused(
-            f"{path} holds the session {past.session_id}, and what was asked for is {session_id}: other parameters, or "
-            "other bars. Resume with those that began it."
-        )
-    if check and past.is_empty:
-        for one in spec.assignments(strategy):
-            own = None if played is None else played.sel(one.symbols)
-            ensure_checked(one.strategy, one.symbols, spec.timeframe, own)
-    inputs = SessionInputs(
-        spec=spec,
-        settings=settings,
-        strategy=strategy,
-        bars=played,
-        start_index=start_index,
-        session_id=past.session_id or session_id,
-        journal_path=path,
-        progress=progress,
-        account=account,
-        past=past,
-        snapshot=snapshot,
-    )
-    with bind_session(inputs.session_id):
-        return await _run(inputs, companions)
-
-
-def _permitted_account(spec: SessionSpec, settings: Settings, journal_path: Path | str | None) -> str:
-    """The number of the live account that may be traded; "" where no real money is; raises Misused without permission."""
+# %% ../../nbs/session/12_session.ipynb #02c78425
+def permitted_account(spec: SessionSpec, settings: Settings, journal_path: Path | str | None) -> str:
+    """Return the number of the live account that may be traded, "" without real money; raise Misused without permission."""
     if settings.broker.stage != "live":
         return ""
     return use_live_permit(Path(journal_path or "").parent, spec)
 
 
-def _meant_account(past: RecordedPast, settings: Settings, permitted: str) -> str:
-    """The number of the account that a session trades, "" for any of its stage: a resumed one keeps its stage and account.
+def session_account(past: RecordedPast, settings: Settings, permitted: str) -> str:
+    """Return the number of the account that a session trades, "" for any of its stage; a resumed one keeps both.
 
     Raises Misconfigured where the settings or the permission are for another.
     """
@@ -632,110 +629,83 @@ def _meant_account(past: RecordedPast, settings: Settings, permitted: str) -> st
     return permitted or recorded
 
 
-def _temporary(simulated: bool) -> Path:
-    """A folder for the journal of a session that was given none; what traded at a broker is never cleaned away."""
+def temporary_folder(simulated: bool) -> Path:
+    """Return a folder for the journal of a session that was given none; what traded at a broker is never cleaned away."""
     return open_scratch("session").path if simulated else Path(mkdtemp(prefix="trader-"))
 
 
-def _wanted(spec: SessionSpec, settings: Settings, strategy: Strategy | Mapping[str, Strategy]) -> str:
-    """Which snapshot a session may begin with: none where the exchange, or an agent, lives through everything anyway."""
+def snapshot_identity(spec: SessionSpec, settings: Settings, strategy: Strategy | Mapping[str, Strategy]) -> str:
+    """Return the identity of the snapshots that a session may begin with; "" where every event is delivered again anyway."""
     if settings.broker.kind == "simulated" or settings.bus.url is not None or not settings.session.snapshot_events:
         return ""
     return identity(spec, strategy)
 
+# %% ../../nbs/session/12_session.ipynb #c358b047
+def ensure_strategies_checked(inputs: SessionInputs) -> None:
+    """Raise where a strategy looks ahead, or depends on more bars than it declares."""
+    for one in inputs.assignments:
+        own = None if inputs.bars is None else inputs.bars.sel(one.symbols)
+        ensure_checked(one.strategy, one.symbols, inputs.spec.timeframe, own)
 
-async def _run(inputs: SessionInputs, companions: Iterable[Companion]) -> SessionResult:
-    wall, stop = WallClock(), asyncio.Event()
-    started_at, began = wall.now(), wall.monotonic()
-    container = session_container(inputs)
-    with stop_on_signals(stop):
-        async with _closing(container):
-            broker, clock = await container.get(Broker), await container.get(Clock)
-            await broker.start()
-            try:
-                history = await _history(inputs, await container.get(MarketData), clock)
-                session = Session(inputs, await container.get(InProcessBus), broker, clock, await container.get(Ids))
-                async with container(context={History: history}) as parts:
-                    agents, driver = await parts.get(Agents), await parts.get(Driver)
-                    desk, reconciler = await parts.get(Desk), await parts.get(Reconciler)
-                    journal = await container.get(Journal)
-                    if journal.last_seq != inputs.past.last_seq:
-                        raise Misused(
-                            "Another process went on with this session meanwhile. Look at it, then try again."
-                        )
-                    beside = SessionParts(
-                        inputs,
-                        agents,
-                        await container.get(InProcessBus),
-                        broker,
-                        journal,
-                        clock,
-                        await container.get(TradingCalendar),
-                        await container.get(ControlFile),
-                    )
-                    async with accompanied(beside, companions):
-                        try:
-                            await session.open(agents, desk, driver, reconciler, history, journal)
-                        except Misconfigured as error:  # such as a disk that is full
-                            error.add_note(await session.leave(agents))
-                            raise
-                        reason, failure = _ending(inputs.past) or await _drive(driver, stop)
-                        try:
-                            found, account, positions, ended = await session.close(
-                                agents, desk, driver, reconciler, reason
-                            )
-                        except Exception as worse:
-                            (failure or worse).add_note(await session.leave(agents))
-                            if failure is None:
-                                raise
-                            failure.add_note(f"Its end could not be put in order either: {worse}")
-                        if failure is not None:
-                            raise failure
-                    health = tuple(agent.health() for agent in agents.all())
-            finally:
-                await broker.stop()
-    return SessionResult(
-        spec=inputs.spec,
-        session_id=inputs.session_id,
-        status=_status(ended),
-        reason=reason,
-        journal_path=inputs.journal_path,
-        reconciliation=found,
-        reconciled_at=reconciler.last_at,
-        equity_end=account.equity,
-        cash_end=account.cash,
-        positions=positions,
-        bars=agents.market_data.health().handled,
-        data=None if inputs.bars is None else inputs.bars.provenance,
-        started_at=started_at,
-        ended_at=wall.now(),
-        wall_s=wall.monotonic() - began,
-        health=health,
-        down=ended.down,
+
+def prepare_session(
+    spec: SessionSpec,
+    settings: Settings,
+    strategy: Strategy | Mapping[str, Strategy],
+    bars: Bars | None,
+    journal_path: Path | str | None,
+    *,
+    account: str,  # number of the live account that is permitted; "" without real money
+    resume: bool,
+    progress: Progress | None,
+) -> SessionInputs:
+    """Return what a session is made from; raise TraderError where bars, journal, account and settings do not fit."""
+    warmup = max(history_bars(one.strategy) for one in spec.assignments(strategy))
+    simulated = settings.broker.kind == "simulated"
+    if bars is not None and not simulated:
+        raise Misused("Bars can be played by the embedded exchange only. Leave them out, or set broker.kind=simulated.")
+    played, start_index = cut_bars(spec, settings, warmup, bars) if simulated else (None, 0)
+    path = Path(journal_path or temporary_folder(simulated) / "journal.sqlite")
+    wanted = snapshot_identity(spec, settings, strategy)
+    past, snapshot = read_recorded(path, settings.journal, wanted, resume=resume)
+    account = session_account(past, settings, account)
+    session_id = spec.session_id(strategy, played) if simulated else f"{session_name(strategy)}-{UniqueIds().new()}"
+    if simulated and past.session_id not in {"", session_id}:
+        raise Misused(
+            f"{path} holds the session {past.session_id}, and what was asked for is {session_id}: other parameters, or "
+            "other bars. Resume with those that began it."
+        )
+    return SessionInputs(
+        spec=spec,
+        settings=settings,
+        strategy=strategy,
+        bars=played,
+        start_index=start_index,
+        session_id=past.session_id or session_id,
+        journal_path=path,
+        progress=progress,
+        account=account,
+        past=past,
+        snapshot=snapshot,
     )
 
-
-def agents_down(health: Iterable[AgentHealth]) -> dict[str, str]:
-    """The agents that gave up, by name, with their last failure; the monitor, which only looks on, does not count."""
-    return {one.agent: one.reason for one in health if one.state == "down" and one.agent != MonitorAgent.name}
-
-
-def _status(ended: SessionEnded) -> str:
-    """How a session ended: a stop that somebody asked for is named before agents that had given up."""
+# %% ../../nbs/session/12_session.ipynb #cb405e97
+def status_of(ended: SessionEnded) -> str:
+    """Return how a session ended: a stop that somebody asked for is named before agents that had given up."""
     if ended.reason == STOPPED:
         return "interrupted"
     return "degraded" if ended.down else "completed"
 
 
-def _ending(past: RecordedPast) -> tuple[str, None] | None:
-    """Why a session ends that has ended before, or was asked to before it died: it trades no more."""
+def recorded_ending(past: RecordedPast) -> tuple[str, None] | None:
+    """Return why a session trades no more that has ended before, or was asked to before it died; None for any other."""
     if past.ended is not None:
         return past.ended.reason, None
     return (STOPPED, None) if past.ending is not None and past.ending.reason == STOPPED else None
 
 
-async def _drive(driver: Driver, stop: asyncio.Event) -> tuple[str, Exception | None]:
-    """Why the driver ended, and what it raised."""
+async def drive(driver: Driver, stop: asyncio.Event) -> tuple[str, Exception | None]:
+    """Return why the driver ended, and what it raised."""
     try:
         return await driver.run(stop), None
     except Exception as error:
@@ -743,7 +713,7 @@ async def _drive(driver: Driver, stop: asyncio.Event) -> tuple[str, Exception | 
 
 
 @asynccontextmanager
-async def _closing(container: AsyncContainer) -> AsyncIterator[None]:
+async def closed_at_end(container: AsyncContainer) -> AsyncIterator[None]:
     """Close every part when the session ends, whatever happened; what ended it comes before what closing it raises."""
     try:
         yield
@@ -757,3 +727,115 @@ async def _closing(container: AsyncContainer) -> AsyncIterator[None]:
         await container.close()
     except ExitError as error:
         raise error.exceptions[0] from None
+
+# %% ../../nbs/session/12_session.ipynb #0856c640
+async def trading_parts(session: Session, scope: AsyncContainer, journal: Journal, history: Bars) -> TradingParts:
+    """Return what trades, from the inner scope; raise Misused where another process has written to the journal."""
+    agents, driver = await scope.get(Agents), await scope.get(Driver)
+    gateway, reconciler = await scope.get(Gateway), await scope.get(Reconciler)
+    if journal.last_seq != session.inputs.past.last_seq:
+        raise Misused("Another process went on with this session meanwhile. Look at it, then try again.")
+    return TradingParts(agents, driver, gateway, reconciler, journal, history)
+
+
+async def close_after(session: Session, parts: TradingParts, reason: str, failure: Exception | None) -> Closed:
+    """Close a session after its driver ended; raise what ended it, with what became of the open entries."""
+    try:
+        closed = await close_session(session, parts, reason)
+    except Exception as worse:
+        (failure or worse).add_note(await cancel_entries(session.broker, parts.agents))
+        if failure is None:
+            raise
+        failure.add_note(f"Its end could not be put in order either: {worse}")
+    if failure is not None:
+        raise failure
+    return closed
+
+
+async def trade(
+    session: Session, parts: TradingParts, shared: SessionParts, companions: Iterable[Companion], stop: asyncio.Event
+) -> tuple[str, Closed]:
+    """Open a session, let the driver run, and close it; return why it ended, and how. shared: what companions get."""
+    async with accompanied(shared, companions):
+        try:
+            await open_session(session, parts)
+        except Misconfigured as error:  # such as a disk that is full
+            error.add_note(await cancel_entries(session.broker, parts.agents))
+            raise
+        reason, failure = recorded_ending(session.inputs.past) or await drive(parts.driver, stop)
+        return reason, await close_after(session, parts, reason, failure)
+
+# %% ../../nbs/session/12_session.ipynb #58a2e98b
+async def run_prepared(inputs: SessionInputs, companions: Iterable[Companion]) -> SessionResult:
+    """Wire the parts of a session, run it to its end, and close every part."""
+    wall, stop = WallClock(), asyncio.Event()
+    started_at, began = wall.now(), wall.monotonic()
+    container = session_container(inputs)
+    with stop_on_signals(stop):
+        async with closed_at_end(container):
+            broker, clock = await container.get(Broker), await container.get(Clock)
+            await broker.start()
+            try:
+                history = await load_history(inputs, await container.get(MarketData), clock)
+                bus, ids = await container.get(InProcessBus), await container.get(Ids)
+                session = Session(inputs, bus, broker, clock, ids.new())
+                async with container(context={History: history}) as scope:
+                    journal = await container.get(Journal)
+                    parts = await trading_parts(session, scope, journal, history)
+                    calendar, control = await container.get(TradingCalendar), await container.get(ControlFile)
+                    shared = SessionParts(inputs, parts.agents, bus, broker, journal, clock, calendar, control)
+                    reason, closed = await trade(session, parts, shared, companions, stop)
+                    health = tuple(agent.health() for agent in parts.agents.all())
+            finally:
+                await broker.stop()
+    return SessionResult(
+        spec=inputs.spec,
+        session_id=inputs.session_id,
+        status=status_of(closed.ended),
+        reason=reason,
+        journal_path=inputs.journal_path,
+        reconciliation=closed.reconciliation,
+        reconciled_at=parts.reconciler.last_at,
+        equity_end=closed.account.equity,
+        cash_end=closed.account.cash,
+        positions=closed.positions,
+        bars=parts.agents.market_data.health().handled,
+        data=None if inputs.bars is None else inputs.bars.provenance,
+        started_at=started_at,
+        ended_at=wall.now(),
+        wall_s=wall.monotonic() - began,
+        health=health,
+        down=closed.ended.down,
+    )
+
+# %% ../../nbs/session/12_session.ipynb #dd96f32b
+async def run_session(
+    spec: SessionSpec,
+    settings: Settings | None = None,  # where orders go; None: the embedded exchange with all defaults
+    *,
+    bars: Bars | None = None,  # simulated only: play these instead of loading the source's
+    strategy: Strategy | Mapping[str, Strategy] | None = None,  # instead of building them; several by name
+    journal_path: Path
+    | str
+    | None = None,  # None: a temporary folder; that of a simulated session goes with its process
+    progress: Progress | None = None,  # called after every bar
+    resume: bool = False,  # go on with the session that journal_path holds; one that ended gives its result again
+    companions: Iterable[Companion] = (),  # what looks at the session from beside it
+    check: bool = True,  # refuse a strategy that looks ahead, or depends on more bars than it declares
+) -> SessionResult:
+    """Run a session to its end, or until SIGINT or SIGTERM; raise TraderError where it cannot begin or go on.
+
+    Real money is traded with the permission that a child process of `trader live` inherits; without it Misused is raised.
+    """
+    settings = settings or Settings()
+    account = permitted_account(spec, settings, journal_path)
+    put_in_force(settings.secrets())
+    strategy = strategy or spec.build()
+    refuse_secrets(spec.document(strategy))
+    inputs = prepare_session(
+        spec, settings, strategy, bars, journal_path, account=account, resume=resume, progress=progress
+    )
+    if check and inputs.past.is_empty:
+        ensure_strategies_checked(inputs)
+    with bind_session(inputs.session_id):
+        return await run_prepared(inputs, companions)
