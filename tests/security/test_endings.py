@@ -191,11 +191,13 @@ def test_a_degraded_run_fails_for_scripts_and_says_so_wherever_it_is_looked_at(
     assert main(["paper", "--transport", "in_process", *what, *runs]) == RunFailed.exit_code == 5
     reason = "The strategy agent gave up after ZeroDivisionError: no opinion today."
     told = capsys.readouterr()
-    assert f"The session ended degraded. {reason} Its report is" in told.err
+    assert f"The session ended degraded. {reason} It was raised in " in told.err and "Its report is" in told.err
     run = RunStore(tmp_path / "runs").find("latest-paper")
     result = run.result()
     assert result.status == "degraded" and result.failure is not None and result.orders
-    assert (result.failure.error, result.failure.message, result.failure.cell) == ("AgentDown", reason, None)
+    assert (result.failure.error, result.failure.cell) == ("AgentDown", None) and result.failure.message.startswith(
+        reason
+    )
     assert reason in run.report.read_text(encoding="utf-8")
 
     def printed(*words: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from tests.simulation.disk import WatchedJournal
 from tests.simulation.world import Keeper
 from trader_lib.agents import execution
-from trader_lib.agents.contract import Effect, Reaction, Steps
+from trader_lib.agents.contract import WAITS, Effect, Reaction, Steps
 from trader_lib.agents.execution import ExecutionAgent
 from trader_lib.agents.portfolio import PortfolioAgent
 from trader_lib.agents.risk import RiskAgent
@@ -107,6 +107,9 @@ class SkipsTheWriteAhead(ExecutionAgent):
 
 class IntendsAfterwards(ExecutionAgent):
     """The order goes out first; the intent is written when the answer is there."""
+
+    def perform_now(self, step, event):  # type: ignore[no-untyped-def]
+        return WAITS  # so that everything goes by `publish`
 
     async def publish(self, payload, correlation_id, causation_id=None):  # type: ignore[no-untyped-def]
         if isinstance(payload, OrderIntended):

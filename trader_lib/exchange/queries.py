@@ -39,15 +39,20 @@ def bad(reason: str) -> Exception:
     return refusals.bad_request(reason, status=400)
 
 
-def parse_symbols(text: str | None, form: re.Pattern[str], name: str = "symbols") -> list[str]:
-    """The symbols of a list with commas, each once; raises Rejected for none and for one that does not have the form."""
+def parse_symbols(
+    text: str | None, form: re.Pattern[str], name: str = "symbols", known: Collection[str] = ()
+) -> list[str]:
+    """The symbols of a list with commas, each once; raises Rejected for none and for one that does not have the form.
+
+    known: symbols that are taken whatever their form, since this exchange has them.
+    """
     found = [symbol for part in (text or "").split(",") if (symbol := part.strip())]
     if not found:
         raise bad(f"{name} is required")
     if len(found) > SYMBOLS_MAX:
         raise bad(f"too many {name}: {len(found)}, at most {SYMBOLS_MAX} are taken")
     for symbol in found:
-        if not form.fullmatch(symbol):
+        if symbol not in known and not form.fullmatch(symbol):
             why = f" does not match ^{PAIR.pattern}$" if form is PAIR else ""
             raise bad(f"invalid symbol: {symbol[:WORDS_MAX]}{why}")
     return list(dict.fromkeys(found))
