@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from ..errors.taxonomy import Rejected
 from . import queries, reference, refusals, requests
-from .closed import Closed, MarketView
+from .closed import Closed, MarketView, is_stock
 from trader_lib.exchange.data_answers import (
     auction_points,
     bar_points,
@@ -194,6 +194,7 @@ class DataEndpoints:
 
     def __init__(self, exchange: Exchange, *, ticks: bool = True) -> None:
         self._market = MarketView(exchange)
+        self._stocks = frozenset(filter(is_stock, exchange.symbols))
         self._ticks = ticks
 
     def table(self) -> list[tuple[str, str, Endpoint]]:
@@ -247,7 +248,7 @@ class DataEndpoints:
         yield "/v2/stocks/meta/conditions/{ticktype}", stock_conditions
 
     def _stock_histories(self, name: str, query: Query, path: Query) -> Json:
-        symbols = parse_symbols(query.get("symbols"), STOCK, known=self._market.exchange.symbols)
+        symbols = parse_symbols(query.get("symbols"), STOCK, known=self._stocks)
         found, token = self._history(name, query, symbols, self._view(_historical_feed(name, query)))
         return {name: found, "next_page_token": token, **_currency(query)}
 
@@ -257,7 +258,7 @@ class DataEndpoints:
         return {"symbol": symbol, name: found.get(symbol, []), "next_page_token": token, **_currency(query)}
 
     def _stocks_latest(self, name: str, query: Query, path: Query) -> Json:
-        symbols = parse_symbols(query.get("symbols"), STOCK, known=self._market.exchange.symbols)
+        symbols = parse_symbols(query.get("symbols"), STOCK, known=self._stocks)
         found = self._latest(name, symbols, self._view(queries.check_words(query, queries.LATEST_FEEDS)))
         return found if name == "snapshots" else {name: found, **_currency(query)}
 
