@@ -194,7 +194,7 @@ class DataEndpoints:
 
     def __init__(self, exchange: Exchange, *, ticks: bool = True) -> None:
         self._market = MarketView(exchange)
-        self._stocks = frozenset(filter(is_stock, exchange.symbols))
+        self._shares = frozenset(filter(is_stock, exchange.symbols))
         self._ticks = ticks
 
     def table(self) -> list[tuple[str, str, Endpoint]]:
@@ -248,7 +248,7 @@ class DataEndpoints:
         yield "/v2/stocks/meta/conditions/{ticktype}", stock_conditions
 
     def _stock_histories(self, name: str, query: Query, path: Query) -> Json:
-        symbols = parse_symbols(query.get("symbols"), STOCK, known=self._stocks)
+        symbols = parse_symbols(query.get("symbols"), STOCK, known=self._shares)
         found, token = self._history(name, query, symbols, self._view(_historical_feed(name, query)))
         return {name: found, "next_page_token": token, **_currency(query)}
 
@@ -258,7 +258,7 @@ class DataEndpoints:
         return {"symbol": symbol, name: found.get(symbol, []), "next_page_token": token, **_currency(query)}
 
     def _stocks_latest(self, name: str, query: Query, path: Query) -> Json:
-        symbols = parse_symbols(query.get("symbols"), STOCK, known=self._stocks)
+        symbols = parse_symbols(query.get("symbols"), STOCK, known=self._shares)
         found = self._latest(name, symbols, self._view(queries.check_words(query, queries.LATEST_FEEDS)))
         return found if name == "snapshots" else {name: found, **_currency(query)}
 
