@@ -6,7 +6,6 @@ from contextlib import asynccontextmanager
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,6 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.venue import as_alpaca, beside, goes_on_once_agreed, recent_minutes
-from trader_lib.bus.bus import InProcessBus
-from trader_lib.clock.clock import VirtualClock
-from trader_lib.clock.ids import SeededIds
 from trader_lib.config.settings import load_settings
 from trader_lib.exchange.engine import Exchange
 from trader_lib.exchange.server import ExchangeServer
@@ -26,7 +22,7 @@ from trader_lib.market.synthetic import synthetic_bars
 from trader_lib.replay.replay import replay
 from trader_lib.risk.limits import Limits
 from trader_lib.session.companions import SessionParts
-from trader_lib.session.session import Session, SessionResult, run_session
+from trader_lib.session.session import SessionResult, opening_fill, run_session
 from trader_lib.session.spec import SessionSpec
 from trader_lib.strategy.contract import Strategy
 from trader_lib.trading.events import (
@@ -212,18 +208,9 @@ async def test_orders_of_others_on_the_embedded_exchange_survive_a_restart(
 
 
 @pytest.mark.parametrize(("worth", "price"), [("30", "3"), ("0", "0.0001"), (None, "0.0001")])
-async def test_shares_that_came_for_nothing_are_taken_over(worth: str | None, price: str) -> None:
+def test_shares_that_came_for_nothing_are_taken_over(worth: str | None, price: str) -> None:
     """A transfer, or a spin-off: the broker says that nothing was paid, and a fill needs a price."""
-    clock, heard = VirtualClock(datetime(2024, 3, 1, 21, tzinfo=UTC)), []
-    bus = InProcessBus(clock, SeededIds("free"), None, "a session")
-
-    async def hear(event: Event) -> None:
-        heard.append(event.payload)
-
-    bus.subscribe("test", [], hear)
-    session = Session(SimpleNamespace(assignments=()), bus, None, clock, SeededIds("session"))  # type: ignore[arg-type]
     value = None if worth is None else Decimal(worth)
-    await session._adopt(Position(symbol="IBM", qty=Decimal(10), avg_entry_price=Decimal(0), market_value=value))
-    await bus.idle()
-    assert [said.fill.price for said in heard] == [Decimal(price)]
-    await bus.close()
+    position = Position(symbol="IBM", qty=Decimal(10), avg_entry_price=Decimal(0), market_value=value)
+    fill = opening_fill(position, "", datetime(2024, 3, 1, 21, tzinfo=UTC))
+    assert (fill.qty, fill.price) == (Decimal(10), Decimal(price))
