@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from pathlib import Path
 
 import pandas as pd
@@ -58,7 +59,9 @@ def test_a_strategy_that_raises_fails_at_the_bar_at_which_it_would_without_a_blo
     bars = sample_bars(["IBM", "MSFT"], start="2008-12-01", end="2010-12-31")
     result = asyncio.run(run_session(spec, SETTINGS, bars=bars, strategy=Afraid(), journal_path=path, check=False))
     (health,) = [one for one in result.health if one.agent == "strategy"]
-    assert (health.failed, health.state) == (6, "down") and health.reason.startswith("ValueError: too high. It was")
+    line = inspect.getsourcelines(Afraid.targets)[1] + 2
+    raised = f'It was raised in {__file__}, line {line}: `raise ValueError("too high")`.'
+    assert (health.failed, health.state, health.reason) == (6, "down", f"ValueError: too high. {raised}")
     first = next(row for row in range(21, bars.n) if bars.close[: row + 1, 0].max() > 90.0)
     with open_journal(path) as journal:
         decided = [event.payload for event in journal.read(types=[TargetsDecided])]

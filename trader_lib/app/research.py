@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['SWEEP', 'VALUES_MAX', 'Research', 'read_grid', 'SweepOptions', 'sweep_parameters', 'model_of', 'check_research',
-           'run_research', 'resume_research', 'SearchOptions', 'search_parameters', 'sweep', 'walkforward', 'search']
+           'run_research', 'resume_research', 'SearchOptions', 'search_parameters', 'ensure_no_trust',
+           'ensure_nothing_else', 'sweep', 'walkforward', 'search']
 
 # %% ../../nbs/app/18_research.ipynb #8986da3a
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -233,6 +235,18 @@ def search_parameters(options: SearchOptions | None) -> dict[str, object]:
         given["by"] = [word.strip() for word in chosen.by.split(",")]
     return {"space": read_grid(chosen.space, "--space"), **given}
 
+# %% ../../nbs/app/18_research.ipynb #e5a07c19
+def ensure_no_trust(kind: str, trust: object) -> None:
+    """Refuse `--trust` for a run that begins."""
+    if trust:
+        raise Misused(f"--trust is for a {kind} that is resumed. What you name yourself runs without it.")
+
+
+def ensure_nothing_else(kind: str, axes: str, given: Mapping[str, object], asked_anew: bool) -> None:
+    """Refuse parameters beside `--resume`: a run that goes on keeps its own; seed and profile come from the settings too."""
+    if set(given) - {"seed", "profile"} or asked_anew:
+        raise Misused(f"A resumed {kind} keeps its {axes} and its parameters. Leave them out, or start a new run.")
+
 # %% ../../nbs/app/18_research.ipynb #9264e4da
 def sweep(
     *,
@@ -257,12 +271,9 @@ def sweep(
     """
     given = given_parameters(what, costs, limits, how)
     if resume is None:
-        if trust:
-            raise Misused("--trust is for a sweep that is resumed. What you name yourself runs without it.")
+        ensure_no_trust("sweep", trust)
         return run_research("sweep", {**given, **sweep_parameters(options)}, how)
-    kept = {name for name in ("seed", "profile") if name in given}
-    if set(given) - kept or options not in (None, SweepOptions()):
-        raise Misused("A resumed sweep keeps its grid and its parameters. Leave them out, or start a new run.")
+    ensure_nothing_else("sweep", "grid", given, options not in (None, SweepOptions()))
     return resume_research("sweep", resume, how, trust)
 
 
@@ -311,10 +322,7 @@ def search(
     """
     given = given_parameters(what, costs, limits, how)
     if resume is None:
-        if trust:
-            raise Misused("--trust is for a search that is resumed. What you name yourself runs without it.")
+        ensure_no_trust("search", trust)
         return run_research("search", {**given, **search_parameters(options)}, how)
-    kept = {name for name in ("seed", "profile") if name in given}
-    if set(given) - kept or options not in (None, SearchOptions()):
-        raise Misused("A resumed search keeps its space and its parameters. Leave them out, or start a new run.")
+    ensure_nothing_else("search", "space", given, options not in (None, SearchOptions()))
     return resume_research("search", resume, how, trust)

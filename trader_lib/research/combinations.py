@@ -7,6 +7,7 @@ __all__ = ['Grid', 'Samples', 'COMBINATIONS_MAX', 'Combinations', 'combinations'
 
 # %% ../../nbs/research/12_combinations.ipynb #804217d3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -14,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..errors.taxonomy import Misused, did_you_mean
+from ..errors.taxonomy import Misused, TraderError, did_you_mean
 from ..strategy.contract import Strategy
 from ..strategy.registry import build_strategy
 
@@ -43,6 +44,24 @@ class Combinations:
     def build(self, row: int) -> Strategy:
         """The strategy of one combination; raises Misused where it refuses its parameters."""
         return build_strategy(self.strategy, self.parameters(row))
+
+    def first_built(self, *, backwards: bool = False) -> tuple[Strategy | None, str]:
+        """The first strategy that does not refuse its parameters, or the last; else None, and why it refuses the first of all."""
+        why = ""
+        for row in range(len(self))[:: -1 if backwards else 1]:
+            try:
+                return self.build(row), ""
+            except TraderError as error:
+                why = why or error.message
+        return None, why
+
+    def warmup_max(self) -> int:
+        """Bars that the slowest strategy that does not refuse its parameters wants to have seen."""
+        longest = 0
+        for row in range(len(self)):
+            with suppress(TraderError):
+                longest = max(longest, self.build(row).warmup)
+        return longest
 
     def index(self) -> "pd.Index[Any]":
         """The combinations as the index of a table."""

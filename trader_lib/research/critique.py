@@ -76,8 +76,8 @@ def few_trades(result: BacktestResult) -> Remark | None:
             remedy,
         )
     low, high = wilson(rate, count)
-    told = f"Only {count} trades were closed in {years:.1f} years: of {rate:.0%} that won, anything from {low:.0%} to {high:.0%} could be luck."
-    return Remark("few_trades", told, remedy)
+    finding = f"Only {count} trades were closed in {years:.1f} years: of {rate:.0%} that won, anything from {low:.0%} to {high:.0%} could be luck."
+    return Remark("few_trades", finding, remedy)
 
 
 def one_trade(result: BacktestResult) -> Remark | None:
@@ -90,11 +90,11 @@ def one_trade(result: BacktestResult) -> Remark | None:
     if best["profit"] < SHARE_MAX * total:
         return None
     opened, ended = (pd.Timestamp(best[name]).tz_convert(NEW_YORK) for name in ("opened", "closed"))
-    told = (
+    finding = (
         f"One of {len(closed)} trades, {best['symbol']} from {opened:%Y-%m-%d} to {ended:%Y-%m-%d}, earned "
         f"{best['profit']:,.2f} of {total:,.2f} USD; without it {total - best['profit']:,.2f} USD are left."
     )
-    return Remark("one_trade", told, "Leave that trade's days out and look again: what remains is the strategy.")
+    return Remark("one_trade", finding, "Leave that trade's days out and look again: what remains is the strategy.")
 
 # %% ../../nbs/research/27_critique.ipynb #5de1b520
 def one_month(result: BacktestResult) -> Remark | None:
@@ -106,12 +106,12 @@ def one_month(result: BacktestResult) -> Remark | None:
     total = float(ends.iloc[-1]) - result.starting_cash
     if len(gains) < 6 or total <= 0.0 or float(gains.max()) < SHARE_MAX * total:
         return None
-    told = (
+    finding = (
         f"{gains.idxmax()} alone earned {gains.max():,.2f} of {total:,.2f} USD in {len(gains)} months; the other "
         f"{len(gains) - 1} together {total - gains.max():,.2f} USD."
     )
     return Remark(
-        "one_month", told, "Find out what that month was, and whether anybody could know that it comes again."
+        "one_month", finding, "Find out what that month was, and whether anybody could know that it comes again."
     )
 
 
@@ -127,10 +127,10 @@ def one_symbol(result: BacktestResult) -> Remark | None:
     total = float(earned.sum())
     if len(result.bars.symbols) < 3 or total <= 0.0 or float(earned.max()) < SYMBOL_SHARE_MAX * total:
         return None
-    told = f"{earned.idxmax()} alone earned {earned.max():,.2f} of {total:,.2f} USD; the other {len(earned) - 1} symbols {total - earned.max():,.2f} USD."
+    finding = f"{earned.idxmax()} alone earned {earned.max():,.2f} of {total:,.2f} USD; the other {len(earned) - 1} symbols {total - earned.max():,.2f} USD."
     return Remark(
         "one_symbol",
-        told,
+        finding,
         "Leave it out and look again: a strategy that works on one of many symbols was chosen with hindsight.",
     )
 
@@ -143,15 +143,15 @@ def long_flat(result: BacktestResult) -> Remark | None:
     idle = np.asarray((result.simulation.positions[result.start :] == 0.0).all(axis=1))
     longest = _longest(idle)
     if idle.any() and longest > IDLE_MAX * len(idle) and not idle.all():
-        told = f"The account held nothing for {longest:,} of {len(idle):,} bars in a row."
+        finding = f"The account held nothing for {longest:,} of {len(idle):,} bars in a row."
         return Remark(
-            "long_flat", told, "Its ratios describe the bars in between: test those, or more symbols at once."
+            "long_flat", finding, "Its ratios describe the bars in between: test those, or more symbols at once."
         )
     if days > 250.0 and below > FLAT_MAX * days:
-        told = f"For {below:,.0f} of {days:,.0f} days equity stayed below a peak that it had reached before."
+        finding = f"For {below:,.0f} of {days:,.0f} days equity stayed below a peak that it had reached before."
         return Remark(
             "long_flat",
-            told,
+            finding,
             "Ask whether you would have held on for so long, and look at the parts of the run one by one.",
         )
     return None
@@ -177,11 +177,11 @@ def beyond_volume(result: BacktestResult) -> Remark | None:
         return None
     row = fills[most]
     part = f"{share[most]:.0%} of" if math.isfinite(share[most]) else "in spite of"
-    told = (
+    finding = (
         f"{large:,} of {len(fills):,} fills take more than {VOLUME_MAX:.0%} of their bar's volume; the largest, "
         f"{row['qty']:,.0f} {result.bars.symbols[row['symbol']]} on {result.bars.day(int(row['bar']))}, {part} {there[most]:,.0f} shares."
     )
-    return Remark("beyond_volume", told, f"Set costs volume_share={VOLUME_MAX:g}, or start with less cash.")
+    return Remark("beyond_volume", finding, f"Set costs volume_share={VOLUME_MAX:g}, or start with less cash.")
 
 
 def distorting_refusals(result: BacktestResult) -> Remark | None:
@@ -191,8 +191,8 @@ def distorting_refusals(result: BacktestResult) -> Remark | None:
         return None
     check, times = max(result.refused_by.items(), key=lambda item: item[1])
     why = check.lower().replace("_", " ")
-    told = f"Risk refused {refused:,} of {refused + sent:,} orders, {times:,} of them for their {why}: what was run is not what the strategy wanted."
-    return Remark("distorting_refusals", told, "Widen that limit, or have the strategy ask for less, and run again.")
+    finding = f"Risk refused {refused:,} of {refused + sent:,} orders, {times:,} of them for their {why}: what was run is not what the strategy wanted."
+    return Remark("distorting_refusals", finding, "Widen that limit, or have the strategy ask for less, and run again.")
 
 
 def one_basis_point(result: BacktestResult) -> Remark | None:
@@ -203,8 +203,8 @@ def one_basis_point(result: BacktestResult) -> Remark | None:
     left = float(rerun(result, costs=dearer(result.costs, 1.0)).simulation.equity[-1]) / result.starting_cash - 1.0
     if own - left < BPS_LOSS_MAX * own:
         return None
-    told = f"One more basis point of slippage turns a total return of {own:.2%} into {left:.2%}."
-    return Remark("one_basis_point", told, "Trade less often, or show by fills of your own that you pay so little.")
+    finding = f"One more basis point of slippage turns a total return of {own:.2%} into {left:.2%}."
+    return Remark("one_basis_point", finding, "Trade less often, or show by fills of your own that you pay so little.")
 
 
 def holed_bars(result: BacktestResult) -> Remark | None:
@@ -219,10 +219,10 @@ def holed_bars(result: BacktestResult) -> Remark | None:
         missing = len(stamps) - len(np.unique(calendar.session_numbers(bars.times_ns[result.start :])))
     if missing <= 0:
         return None
-    told = f"{missing:,} of the {len(stamps):,} bars that the calendar has from {first} to {last} are missing, for every symbol."
+    finding = f"{missing:,} of the {len(stamps):,} bars that the calendar has from {first} to {last} are missing, for every symbol."
     return Remark(
         "holed_bars",
-        told,
+        finding,
         "Fetch them again, or see with `trader data check` what is missing: a stop in a hole fills after it.",
     )
 
@@ -256,10 +256,10 @@ def at_the_edge(result: "SweepResult", by: str = "sharpe_ratio") -> Remark | Non
     ends = {name: values for name, values in axes.items() if len(values) > 2 and best[name] in (values[0], values[-1])}
     if not ends:
         return None
-    told = " and ".join(f"{name}={best[name]}, of {values[0]} to {values[-1]}" for name, values in ends.items())
+    finding = " and ".join(f"{name}={best[name]}, of {values[0]} to {values[-1]}" for name, values in ends.items())
     return Remark(
         "edge",
-        f"The best combination lies at the edge of the grid: {told}.",
+        f"The best combination lies at the edge of the grid: {finding}.",
         "Widen the grid there, or say why it ends.",
     )
 
@@ -270,8 +270,8 @@ def alone(result: "SweepResult", by: str = "sharpe_ratio") -> Remark | None:
     row = found.loc[result.ranked(by).index[0]]
     if not bool(row["alone"]):
         return None
-    told = f"The best combination has a {by} of {row[by]:.2f}, and the middle one of its {int(row['neighbours'])} neighbours {row['around']:.2f}: it stands alone."
-    return Remark("alone", told, "Take the middle of a plateau instead: `plateaus()` lists them.")
+    finding = f"The best combination has a {by} of {row[by]:.2f}, and the middle one of its {int(row['neighbours'])} neighbours {row['around']:.2f}: it stands alone."
+    return Remark("alone", finding, "Take the middle of a plateau instead: `plateaus()` lists them.")
 
 
 def critique_sweep(result: "SweepResult", by: str = "sharpe_ratio") -> Iterator[Remark]:

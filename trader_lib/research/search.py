@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRIALS_BEFORE_PRUNING', 'FOLDS_KEY', 'REASON_KEY', 'MARK_KEY', 'STUDY_FILE', 'PROBES_MAX', 'windows_of', 'Tried',
            'Judge', 'means_of', 'below_median', 'storage_url', 'opening', 'ensure_reachable', 'ensure_study',
-           'open_study', 'done_trials', 'lagging', 'one_trial', 'probes', 'first_built', 'SearchResult', 'search']
+           'open_study', 'done_trials', 'lagging', 'one_trial', 'probes', 'SearchResult', 'search']
 
 # %% ../../nbs/research/22_search.ipynb #9c0f61fa
 import json
@@ -235,17 +235,6 @@ def probes(strategy: Strategy | type[Strategy] | str, over: Grid) -> Combination
     return replace(known, rows=tuple(chain(islice(first, PROBES_MAX), islice(corners, PROBES_MAX))))
 
 
-def first_built(some: Combinations) -> tuple[Strategy | None, str]:
-    """The first combination that the strategy does not refuse, and else why it refuses the first of all."""
-    why = ""
-    for row in range(len(some)):
-        try:
-            return some.build(row), ""
-        except TraderError as error:
-            why = why or error.message
-    return None, why
-
-
 def _space(strategy: Strategy | type[Strategy] | str, over: Grid) -> dict[str, list[object]]:
     """The axes as lists, checked one by one: nobody goes through all their combinations."""
     if not isinstance(over, Mapping) or not over:
@@ -395,7 +384,7 @@ def search(
 
 def _look_ahead(some: Combinations, bars: Bars, terms: Terms) -> str:
     """Where the first combination that is not refused uses later bars, as a sentence; warns of it."""
-    example, _ = first_built(some)
+    example, _ = some.first_built()
     found = "" if example is None else checked_weights(example, cut_for(bars, terms, len(bars))[0])[1]
     if found:
         warnings.warn(LookAheadWarning(f"{found} {WORTHLESS}"), stacklevel=3)

@@ -66,7 +66,9 @@ def search_sections(result: SearchResult) -> list[tuple[str, list[object]]]:
     """What a report of a search shows: headings, and what stands under them; raises BadData where no trial came to its end."""
     best, figures, ranked = result.best(), result.figures(), ranked_trials(result)
     luck = luck_of(result, figures)
-    told = "It was not computed: the first objective is not the Sharpe ratio." if luck is None else luck.sentence()
+    luck_sentence = (
+        "It was not computed: the first objective is not the Sharpe ratio." if luck is None else luck.sentence()
+    )
     given_up = int((result.frame["reason"] != "").sum())
     count = f"{len(result.frame):,} trials, {given_up:,} of them given up before their last fold."
     head = {name: int(figures[name]) if name in COUNTS else figures[name] for name in HEAD}
@@ -80,7 +82,7 @@ def search_sections(result: SearchResult) -> list[tuple[str, list[object]]]:
             ],
         ),
         ("Its folds", [folds_table(result)]),
-        ("Is it luck?", [lead("", told)]),
+        ("Is it luck?", [lead("", luck_sentence)]),
         ("Trials that nothing beats", [_front(result)]),
         ("All trials", [lead("", count), parallel(ranked.set_index(list(result.names)), result.by[0], result.by[1:])]),
         ("The best ones", [trials_table(result, ranked.head(SHOWN_TRIALS))]),

@@ -115,14 +115,6 @@ def estimate(
     return found
 
 # %% ../../nbs/research/18_sweep.ipynb #5d42a464
-def _first_built(grid: Combinations, rows: Sequence[int]) -> Strategy | None:
-    """The first strategy among these rows that does not refuse its parameters."""
-    for row in rows:
-        with suppress(TraderError):
-            return grid.build(row)
-    return None
-
-
 def targets_bytes(strategy: Strategy, bars: Bars) -> int:
     """The most memory that the strategy's targets over these bars take at once, bytes."""
     tracing = tracemalloc.is_tracing()
@@ -627,13 +619,13 @@ def sweep(
     )
     grid = combinations(strategy, over, combinations_max=combinations_max)
     cut, first = cut_for(bars, terms, _longest_history(grid) if start is not None else 0)
-    example = _first_built(grid, range(len(grid)))
+    example, _ = grid.first_built()
     look_ahead = checked_weights(example, cut)[1] if check and example is not None else ""
     if look_ahead:
         warnings.warn(LookAheadWarning(f"{look_ahead} {WORTHLESS}"), stacklevel=2)
     fused = compiled and example is not None and example.compiled_weights is not None
     if fused and example is not None:
-        for one in (example, _first_built(grid, range(len(grid) - 1, -1, -1)) or example):
+        for one in (example, grid.first_built(backwards=True)[0] or example):
             check_compiled(one, cut)
     on_card = runs_on_card(device, example, fused, len(grid) * cut.close.size, len(cut.symbols))
     needed = 0 if example is None else series_bytes(example, cut, len(grid)) if fused else targets_bytes(example, cut)

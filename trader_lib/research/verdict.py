@@ -378,8 +378,10 @@ def of_ground(case: Case) -> Light:
             "Sweep a grid around it.",
         )
     colour: Colour = "red" if bool(row["alone"]) else "yellow" if bool(row["edge"]) else "green"
-    told = "stands alone" if row["alone"] else "lies at the edge of the grid" if row["edge"] else "stands on a plateau"
-    reason = f"It {told}: its {words(case.by).lower()} is {own:.2f}, that of the middle one of {count} neighbours {around:.2f}."
+    stands = (
+        "stands alone" if row["alone"] else "lies at the edge of the grid" if row["edge"] else "stands on a plateau"
+    )
+    reason = f"It {stands}: its {words(case.by).lower()} is {own:.2f}, that of the middle one of {count} neighbours {around:.2f}."
     return Light(
         "Neighbours",
         colour,

@@ -21,7 +21,7 @@ from ..market.bars import Bars
 from ..research.combinations import Combinations
 from ..research.measures import COUNTS, MEASURES
 from ..research.report import Piece
-from ..research.search import SearchResult, ensure_reachable, ensure_study, first_built, probes, search
+from ..research.search import SearchResult, ensure_reachable, ensure_study, probes, search
 from ..research.search_report import luck_of
 from . import cells
 from .parameters import RunParameters
@@ -78,7 +78,7 @@ class SearchParameters(RunParameters):
 
     def build_strategy(self) -> Strategy:
         """The first combination that the strategy does not refuse; raises BadData where it refuses all that are tried."""
-        found, why = first_built(self.probes)
+        found, why = self.probes.first_built()
         if found is None:
             raise BadData(f"The strategy refuses every combination that was tried, the first because: {why}")
         return found
@@ -86,13 +86,8 @@ class SearchParameters(RunParameters):
     @property
     def warmup(self) -> int:
         """Bars that the slowest of these combinations wants to have seen."""
-        longest = self.build_strategy().warmup
-        for row in range(len(self.probes)):
-            try:
-                longest = max(longest, self.probes.build(row).warmup)
-            except TraderError:
-                continue
-        return longest
+        self.build_strategy()
+        return self.probes.warmup_max()
 
     def document(self, built: "Strategy | Mapping[str, Strategy]") -> dict[str, Any]:
         """The specification as JSON-able values: what is searched has no one value to name."""

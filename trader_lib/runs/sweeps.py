@@ -55,24 +55,16 @@ class SweepParameters(RunParameters):
 
     def build_strategy(self) -> Strategy:
         """The first combination that the strategy does not refuse; raises BadData where it refuses all."""
-        why = ""
-        for row in range(len(self.combinations)):
-            try:
-                return self.combinations.build(row)
-            except TraderError as error:
-                why = why or error.message
-        raise BadData(f"The strategy refuses all {len(self.combinations):,} combinations, the first because: {why}")
+        found, why = self.combinations.first_built()
+        if found is None:
+            raise BadData(f"The strategy refuses all {len(self.combinations):,} combinations, the first because: {why}")
+        return found
 
     @property
     def warmup(self) -> int:
         """Bars that the slowest combination wants to have seen."""
-        longest = self.build_strategy().warmup
-        for row in range(len(self.combinations)):
-            try:
-                longest = max(longest, self.combinations.build(row).warmup)
-            except TraderError:
-                continue
-        return longest
+        self.build_strategy()
+        return self.combinations.warmup_max()
 
     def document(self, built: "Strategy | Mapping[str, Strategy]") -> dict[str, Any]:
         """The specification as JSON-able values: what varies has no one value to name."""
@@ -200,13 +192,13 @@ def sweep_statistics(result: SweepResult, by: str) -> dict[str, float | int | st
 
 def luck_sentences(result: SweepResult) -> list[str]:
     """What the statistics say of the best combination: deflated Sharpe, and overfitting where the runs are few enough."""
-    told, rows_max = [deflate(result).sentence()], 2_000 if result.estimate.compiled else 200
+    sentences, rows_max = [deflate(result).sentence()], 2_000 if result.estimate.compiled else 200
     try:
         returns = result.daily_returns(rows_max).to_numpy()
-        told.append(probability_of_overfitting(returns, blocks=10).sentence())
+        sentences.append(probability_of_overfitting(returns, blocks=10).sentence())
     except (BadData, Misused) as error:
-        told.append(f"The probability of overfitting was not computed: {error.message}")
-    return told
+        sentences.append(f"The probability of overfitting was not computed: {error.message}")
+    return sentences
 
 
 def publish_sweep(asked: SweepParameters, result: SweepResult) -> None:
