@@ -13,6 +13,7 @@ from trader_lib import sample_bars
 from trader_lib.app.cli import main
 from trader_lib.exchange.engine import Exchange, Step
 from trader_lib.exchange.server import ExchangeServer
+from trader_lib.market import history
 from trader_lib.market.store import BarStore
 
 Trader = Callable[..., tuple[int, str, str]]
@@ -280,6 +281,15 @@ def test_fetch_fills_the_store_and_goes_on_where_it_ended(
     assert row["bars"] == before["bars"] + 1 and row["first"] == "2012-01-03" and row["source"] == "alpaca"
     assert trader("data", "fetch", "AAPL", "--replace", "--json")[0] == 0
     assert trader("backtest", "--source", "store", "--symbols", "AAPL", "-p", "fast=2", "-p", "slow=3")[0] == 0
+
+
+@pytest.mark.usefixtures("with_keys")
+def test_fetch_says_where_a_server_has_no_list_of_splits(trader: Trader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history, "alpaca_actions", lambda *asked: None)
+    code, _, err = trader("data", "fetch", "AAPL", "--start", "2012-01-03")
+    assert code == 0 and "no list of splits and dividends; stored without: AAPL." in err
+    code, out, _ = trader("data", "fetch", "IBM", "--start", "2012-01-03", "--json")
+    assert code == 0 and json.loads(out)["symbols"][0]["splits"] is None
 
 
 @pytest.mark.usefixtures("with_keys")
