@@ -8,7 +8,7 @@ import pytest
 from trader_lib.errors.taxonomy import BadData, Misconfigured, Misused
 from trader_lib.market.sample import sample_bars
 from trader_lib.research.backtest import LookAheadWarning, backtest
-from trader_lib.research.search import done_trials, ensure_study, first_built, probes, search, windows_of
+from trader_lib.research.search import done_trials, ensure_study, probes, search, windows_of
 from trader_lib.research.trials import TrialLedger
 from trader_lib.strategy.contract import Strategy
 from trader_lib.strategy.sma_cross import SmaCross
@@ -124,8 +124,8 @@ def test_a_search_counts_each_combination_once_and_marks_one_that_looks_ahead(tm
 def test_the_corners_of_a_space_are_among_its_probes() -> None:
     some = probes(SmaCross, {"fast": range(2, 100), "slow": range(20, 400)})
     assert len(some) == 1_004 and some.rows[-1] == (99, 399)
-    assert first_built(some)[0] == SmaCross(fast=2, slow=20)
-    assert first_built(probes(SmaCross, {"fast": [50], "slow": [20]}))[0] is None
+    assert some.first_built()[0] == SmaCross(fast=2, slow=20)
+    assert probes(SmaCross, {"fast": [50], "slow": [20]}).first_built()[0] is None
 
 
 def test_a_study_that_is_not_there_is_not_made(tmp_path: Path) -> None:
