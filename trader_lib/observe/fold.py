@@ -351,9 +351,8 @@ class ViewFold:
 
     TYPES = (
         *(SessionStarted, SessionEnded, BarsClosed, PortfolioChanged, AccountReported, FillRecorded, Reconciled),
-        PositionsReported,
         *(RiskDecided, OrderIntended, OrderAcknowledged, OrderAdopted, OrderFailed, TradeUpdated),
-        *(TradingStateChanged, OperatorCommand, AgentFailed),
+        *(TradingStateChanged, OperatorCommand, AgentFailed, PositionsReported),
     )
 
     def __init__(self) -> None:
