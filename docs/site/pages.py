@@ -76,6 +76,7 @@ KINDS = {
         [
             "docs/commands",
             "docs/data",
+            "docs/timeframes",
             "docs/sweeps",
             "docs/verdict",
             "docs/checks",

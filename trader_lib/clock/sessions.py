@@ -251,6 +251,14 @@ class TradingCalendar:
         """
         return self._complete(index_ns, timeframe, self._checked(index_ns, timeframe))
 
+    def first_opens(self, midnights_ns: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the open of the first session dated at or after each midnight in New York, ns UTC [time]."""
+        return self._opens[np.minimum(np.searchsorted(self._stamps, midnights_ns), len(self._opens) - 1)]
+
+    def last_closes(self, midnights_ns: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the close of the last session dated before each midnight in New York, ns UTC [time]."""
+        return self._closes[np.maximum(np.searchsorted(self._stamps, midnights_ns) - 1, 0)]
+
     def last_of_session(self, index_ns: NDArray[np.int64], timeframe: str) -> NDArray[np.bool_]:
         """Say for each bar stamped index_ns [time] whether its session has no later bar.
 
