@@ -77,6 +77,7 @@ KINDS = {
             "docs/commands",
             "docs/data",
             "docs/timeframes",
+            "docs/indicators",
             "docs/sweeps",
             "docs/verdict",
             "docs/checks",
