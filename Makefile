@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 DOCS_INSTALLED := $(VENV)/.installed-docs
 export PYTHONWARNINGS ?= ignore::DeprecationWarning:alpaca,ignore::DeprecationWarning:websockets
 
-.PHONY: help install demo test verify lint types coverage fmt notebook export docs docs-serve bench simulate parity constraints clean
+.PHONY: help install demo test verify mutation lint types coverage fmt notebook export docs docs-serve bench simulate parity constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,8 +35,15 @@ ALONE := echo "What failed runs once more, alone." && $(BIN)/python -m pytest -q
 
 test: install lint types coverage ## what must hold before a change lands: lint, types, notebooks and tests, coverage
 
-verify: $(DOCS_INSTALLED) ## what takes longer: kill loops, simulated seeds, planted bugs, attacks on servers, the package installed, the site
+verify: $(DOCS_INSTALLED) ## what takes longer: kill loops, simulated seeds, planted bugs, changed rules, attacks on servers, the package, the site
 	$(PYTEST) -m 'slow or packaging' tests || { $(ALONE) -m 'slow or packaging' tests; }
+	$(BIN)/python -m tests.mutation --sample $(MUTANTS) --seed "$$(git rev-parse HEAD 2>/dev/null)"
+
+# So many small changes to rules as some three minutes on two cores allow; each commit draws its own, and says which.
+MUTANTS ?= 200
+
+mutation: install ## change every rule a little, a change at a time, and report what no test notices (MODULE=rules.account)
+	$(BIN)/python -m tests.mutation $(if $(MODULE),--module $(MODULE))
 
 lint: install ## ruff over notebooks, tests and tools
 	$(BIN)/ruff check .

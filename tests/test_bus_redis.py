@@ -11,10 +11,11 @@ import pytest
 from tests.servers import RedisServer
 from trader_lib.bus.bus import InProcessBus, Overloaded
 from trader_lib.bus.inbox import Handler
-from trader_lib.bus.redis import HubClock, RedisHub, RedisMember
+from trader_lib.bus.member import HubClock, RedisMember
+from trader_lib.bus.redis import HubTerms, RedisHub
 from trader_lib.clock.clock import VirtualClock
 from trader_lib.clock.ids import SeededIds
-from trader_lib.errors.taxonomy import Halted, Misconfigured, Misused
+from trader_lib.errors.taxonomy import Halted, Misconfigured, Misused, Retryable
 from trader_lib.journal.journal import SqliteJournal
 from trader_lib.trading.events import ClockTicked, Event, OperatorCommand, Payload
 
@@ -63,7 +64,7 @@ async def make(request: pytest.FixtureRequest) -> AsyncIterator[Maker]:
             made.append(Stage(InProcessBus(clock, ids, journal, "s-1", **options), None))
         else:
             server: RedisServer = request.getfixturevalue("redis_server")
-            hub = RedisHub(clock, ids, journal, "s-1", server.url, elsewhere, absent_s=20, **options)
+            hub = RedisHub(clock, ids, journal, "s-1", server.url, elsewhere, terms=HubTerms(absent_s=20), **options)
             await hub.open()
             made.append(Stage(hub, server))
         return made[-1]
@@ -178,7 +179,8 @@ async def test_a_handler_may_not_wait_for_itself_and_its_failure_stays_its_own(m
 @pytest.fixture
 async def hub(redis_server: RedisServer, tmp_path: Path) -> AsyncIterator[RedisHub]:
     with SqliteJournal(tmp_path / "journal.sqlite") as journal:
-        hub = RedisHub(VirtualClock(MOMENT), SeededIds("bus"), journal, "s-1", redis_server.url, ["risk"], absent_s=20)
+        clock, ids, terms = VirtualClock(MOMENT), SeededIds("bus"), HubTerms(absent_s=20)
+        hub = RedisHub(clock, ids, journal, "s-1", redis_server.url, ["risk"], terms=terms)
         await hub.open()
         hub.admit_agents()
         yield hub
@@ -263,7 +265,7 @@ async def test_a_process_that_dies_is_followed_by_one_that_goes_on(hub: RedisHub
     assert first == [1, 3]
     assert second == [1, 3, 4]
     assert hub.last_seq == 6, "what the first had said was not said again"
-    assert member._line.claimed >= 1, "what it had taken and not acknowledged was claimed"
+    assert member.mailbox.claimed >= 1, "what it had taken and not acknowledged was claimed"
     await member.close()
 
 
@@ -289,7 +291,7 @@ async def test_a_successor_is_not_put_off_by_what_its_predecessor_is_told(
     new = await risk(redis_server, [])
     await old.disconnect()  # so that the successor reads whatever is sent to either
     for number in range(5):
-        await old._line.send(old._hub, old._message("ask", ask=1000 + number))
+        await old.send(old.message("ask", ask=1000 + number))
         assert (await new.publish(HALT, source="risk", correlation_id="c")).seq == number + 1
     assert not new.over.done()
     await old.close()
@@ -307,7 +309,8 @@ async def test_the_end_of_the_session_and_a_new_process_of_it_are_noticed(
 
 
 async def test_an_agent_that_does_not_come_is_named(redis_server: RedisServer) -> None:
-    hub = RedisHub(VirtualClock(MOMENT), SeededIds("bus"), None, "s-2", redis_server.url, ["risk"], absent_s=0.2)
+    clock, ids, terms = VirtualClock(MOMENT), SeededIds("bus"), HubTerms(absent_s=0.2)
+    hub = RedisHub(clock, ids, None, "s-2", redis_server.url, ["risk"], terms=terms)
     await hub.open()
     hub.subscribe("risk", (), nobody)
     with pytest.raises(Misconfigured, match="for: risk"):
@@ -315,12 +318,35 @@ async def test_an_agent_that_does_not_come_is_named(redis_server: RedisServer) -
     await hub.close()
 
 
+async def test_a_redis_that_stays_away_ends_the_wait_for_rest(redis_server: RedisServer) -> None:
+    clock, ids, terms = VirtualClock(MOMENT), SeededIds("bus"), HubTerms(absent_s=0.5)
+    hub = RedisHub(clock, ids, None, "s-3", redis_server.url, ["risk"], terms=terms)
+    await hub.open()
+    hub.admit_agents()
+    hub.subscribe("risk", (), nobody)
+    member = RedisMember(redis_server.url, "s-3", "risk", absent_s=0.5)
+    await member.join()
+    await member.catch_up(None, ())  # without a subscriber: it never reports what it is sent
+    await hub.attendance.complete.wait()
+    redis_server.kill()
+    try:
+        await tick(hub)
+        with pytest.raises(Retryable, match="Redis has not answered"):
+            await asyncio.wait_for(hub.idle(), 10)
+        assert hub.depths() == {"risk": 1}, "the event waits for the next process of the session"
+        assert "the line to it broke" in await asyncio.wait_for(member.over, 10)
+    finally:
+        await member.close()
+        await hub.close()
+        redis_server.start()
+
+
 async def test_time_is_the_hubs(hub: RedisHub, redis_server: RedisServer) -> None:
     hub.subscribe("risk", (ClockTicked,), nobody)
     member = await risk(redis_server, [])
     clock = HubClock(member)
     sleeper = asyncio.create_task(clock.sleep(60))
-    virtual = hub._clock
+    virtual = hub.clock
     assert isinstance(virtual, VirtualClock)
     for _ in range(200):
         if virtual.next_wake is not None:

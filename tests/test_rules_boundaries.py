@@ -5,6 +5,14 @@ import math
 import numpy as np
 import pytest
 
+from trader_lib.rules.account import (
+    buying_power,
+    is_ruined,
+    maintenance_margin,
+    order_cost,
+    reserved_cost,
+)
+from trader_lib.rules.actions import split_position
 from trader_lib.rules.checks import (
     ACTIVE,
     CHECK_COUNT,
@@ -18,6 +26,7 @@ from trader_lib.rules.checks import (
     check_order,
     in_window,
     is_reducing,
+    limits_at,
     lost_since,
     pending_exposure,
     pending_margin,
@@ -26,11 +35,14 @@ from trader_lib.rules.checks import (
     state_after_close,
 )
 from trader_lib.rules.folding import cash_flow, equity, exposure, fold_fill
+from trader_lib.rules.margin import held_after, liquidation
 from trader_lib.rules.matching import (
     LIMIT,
     MARKET,
     STOP,
     STOP_LIMIT,
+    CostRates,
+    affordable_qty,
     commission,
     fill_price,
     fill_qty,
@@ -314,3 +326,122 @@ def test_worth_of_an_account_counts_what_is_held_alone() -> None:
     assert equity(100.0, halves, prices) == 90.0
     assert equity(100.0, nothing, np.array([math.nan, 30.0])) == 100.0
     assert math.copysign(1.0, equity(-0.001, nothing, prices)) == 1.0, "no minus before nothing"
+
+
+# ---- what a small change to a rule would otherwise go unnoticed by
+
+
+def is_plain_zero(value: float) -> bool:
+    """Whether a value is 0 without a minus, which would print as -0.00 and hash differently."""
+    return value == 0.0 and math.copysign(1.0, value) == 1.0
+
+
+def test_a_number_whose_digits_a_float_holds_just_so_is_left_as_it_is() -> None:
+    value = 900_719_925.4740993  # times ten million it is 2**53; one step further down lies another that is too
+    assert value * 1e7 == 2.0**53
+    assert (round_to(value, 7), round_down(value, 7)) == (value, value)
+
+
+def test_credit_beyond_the_margin_buys_nothing() -> None:
+    assert buying_power(0.0, 3_000.0, 10_000.0, 0.0, 0.0, 2.0) == 0.0
+    assert buying_power(0.0, 3_000.0, 10_001.0, 0.0, 0.0, 4.0) == 0.0
+    assert buying_power(0.0, 3_000.0, 9_999.0, 0.0, 0.0, 4.0) == 1.2
+
+
+def test_a_day_trader_s_short_positions_take_buying_power_too() -> None:
+    assert buying_power(7_000.0, 10_000.0, 5_000.0, 2_000.0, 0.0, 4.0) == (10_000.0 - 0.3 * 7_000.0) * 4.0
+
+
+def test_an_order_that_only_closes_costs_nothing_even_without_a_price() -> None:
+    assert order_cost(SELL, 10.0, 10.0, NONE, NONE) == 0.0
+    assert pending_exposure(100.0, SELL, 10.0, 10.0, NONE) == 100.0
+    assert pending_margin(100.0, SELL, 10.0, 10.0, NONE) == 100.0
+
+
+def test_a_part_of_a_share_and_a_dollar_count() -> None:
+    assert order_cost(BUY, 0.5, 0.0, 50.0, NONE) == 25.0
+    assert reserved_cost(1.0, 2.0, 1.0) == 0.5
+
+
+def test_an_account_with_exactly_nothing_is_ruined() -> None:
+    assert is_ruined(0.0) and not is_ruined(0.01)
+
+
+def test_nothing_held_ties_up_a_positive_nothing() -> None:
+    assert is_plain_zero(maintenance_margin(0.0, 10.0))
+
+
+def test_a_split_that_pays_less_than_half_a_cent_pays_a_positive_nothing() -> None:
+    qty, _, cash = split_position(-1.0, 1.0, 0.5, 0.001)
+    assert qty == 0.0
+    assert is_plain_zero(cash)
+
+
+def test_shares_that_the_volume_has_exactly_fill_whole() -> None:
+    assert fill_qty(2.5, 25.0, 0.1, 0.0, False) == 2.5
+    assert fill_qty(2.5, just_under(24.0), 0.1, 0.0, False) == 2.0
+
+
+def costs(per_share: float = 0.0, bps: float = 0.0, minimum: float = 0.0) -> CostRates:
+    return CostRates(per_share, bps, minimum, 0.0, 0.0)
+
+
+def test_cash_that_pays_exactly_for_a_buy_fills_it() -> None:
+    assert 0.3 / 0.1 < 3.0, "a division would lose a share"
+    assert affordable_qty(3.0, 0.1, 0.3, costs(), False) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("rates", "price", "cash", "fractional", "expected"),
+    [
+        (costs(per_share=1.0), 100.0, 10_100.0, False, 100.0),
+        (costs(bps=100.0), 100.0, 10_100.0, False, 100.0),
+        (costs(bps=100.0), 100.0, 1_010_000.0, True, 10_000.0),  # and not one more for 10,001 in place of 10,000
+        (costs(minimum=35.0), 10.0, 105.0, False, 7.0),
+        (costs(per_share=0.005), 19.633, 98.19, False, 4.0),  # five would cost a cent more, rounded twice
+        (costs(per_share=0.005), 13.013, 65.09, True, 4.999),
+    ],
+)
+def test_a_cash_account_fills_what_it_can_pay_with_its_commission(
+    rates: CostRates, price: float, cash: float, fractional: bool, expected: float
+) -> None:
+    assert affordable_qty(1e6, price, cash, rates, fractional) == expected
+
+
+def test_each_limit_is_read_from_its_own_column() -> None:
+    table = np.stack([np.full(13, NONE), np.arange(13.0)])
+    assert limits_at(table, 1) == LimitValues(*range(13))
+
+
+def test_what_is_not_allowed_shows_a_one_over_a_bound_of_nothing() -> None:
+    passed, observed, bound = np.zeros(CHECK_COUNT, bool), np.full(CHECK_COUNT, NONE), np.full(CHECK_COUNT, NONE)
+    facts = FACTS._replace(restricted=True, capability=1, wash_trade=True, allow_short=False)
+    check_order(ORDER._replace(side_sign=SELL), facts, FREE, passed, observed, bound)
+    for check in (Check.RESTRICTED, Check.CAPABILITY, Check.WASH_TRADE, Check.SHORT_SALE):
+        assert (observed[check], bound[check], bool(passed[check])) == (1.0, 0.0, False), check
+    check_order(ORDER, FACTS, FREE, passed, observed, bound)
+    assert (observed[Check.SHORT_SALE], bound[Check.SHORT_SALE]) == (0.0, 1.0)
+
+
+def called(qty: float, price: float, cash: float) -> tuple[bool, float]:
+    """Whether there is a margin call on one position, and the signed shares that are traded then."""
+    shares, out = np.array([qty]), np.zeros(1)
+    return liquidation(shares, shares, np.array([price]), cash, out), float(out[0])
+
+
+def test_an_account_that_is_worth_exactly_its_margin_is_not_called() -> None:
+    assert called(10.0, 10.0, -70.0) == (False, 0.0)
+    assert called(10.0, 10.0, -70.01)[0]
+
+
+def test_a_margin_of_less_than_a_dollar_is_one() -> None:
+    assert called(1.0, 3.0, -2.5) == (True, -1.0)
+
+
+def test_an_account_that_is_worth_less_than_nothing_keeps_nothing() -> None:
+    assert called(100.0, 1.0, -105.0) == (True, -100.0)
+
+
+def test_half_of_a_single_share_is_closed_as_half() -> None:
+    assert held_after(1.0, 0.5, 1e6, 0.0, True) == 0.5
+    assert held_after(-1.0, 0.5, 1e6, 0.0, True) == -0.5

@@ -13,7 +13,9 @@ from typing import Any
 
 from tests.servers import POSTGRES, REDIS, PostgresServer, RedisServer
 from trader_lib.bus.bus import InProcessBus
-from trader_lib.bus.redis import RedisHub, RedisMember, connect
+from trader_lib.bus.mailbox import connect
+from trader_lib.bus.member import RedisMember
+from trader_lib.bus.redis import RedisHub
 from trader_lib.clock.clock import WallClock
 from trader_lib.clock.ids import UniqueIds
 from trader_lib.journal.chain import Journal

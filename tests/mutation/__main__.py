@@ -1,8 +1,10 @@
-"""Run the tests of the rules against every mutant: `python -m tests.mutation`; exit code 1 where one survives unlisted.
+"""Run the tests of the rules against their mutants: `python -m tests.mutation`.
 
-The rules run as Python here (NUMBA_DISABLE_JIT), and every test is collected once. Each mutant lives in a forked child
-that puts the changed code into the function object, whoever imported it. A mutant that no test notices has to stand
-in `survivors.toml` with the reason why it changes nothing; one that stands there and is noticed is out of date.
+The exit code is 1 where one survives unlisted. The rules run as Python (NUMBA_DISABLE_JIT), and the tests nearest to
+them are collected once. Each mutant lives in a forked child that puts its code into the function object, whoever
+imported it. A mutant that no test notices has to stand in `survivors.toml` with the reason why it changes nothing; one
+that stands there and is noticed is out of date. Rules that `survivors.toml` does not name as triaged are tried as well,
+and what survives of them is only reported.
 """
 
 from __future__ import annotations
@@ -10,14 +12,16 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import random
 import signal
 import sys
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 os.environ["NUMBA_DISABLE_JIT"] = "1"
+os.environ["CI"] = "1"  # the same examples for every mutant
 
 import pytest
 from _pytest.runner import runtestprotocol
@@ -26,31 +30,19 @@ from tests.mutation.operators import Mutant, mutants_of
 
 ROOT = Path(__file__).parents[2]
 SURVIVORS = Path(__file__).with_name("survivors.toml")
-RULES = (
-    "rules.numbers",
-    "rules.folding",
-    "rules.account",
-    "rules.wash",
-    "rules.matching",
-    "rules.sizing",
-    "rules.exits",
-    "rules.checks",
-)
+RULES = tuple(sorted(f"rules.{path.stem}" for path in (ROOT / "trader_lib" / "rules").glob("[a-z]*.py")))
+# What tests a rule has to stand beside it: an engine further away may notice a change too, but takes minutes for it.
 TESTS = (
     "nbs/rules",
-    "nbs/trading",
-    "nbs/exchange",
     "nbs/risk",
-    "nbs/strategy",
-    "nbs/research",
     "tests/test_rules_boundaries.py",
+    "tests/test_rules_actions.py",
     "tests/test_trading_folding.py",
     "tests/test_strategy_sizing.py",
     "tests/test_strategy_planner.py",
-    "tests/test_research_engine.py",
 )
 TEST_S_MAX = 3.0  # a test that takes longer is left to `make test`
-MUTANT_S_MAX = 60
+MUTANT_S_MAX = 30
 
 
 class MutantLoop:
@@ -89,7 +81,7 @@ class MutantLoop:
 
 
 def _nearest_first(mutant: Mutant, items: Sequence[pytest.Item]) -> list[pytest.Item]:
-    """The rule's own notebook before the others: most mutants fall there."""
+    """Return the rule's own notebook before the others: most mutants fall there."""
     own = mutant.module.removeprefix("trader_lib.").replace(".", "/")
     room, name = own.split("/")
     return sorted(items, key=lambda item: not (f"nbs/{room}/" in item.nodeid and item.name.endswith(f"_{name}")))
@@ -105,7 +97,7 @@ def _passes(items: Sequence[pytest.Item]) -> bool:
 
 
 def _in_a_child(mutant: Mutant | None, items: Sequence[pytest.Item]) -> int:
-    """Fork; the child ends with 0 where no test noticed the change, or where there is none. Returns its process id."""
+    """Fork and return the child's process id; it ends with 0 where no test notices the change, or there is none."""
     pid = os.fork()
     if pid:
         return pid
@@ -123,46 +115,80 @@ def _in_a_child(mutant: Mutant | None, items: Sequence[pytest.Item]) -> int:
         os._exit(code)
 
 
-def listed_survivors() -> dict[str, str]:
-    """The mutants that change nothing, and why."""
+def listed() -> tuple[dict[str, str], frozenset[str]]:
+    """Return the mutants that change nothing with the reason, and the modules whose survivors are all known."""
     with SURVIVORS.open("rb") as file:
-        return {row["mutant"]: row["reason"] for row in tomllib.load(file)["equivalent"]}
+        table = tomllib.load(file)
+    return {row["mutant"]: row["reason"] for row in table["equivalent"]}, frozenset(table["triaged"])
 
 
-def all_mutants(modules: Sequence[str]) -> Iterator[Mutant]:
-    """Every mutant of the rules' modules."""
+def all_mutants(modules: Iterable[str]) -> Iterator[Mutant]:
+    """Return every mutant of the rules' modules."""
     for name in modules:
         yield from mutants_of(f"trader_lib.{name}", ROOT / "trader_lib" / f"{name.replace('.', '/')}.py")
 
 
+def chosen(mutants: Sequence[Mutant], sample: int | None, seed: str) -> list[Mutant]:
+    """Return that many mutants, or all of them, in the order of the source; the same seed chooses the same ones."""
+    if sample is None or sample >= len(mutants):
+        return list(mutants)
+    picked = random.Random(seed).sample(range(len(mutants)), sample)
+    return [mutants[at] for at in sorted(picked)]
+
+
+def verdict(tried: Sequence[Mutant], survivors: Sequence[Mutant], known: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return sentences about what is wrong, and about what is not triaged yet.
+
+    tried, survivors: mutants. known: the keys of every mutant that there is in the modules that were asked for.
+    """
+    equivalent, triaged = listed()
+    left = {mutant.key for mutant in survivors}
+    found = [
+        (mutant, f"{mutant.module.replace('.', '/')}.py:{mutant.line}: survived  {mutant.key}")
+        for mutant in survivors
+        if mutant.key not in equivalent
+    ]
+    wrong = [text for mutant, text in found if mutant.module.removeprefix("trader_lib.") in triaged]
+    wrong += [
+        f"{SURVIVORS.name}: a test notices  {key}"
+        for key in equivalent
+        if key in {mutant.key for mutant in tried} and key not in left
+    ]
+    rooms, every = {key.rpartition(": ")[0].rpartition(".")[0] for key in known}, set(known)
+    wrong += [
+        f"{SURVIVORS.name}: there is no such mutant  {key}"
+        for key in equivalent
+        if key not in every and any(key.startswith(f"{room}.") for room in rooms)
+    ]
+    return wrong, [text for mutant, text in found if mutant.module.removeprefix("trader_lib.") not in triaged]
+
+
 def main() -> int:
-    """Try every mutant and report those that survive."""
+    """Try the mutants and report those that survive."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__.partition("\n")[0])
-    parser.add_argument("--module", choices=RULES, help="only this module's mutants")
+    parser.add_argument("--module", choices=RULES, action="append", help="only these modules' mutants")
+    parser.add_argument("--sample", type=int, help="only so many mutants, drawn by the seed [all]")
+    parser.add_argument("--seed", default="0", help="any text that draws the sample [0]")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="children at once [all cores]")
     asked = parser.parse_args()
-    mutants = list(all_mutants([asked.module] if asked.module else RULES))
+    every = list(all_mutants(asked.module or RULES))
+    mutants = chosen(every, asked.sample, asked.seed)
     loop = MutantLoop(mutants, asked.jobs)
     tests = [str(ROOT / path) for path in TESTS]
     code = pytest.main(["-q", "-p", "no:cacheprovider", "-m", "not slow", *tests], plugins=[loop])
     if code != pytest.ExitCode.OK or not loop.seconds:
         return int(code) or 1
-    listed, found = listed_survivors(), {mutant.key: mutant for mutant in loop.survivors}
-    unlisted = [mutant for key, mutant in found.items() if key not in listed]
-    every = {mutant.key for mutant in mutants}
-    stale = [key for key in listed if key in every and key not in found] if not asked.module else []
-    gone = [key for key in listed if key not in every] if not asked.module else []
-    for mutant in unlisted:
-        sys.stdout.write(f"{mutant.module.replace('.', '/')}.py:{mutant.line}: survived  {mutant.key}\n")
-    for key in stale:
-        sys.stdout.write(f"{SURVIVORS.name}: a test notices  {key}\n")
-    for key in gone:
-        sys.stdout.write(f"{SURVIVORS.name}: there is no such mutant  {key}\n")
-    sys.stdout.write(
-        f"{len(mutants)} mutants: {len(mutants) - len(found)} noticed, {len(found) - len(unlisted)} equivalent, "
-        f"{len(unlisted)} survived.\n"
+    wrong, open_ = verdict(mutants, loop.survivors, [mutant.key for mutant in every])
+    for text in (*open_, *wrong):
+        sys.stdout.write(f"{text}\n")
+    part = (
+        "" if len(mutants) == len(every) else f" of {len(every)} (drawn by the seed {asked.seed!r}; all: make mutation)"
     )
-    return 1 if unlisted or stale or gone else 0
+    sys.stdout.write(
+        f"{len(mutants)} mutants{part}: {len(mutants) - len(loop.survivors)} noticed, {len(loop.survivors)} survived, "
+        f"of which {len(open_)} in rules that are not triaged yet; {len(wrong)} complaints.\n"
+    )
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

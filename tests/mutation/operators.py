@@ -35,7 +35,7 @@ class Mutant:
     module: str  # trader_lib.rules.checks
     function: str
     line: int
-    before: str  # the expression or statement as it stands
+    before: str  # the condition or statement as it stands, whole
     after: str
     code: CodeType  # of the changed function
 
@@ -76,22 +76,30 @@ def replacements(node: ast.AST) -> Iterator[ast.AST]:
             yield ast.Pass()
 
 
+# What compiles the rules and keeps their machine code decides no number.
+COMPILER = ("compiled", "_compiled", "rules_digest", "machine_code_folder", "has_machine_code")
+
+
 def rules(tree: ast.Module) -> Iterator[ast.FunctionDef]:
-    """Return the rules of a module: the functions that it compiles."""
+    """Return the rules of a module: its functions, compiled or plain, without those that compile them."""
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef):
-            marks = {mark.id for mark in node.decorator_list if isinstance(mark, ast.Name)}
-            if marks & {"compiled", "compiled_part"}:
-                yield node
-
-
-def _without_signature(function: ast.FunctionDef) -> Iterator[ast.AST]:
-    """Return what may change in a function: its statements, without annotations and docstrings."""
-    for statement in function.body:
-        for node in ast.walk(statement):
-            if isinstance(node, ast.AnnAssign):
-                continue
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith(COMPILER):
             yield node
+
+
+def _places(function: ast.FunctionDef) -> Iterator[tuple[ast.AST, ast.AST]]:
+    """Return what may change in a function, each node with the statement or the condition that it belongs to."""
+    for statement in function.body:
+        yield from _places_below(statement, statement)
+
+
+def _places_below(node: ast.AST, whole: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
+    if isinstance(node, ast.stmt) or isinstance(whole, ast.If | ast.While | ast.For):
+        whole = node
+    if not isinstance(node, ast.AnnAssign):
+        yield node, whole
+    for child in ast.iter_child_nodes(node):
+        yield from _places_below(child, whole)
 
 
 def _code_of(function: ast.FunctionDef, filename: str) -> CodeType:
@@ -105,17 +113,20 @@ def _code_of(function: ast.FunctionDef, filename: str) -> CodeType:
 def mutants_of(module: str, path: Path) -> Iterator[Mutant]:
     """Return every mutant of a module's functions, in the order of the source."""
     for function in rules(ast.parse(path.read_text(encoding="utf-8"))):
-        nodes = list(_without_signature(function))
-        for place, node in enumerate(nodes):
+        for place, (node, whole) in enumerate(_places(function)):
             for number, _ in enumerate(replacements(node)):
                 changed = copy.deepcopy(function)
-                target = list(_without_signature(changed))[place]
+                target, around = list(_places(changed))[place]
                 replacement = list(replacements(target))[number]
                 ast.copy_location(replacement, target)
-                before, after = ast.unparse(node), ast.unparse(replacement)
                 _put(changed, target, replacement)
                 yield Mutant(
-                    module, function.name, getattr(node, "lineno", 0), before, after, _code_of(changed, str(path))
+                    module,
+                    function.name,
+                    getattr(node, "lineno", 0),
+                    ast.unparse(whole),
+                    ast.unparse(replacement if around is target else around),
+                    _code_of(changed, str(path)),
                 )
 
 

@@ -22,7 +22,7 @@ from trader_lib.broker.alpaca import AlpacaBroker
 from trader_lib.broker.connection import AlpacaAccess
 from trader_lib.broker.streams import StreamThread, WatchedTradingStream
 from trader_lib.bus.bus import InProcessBus
-from trader_lib.bus.redis import RedisHub
+from trader_lib.bus.redis import HubTerms, RedisHub
 from trader_lib.clock.clock import VirtualClock
 from trader_lib.clock.ids import SeededIds
 from trader_lib.config.sections import BrokerSettings, ResilienceSettings
@@ -340,9 +340,11 @@ async def test_agent_with_paper_settings_is_of_no_use_to_a_live_session(
         f"live-session-{hub_asks}",
         redis_server.url,
         [ExecutionAgent.name],
-        facts=facts,
-        refuses=(lambda name, about: stage_refusal(name, about, facts)) if hub_asks else (lambda name, about: ""),
-        absent_s=30.0,
+        terms=HubTerms(
+            facts=facts,
+            refuses=(lambda name, about: stage_refusal(name, about, facts)) if hub_asks else (lambda name, about: ""),
+            absent_s=30.0,
+        ),
     )
 
     async def nothing(event: object) -> None:

@@ -34,7 +34,7 @@ from ..telemetry.visible import visible, visible_json
 if TYPE_CHECKING:
     from trader_lib.runs.kernel import Progress as RunProgress
 
-
+# %% ../../nbs/app/00_console.ipynb #6d67c509
 def print_json(document: object) -> None:
     """Write one JSON document to standard output."""
     sys.stdout.write(visible_json(orjson.dumps(document, default=str, option=orjson.OPT_INDENT_2).decode()) + "\n")

@@ -200,7 +200,7 @@ def moment_or_number(text: str | None) -> int | datetime | None:
         when = datetime.combine(when.date(), time.max)
     return when if when.tzinfo else when.replace(tzinfo=UTC)
 
-
+# %% ../../nbs/app/06_journal.ipynb #0115f4bc
 def other_version(
     opened: "AnyJournal",
     strategy: str | None,
@@ -243,7 +243,7 @@ def trusted(opened: "AnyJournal", trust: "Trust") -> "Trust":
     assert isinstance(started, SessionStarted)
     return approved(recorded_spec(started).references, trust, say)
 
-
+# %% ../../nbs/app/06_journal.ipynb #baf52bf5
 def show_replay(result: "ReplayResult", run: str, *, as_json: bool = False) -> int:
     """Print what came of a replay; return the exit code."""
     from trader_lib.app.console import print_facts, print_json, print_line, print_table
@@ -275,7 +275,7 @@ def show_replay(result: "ReplayResult", run: str, *, as_json: bool = False) -> i
     print_line(result.sentence())
     return 0 if result.agrees or result.other else 1
 
-
+# %% ../../nbs/app/06_journal.ipynb #f4151d82
 def _said(payload: "Payload | None") -> str:
     from trader_lib.journal.reading import told
 
@@ -304,7 +304,7 @@ def _show_divergence(result: "ReplayResult", first: "Divergence", run: str) -> N
     if writer != __version__:
         print_line(f"The journal was written by trader_lib {writer}; this is {__version__}.")
 
-
+# %% ../../nbs/app/06_journal.ipynb #b5e121f4
 def replay(
     run: Run = "latest-paper",
     /,

@@ -64,7 +64,7 @@ def print_note(sentence: str, *, as_json: bool) -> None:
     """Write a sentence to standard output, or to standard error beside a JSON document."""
     (say if as_json else print_line)(sentence)
 
-
+# %% ../../nbs/app/07_operate.ipynb #c75272a5
 async def kill(
     run: RunFolder,
     *,

@@ -108,7 +108,7 @@ def sweep_parameters(options: SweepOptions | None) -> dict[str, object]:
     named = {name: getattr(chosen, name) for name in ("by", "workers", "memory_mb", "device", "combinations_max")}
     return {"grid": read_grid(chosen.grid), **{name: value for name, value in named.items() if value is not None}}
 
-
+# %% ../../nbs/app/18_research.ipynb #734f7faa
 def model_of(kind: Research) -> "type[RunParameters]":
     """What a kind of run is asked for."""
     from trader_lib.runs.searches import SearchParameters
@@ -132,7 +132,7 @@ def check_research(asked: "RunParameters", settings: "Settings", resume: "RunFol
     if isinstance(asked, SearchParameters):
         ensure_storage(asked, None if resume is None else str(resume.path), resume=resume is not None)
 
-
+# %% ../../nbs/app/18_research.ipynb #42e7031d
 def run_research(
     kind: Research,
     given: dict[str, object],
@@ -181,7 +181,7 @@ def run_research(
     show_run(run, as_json=chosen.json)
     return 0
 
-
+# %% ../../nbs/app/18_research.ipynb #41fa16d4
 def resume_research(kind: Research, which: str, how: HowOptions | None, trust: bool | str) -> int:
     """Find a sweep or a search that ended early, and do the rest in its folder."""
     from trader_lib.config.settings import load_settings
@@ -203,7 +203,7 @@ def resume_research(kind: Research, which: str, how: HowOptions | None, trust: b
     named = read_trust(trust, (*strange_folders(run.params), store.path))
     return run_research(kind, given, replace(chosen, profile=profile), resume=run, trust=named)
 
-
+# %% ../../nbs/app/18_research.ipynb #0b48bd2a
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions:

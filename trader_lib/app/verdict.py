@@ -129,7 +129,7 @@ def verdict(
         say(f"The page: {page}")
     return 0
 
-
+# %% ../../nbs/app/20_verdict.ipynb #e9d5cb85
 def _print(found: "Verdict") -> None:
     """The lights as a table, each with what would change it where it does not pass, and what is weak."""
     from trader_lib.app.console import print_table

@@ -57,7 +57,7 @@ def show_run(run: RunFolder, *, as_json: bool = False, orders: int = 0) -> None:
         if path.exists():
             print_line(str(path))
 
-
+# %% ../../nbs/app/03_views.ipynb #c00517a4
 STRATEGY_COLUMNS = (
     "Strategy",
     "",
@@ -95,7 +95,7 @@ def strategy_row(row: StrategyRow) -> tuple[object, ...]:
         row.health,
     )
 
-
+# %% ../../nbs/app/03_views.ipynb #e085b860
 def headline(run: RunFolder, result: RunResult) -> dict[str, object]:
     """The few figures of a run that are looked at first."""
     wanted = result.parameters
@@ -251,7 +251,7 @@ def show_comparison(
     print_line(comparison.summary())
     return comparison
 
-
+# %% ../../nbs/app/03_views.ipynb #5195935f
 def code_changes(run: RunFolder) -> tuple[str, ...]:
     """A sentence for each strategy of a session whose code is not what ran; foreign code is not loaded to find out."""
     from trader_lib.journal.opening import journal_exists, open_journal

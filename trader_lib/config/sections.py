@@ -304,7 +304,7 @@ class JournalSettings(Section):
             )
         return value
 
-
+# %% ../../nbs/config/00_sections.ipynb #0f88f95f
 class BusSettings(Section):
     """How much may wait between two agents."""
 
@@ -336,7 +336,7 @@ class SessionSettings(Section):
         2_000, ge=0, le=1_000_000, description="events between two snapshots of the agents for a restart; 0 for none"
     )
 
-
+# %% ../../nbs/config/00_sections.ipynb #0cab2252
 class DataSettings(Section):
     """Where market data come from and are kept."""
 
@@ -363,7 +363,7 @@ class RunSettings(Section):
     )
     schedule_path: Path = Field(Path(".trader/schedule.sqlite"), description="what `trader schedule` remembers")
 
-
+# %% ../../nbs/config/00_sections.ipynb #04323bb8
 class MonitoringSettings(Section):
     """Where a session shows how it fares: health, metrics and a page; nowhere without a port."""
 

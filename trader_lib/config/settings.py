@@ -120,7 +120,7 @@ class Settings(BaseSettings):
     def _secret_leaves(self) -> Iterator[tuple[str, str]]:
         return ((name, value.get_secret_value()) for name, value in _leaves(self) if isinstance(value, SecretStr))
 
-
+# %% ../../nbs/config/01_settings.ipynb #493e32ce
 def _secret_fields(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """The dotted names of the settings that are secrets."""
     for name, field in model.model_fields.items():
@@ -156,7 +156,7 @@ class _Layer(NamedTuple):
     values: dict[str, Any]  # by dotted name
     spelling: dict[str, str]  # dotted name -> what the user wrote
 
-
+# %% ../../nbs/config/01_settings.ipynb #84bb6a99
 def load_settings(
     profile: str | None = None,  # research, paper or live; None: TRADER_PROFILE, else research
     *,
@@ -200,7 +200,7 @@ def load_settings(
     settings._files = tuple(read)
     return settings
 
-
+# %% ../../nbs/config/01_settings.ipynb #5d25ae8d
 def _clear_text(layers: Iterable[_Layer]) -> Iterator[str]:
     """The secrets of all layers, also of one that another hides: each may turn up somewhere."""
     for layer in layers:
@@ -252,7 +252,7 @@ def _read_value(path: Path, told: str, problems: list[str], read: list[Path]) ->
         problems.append(f"{told}: the file cannot be read ({type(error).__name__})")
         return None
 
-
+# %% ../../nbs/config/01_settings.ipynb #02877408
 def _environment(environ: Mapping[str, str], source: str, problems: list[str]) -> _Layer:
     given = {name.upper() if name.upper().startswith(PREFIX) else name: name for name in environ}
     spelling: dict[str, str] = {}
@@ -299,7 +299,7 @@ def _read_env_file(path: Path | None, problems: list[str], read: list[Path]) -> 
             found[binding.key] = binding.value
     return found
 
-
+# %% ../../nbs/config/01_settings.ipynb #7632004a
 def _read_profile(name: str) -> dict[str, Any]:
     if name not in get_args(Profile):
         return {}  # reported with the other values

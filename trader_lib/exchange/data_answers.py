@@ -260,7 +260,7 @@ def actions_of(view: Closed, symbol: str) -> Iterator[tuple[str, int, Json]]:
             name = SeededIds(f"action/{kind}/{symbol}/{day}").new()
             yield kind, midnight_ns(day), {"id": name, "symbol": symbol, **fields, **dates}
 
-
+# %% ../../nbs/exchange/13_data_answers.ipynb #80592b8e
 def parse_days(query: Query, today: date) -> tuple[int, int]:
     """From which midnight to which, New York, both included; today where no date is given. Raises Rejected."""
     start, end = (requests.parse_day(name, query.get(name), today) for name in ("start", "end"))

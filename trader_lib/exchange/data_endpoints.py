@@ -80,7 +80,7 @@ def _nothing(name: str, asked: str, form: re.Pattern[str], *, paged: bool) -> Re
 
     return answer
 
-
+# %% ../../nbs/exchange/26_data_endpoints.ipynb #f49765d4
 LOGO_SIDE = 64  # pixels
 
 
@@ -104,7 +104,7 @@ def logo(query: Query, path: Query) -> bytes:
         raise refusals.refusal(404, refusals.NOT_FOUND, f"no logo found for {symbol}")
     return placeholder_png()
 
-
+# %% ../../nbs/exchange/26_data_endpoints.ipynb #a74f78c8
 ISIN = re.compile(r"[A-Z]{2}[A-Z0-9]{9}\d", re.ASCII)
 CURRENCIES = re.compile(r"[A-Z]{6}")
 
@@ -146,7 +146,7 @@ LATEST: Mapping[str, Callable[[Closed, str], Json | None]] = {
 MADE_UP = ("trades", "quotes", "orderbooks")
 LOCATIONS = ("us", "us-1", "eu-1", "global")
 
-
+# %% ../../nbs/exchange/26_data_endpoints.ipynb #6b6113c5
 def _endpoint(answer: Respond) -> Endpoint:
     """A coroutine for a function of query and path; refusals without a code."""
 

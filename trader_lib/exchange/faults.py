@@ -220,7 +220,7 @@ def with_skew(body: bytes, seconds: float) -> bytes:
         return body
     return orjson.dumps({**answer, "timestamp": (stamp + timedelta(seconds=seconds)).isoformat()})
 
-
+# %% ../../nbs/exchange/22_faults.ipynb #71bb435a
 class FaultyApp:
     """An ASGI application around another one that misbehaves by rule."""
 
@@ -284,7 +284,7 @@ class FaultyApp:
         await self._app(scope, _replayed(body, receive), keep)
         return sent[0], b"".join(message.get("body", b"") for message in sent[1:])
 
-
+# %% ../../nbs/exchange/22_faults.ipynb #e857a4fd
 async def _whole_body(receive: Receive) -> bytes:
     parts, more = [], True
     while more:

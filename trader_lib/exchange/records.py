@@ -153,7 +153,7 @@ def history_query(
         raise refusals.bad_request("invalid pnl_reset")
     return HistoryQuery(timeframe or usual, begin, end, pnl_reset != "no_reset")
 
-
+# %% ../../nbs/exchange/18_records.ipynb #5a2ee586
 def portfolio_history(closes_s: Sequence[int], equity: Sequence[float], base: float, query: HistoryQuery) -> Json:
     """The account's worth in steps. base: worth before the first close, USD."""
     first = 0 if query.begin is None else bisect_left(closes_s, query.begin.timestamp())

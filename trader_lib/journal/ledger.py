@@ -47,7 +47,7 @@ class Entry:
     link: str
     at: str
 
-
+# %% ../../nbs/journal/06_ledger.ipynb #88349b62
 class Ledger:
     """The file. Raises Misconfigured for one that cannot be used, BadData for one that is something else."""
 
@@ -152,7 +152,7 @@ class Identity:
     key_id: str
     journal: str
 
-
+# %% ../../nbs/journal/06_ledger.ipynb #64c2a089
 @dataclass(frozen=True)
 class Expectation:
     """What a journal has to be. fault: why it cannot be that, in words, or ""; noted: its last row in the ledger."""
@@ -192,7 +192,7 @@ class Expectation:
             "than that would show, to a later one not."
         )
 
-
+# %% ../../nbs/journal/06_ledger.ipynb #43cd9fa3
 def expected(vouching: Vouching | None, identity: Identity | None, place: str) -> Expectation:
     """What a journal in a place has to be; raises Misconfigured where that needs another key."""
     if vouching is None:

@@ -123,7 +123,7 @@ def told(payload: Payload) -> str:
             return f"{reason}{worth}{f'. Degraded: {degraded}' if degraded else ''}"
     return payload.to_json().decode()
 
-
+# %% ../../nbs/journal/02_reading.ipynb #6563ce6e
 def _request(request: OrderRequest) -> str:
     prices = (request.limit_price, request.stop_price, request.stop_loss_price)
     at = "".join(f" @ {decimal_text(price)}" for price in prices if price is not None)

@@ -109,7 +109,7 @@ def check_actions(
             int(times[row]),
         )
 
-
+# %% ../../nbs/market/02_actions.ipynb #b3056b64
 def _check_jump(ratio: float, move: float, adjusted: bool, symbol: str, time_ns: int) -> None:
     """BadData where a move (open over the close before) contradicts a split's ratio and the adjustment that is said."""
     if not 1.0 / RATIO_TOLD < ratio < RATIO_TOLD and np.isfinite(move):

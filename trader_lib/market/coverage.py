@@ -73,7 +73,7 @@ class Coverage:
         """As names and values for JSON."""
         return asdict(self)
 
-
+# %% ../../nbs/market/14_coverage.ipynb #9d045b33
 def _refusal(table: pd.DataFrame, timeframe: Timeframe, calendar: TradingCalendar | None, day: date) -> list[Finding]:
     """What stands in the way of Bars, holes apart."""
     try:
@@ -119,7 +119,7 @@ def _price_findings(
             found.append(Finding("jump", day, day, 1, f"the close goes from {close[row - 1]:g} to {close[row]:g}"))
     return found
 
-
+# %% ../../nbs/market/14_coverage.ipynb #a03502cd
 def _quiet_findings(times: NDArray[np.int64], figures: NDArray[np.float64], timeframe: Timeframe) -> list[Finding]:
     """Bars without volume, and prices that stand still."""
     close, volume = figures[3], figures[4]
@@ -136,7 +136,7 @@ def _quiet_findings(times: NDArray[np.int64], figures: NDArray[np.float64], time
             )
     return found
 
-
+# %% ../../nbs/market/14_coverage.ipynb #c38f3ca9
 def coverage(
     table: pd.DataFrame,
     symbol: str,

@@ -58,7 +58,7 @@ _OFFSET = re.compile(r"(?:Z|[+-]\d{2}:?\d{2}|UTC)\s*$")
 _NUMBERED = re.compile(r"\s*(\d{1,2})([-/.])(\d{1,2})\2(\d{4}|\d{2})([T ,].*)?\s*")
 _NAMED = re.compile(r"(?i)\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)")
 
-
+# %% ../../nbs/market/03_dates.ipynb #80c2ba14
 def _unreadable(text: object, date_format: str | None) -> NoReturn:
     how = "the date_format that it has" if date_format is None else "another date_format"
     refuse(
@@ -103,7 +103,7 @@ def _numbered_format(texts: pd.Series) -> str:
         refuse(f"the time {texts.iloc[0]!r} has no known form", f"Pass date_format, such as '{possible[0]} %H:%M:%S'")
     return possible[0]
 
-
+# %% ../../nbs/market/03_dates.ipynb #0a378e30
 def _iso(texts: pd.Series) -> pd.Series:
     return texts.str.strip().str.replace(
         r"^(\d{4})[-/.](\d{1,2})[-/.](\d{1,2})",
@@ -150,7 +150,7 @@ def _days(stamps: pd.DatetimeIndex) -> pd.DatetimeIndex:
     local = stamps.tz_localize(None)
     return local.tz_localize(NEW_YORK) if bool((local == local.normalize()).all()) else stamps
 
-
+# %% ../../nbs/market/03_dates.ipynb #45f84d8b
 def _read(column: pd.Series, date_format: str | None, *, daily: bool) -> pd.DatetimeIndex:
     kind: Any = column.dtype
     if getattr(kind, "kind", "") == "M" or isinstance(kind, pd.DatetimeTZDtype):

@@ -97,7 +97,7 @@ def alpaca_rows(
     ]
     return pd.DataFrame(rows, columns=["symbol", "timestamp", "open", "high", "low", "close", "volume"])
 
-
+# %% ../../nbs/market/11_history.ipynb #9da08aa7
 def _stamps(table: pd.DataFrame) -> NDArray[np.int64]:
     return np.asarray(pd.DatetimeIndex(pd.to_datetime(table["timestamp"], utc=True)).as_unit("ns").asi8)
 
@@ -109,7 +109,7 @@ def _widened(table: pd.DataFrame, wider: NDArray[np.int64]) -> pd.DataFrame:
     longer = table.assign(timestamp=pd.DatetimeIndex(begins, tz="UTC"))
     return longer.groupby(["symbol", "timestamp"], sort=False, as_index=False).agg(how)
 
-
+# %% ../../nbs/market/11_history.ipynb #273e3c18
 def alpaca_history(
     client: "StockHistoricalDataClient",
     symbols: Iterable[str],
@@ -243,7 +243,7 @@ def load_bars(
             )
     return cut
 
-
+# %% ../../nbs/market/11_history.ipynb #b399ca12
 def _before(first: date, warmup: int, timeframe: Timeframe) -> date:
     """The session that lies at least `warmup` bars before a date."""
     if not warmup:
@@ -253,7 +253,7 @@ def _before(first: date, warmup: int, timeframe: Timeframe) -> date:
     past = TradingCalendar().sessions(first - timedelta(days=2 * sessions + 10), first - timedelta(days=1))
     return past[-sessions].date
 
-
+# %% ../../nbs/market/11_history.ipynb #d6a5192e
 def _through(
     store: BarStore | None,
     client: "StockHistoricalDataClient",

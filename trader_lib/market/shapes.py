@@ -295,7 +295,7 @@ def _numbers(table: pd.DataFrame) -> pd.DataFrame:
         changed[label] = figures
     return table.assign(**changed) if not isinstance(table.columns, pd.MultiIndex) else _put(table, changed)
 
-
+# %% ../../nbs/market/06_shapes.ipynb #7696625e
 def _put(table: pd.DataFrame, columns: Mapping[Any, Any]) -> pd.DataFrame:
     return pd.DataFrame({label: columns.get(label, table[label]) for label in table.columns}, index=table.index)
 

@@ -29,7 +29,7 @@ DRIFT = 0.06  # a year
 SHARES_A_SESSION = 2_000_000.0
 FIGURES_MAX = 20_000_000  # bars × symbols
 
-
+# %% ../../nbs/market/09_synthetic.ipynb #30eb46f9
 def synthetic_bars(
     symbols: Iterable[str] | str,
     start: date | str,
@@ -68,7 +68,7 @@ def synthetic_bars(
     index = pd.DatetimeIndex(stamps, tz="UTC")
     return Bars(block[0], block[1], block[2], block[3], block[4], index, names, origin)
 
-
+# %% ../../nbs/market/09_synthetic.ipynb #086c0c6a
 def _walk(
     name: str,
     seed: int,

@@ -77,7 +77,7 @@ def check_times(times: NDArray[np.int64], timeframe: Timeframe, symbol: str = ""
                 "this daily bar does not start a day", remedy, symbol=symbol, time_ns=int(times[int(np.argmax(wrong))])
             )
 
-
+# %% ../../nbs/market/01_validity.ipynb #5d1afe50
 def check_values(block: NDArray[np.float64], times: NDArray[np.int64], symbols: tuple[str, ...]) -> None:
     """BadData unless each bar of block [field × time × symbol] is a possible one, or missing altogether."""
     open_, high, low, close, volume = block
@@ -103,7 +103,7 @@ def check_values(block: NDArray[np.float64], times: NDArray[np.int64], symbols: 
             figures = ", ".join(f"{name} {block[i, row, column]:g}" for i, name in enumerate(FIELDS))
             refuse(f"{what} ({figures})", remedy, symbol=symbols[column], time_ns=int(times[row]))
 
-
+# %% ../../nbs/market/01_validity.ipynb #289b6753
 def check_lives(close: NDArray[np.float64], times: NDArray[np.int64], symbols: tuple[str, ...]) -> None:
     """BadData unless each column of close [time × symbol] is one stretch of prices without NaN inside."""
     for column, symbol in enumerate(symbols):
@@ -130,7 +130,7 @@ def carry_gaps(figures: NDArray[np.float64]) -> int:
     figures[4, gaps] = 0.0
     return len(gaps)
 
-
+# %% ../../nbs/market/01_validity.ipynb #a5fbe751
 NOISE_ULP = 8  # an adjustment is one or two products, each off by half a unit in the last place
 
 

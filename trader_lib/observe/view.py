@@ -38,7 +38,7 @@ class Figures(Row):
     max_drawdown: float | None = None
     exposure: float | None = None  # longs plus shorts, as a multiple of equity
 
-
+# %% ../../nbs/observe/05_view.ipynb #dd36d865
 class PositionRow(Row):
     """A position at its mark, the last close."""
 
@@ -65,7 +65,7 @@ class OrderRow(Row):
     stop_price: Number | None
     status: str
 
-
+# %% ../../nbs/observe/05_view.ipynb #5c60a515
 class DecisionRow(Row):
     """What the strategy wanted, what risk decided check by check, and what became of it."""
 
@@ -97,7 +97,7 @@ class FillRow(Row):
     client_order_id: str
     correlation_id: str
 
-
+# %% ../../nbs/observe/05_view.ipynb #255bfbf7
 class StrategyRow(Row):
     """One of several strategies, or the only one."""
 
@@ -120,7 +120,7 @@ class AgentRow(Row):
     handled: int | None = None
     last_event_at: datetime | None = None
 
-
+# %% ../../nbs/observe/05_view.ipynb #5921a6b1
 class Happening(Row):
     """Something out of the ordinary run: a state, an operator, a failure."""
 
@@ -162,7 +162,7 @@ class RunSummary(Row):
     order_list_hash: str | None
     failure: str | None
 
-
+# %% ../../nbs/observe/05_view.ipynb #8ba48f4f
 class SessionView(Row):
     """A session at one moment.
 

@@ -15,6 +15,7 @@ from ..replay.compare import ExplainedComparison, explain
 from ..session.orders import of_strategy as orders_of
 from ..trading.order_list import OrderListComparison, order_list_hash
 
+# %% ../../nbs/runs/07_compare.ipynb #0dc1e4e1
 INPUTS = (
     "strategy",
     "params",
@@ -71,7 +72,7 @@ class RunComparison:
             said.append(f"They were not asked for the same: {', '.join(self.inputs)}.")
         return " ".join(said)
 
-
+# %% ../../nbs/runs/07_compare.ipynb #716a0d0d
 def of_strategy(result: RunResult, name: str) -> RunResult:
     """What one of several strategies of a session did, as the result of a run of it alone; raises Misused."""
     row = next((row for row in result.strategies if row.name == name), None)

@@ -57,7 +57,7 @@ class DataRow(Part):
     last: Moment | None = Field(default=None, description="start of the last bar, UTC")
     bars: int = Field(default=0, ge=0, description="bars a symbol, warm-up included")
 
-
+# %% ../../nbs/runs/00_result.ipynb #1528093a
 class RefusalRow(Part):
     """An order that risk refused, and why."""
 
@@ -93,7 +93,7 @@ class ReconciliationRow(Part):
     ok: bool
     differences: tuple[str, ...] = ()
 
-
+# %% ../../nbs/runs/00_result.ipynb #494850be
 class LightRow(Part):
     """The answer to one question of a verdict."""
 

@@ -42,7 +42,7 @@ def without_password(url: str) -> str:
         )
     return url
 
-
+# %% ../../nbs/runs/15_searches.ipynb #c72cf12b
 class SearchParameters(RunParameters):
     """What a search is asked for; raises ValidationError for values that make no sense."""
 

@@ -205,7 +205,7 @@ def session_statistics(result: SessionResult, bars: Bars | None) -> Statistics:
         refused=refused,
     )
 
-
+# %% ../../nbs/runs/09_session_cells.ipynb #e5c855fb
 def _closes(result: SessionResult, label: str) -> list[dict[str, Any]]:
     """The targets, closes, positions, equity and cash at each closed bar that decided, from the session's journal.
 
@@ -237,7 +237,7 @@ def _holdings(changed: PortfolioChanged, label: str) -> dict[str, Any]:
             return {"positions": positions, "equity": float(one.equity), "cash": float(one.cash)}
     return {}
 
-
+# %% ../../nbs/runs/09_session_cells.ipynb #8ccb60f8
 def _seen(
     result: SessionResult, label: str, symbols: tuple[str, ...], sizing: SizingRules, rows: list[dict[str, Any]]
 ) -> Seen:

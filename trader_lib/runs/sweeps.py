@@ -97,7 +97,7 @@ class SweepParameters(RunParameters):
         fixed = {name: [value] for name, value in self.params.items() if name not in self.grid}
         return {"strategy": self.combinations.strategy, "over": {**fixed, **self.grid}}
 
-
+# %% ../../nbs/runs/14_sweeps.ipynb #248bc12e
 class WalkForwardParameters(SweepParameters):
     """What a walk-forward is asked for; raises ValidationError for values that make no sense."""
 

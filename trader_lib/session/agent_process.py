@@ -26,7 +26,8 @@ from ..agents.risk import RiskAgent
 from ..agents.strategy import StrategyAgent
 from ..broker.alpaca import AlpacaBroker
 from ..broker.connection import AlpacaAccess
-from ..bus.redis import SESSIONS, SUPERSEDED, HubClock, RedisMember, connect, call_until_answered, text
+from ..bus.mailbox import SESSIONS, SUPERSEDED, call_until_answered, connect, text
+from ..bus.member import HubClock, RedisMember
 from ..clock.clock import Clock, WallClock
 from ..config.masking import put_in_force
 from ..config.settings import Settings
@@ -133,7 +134,7 @@ def execution_agent(parts: AgentParts) -> tuple[ExecutionAgent, AlpacaBroker]:
     control = ControlFile(Path(parts.member.facts["control"]))  # seen where the run folder is shared
 
     def is_halted() -> bool:
-        return parts.member.halted or control.is_halted()
+        return parts.member.membership.halted or control.is_halted()
 
     stopped = recorded.was_stopped(is_halted)
     return ExecutionAgent(parts.member, parts.clock, recorded, _committed_by_the_hub, is_stopped=stopped), broker

@@ -23,7 +23,7 @@ from ..broker.alpaca import AlpacaBroker
 from ..broker.connection import AlpacaAccess
 from ..broker.port import Broker
 from ..bus.bus import InProcessBus
-from ..bus.redis import RedisHub
+from ..bus.redis import HubTerms, RedisHub
 from ..clock.clock import Clock
 from ..clock.ids import Ids
 from ..journal.chain import Journal
@@ -162,13 +162,15 @@ class DistributedProvider(Provider):
             deciding_agents(inputs),
             settings.queue_max,
             settings.put_timeout_s,
-            facts=facts,
-            refuses=lambda name, about: stage_refusal(name, about, facts),
-            in_turns=inputs.is_simulated,
-            commit_for=(OrderIntended, CancelIntended),
-            is_halted=control.is_halted,
-            at_rest=follower.follow,
-            absent_s=JOIN_S,
+            terms=HubTerms(
+                facts=facts,
+                refuses=lambda name, about: stage_refusal(name, about, facts),
+                in_turns=inputs.is_simulated,
+                commit_for=(OrderIntended, CancelIntended),
+                is_halted=control.is_halted,
+                at_rest=follower.follow,
+                absent_s=JOIN_S,
+            ),
         )
         try:
             await hub.open()
