@@ -28,6 +28,7 @@ from rich.console import Console
 from .. import __version__
 from .agents import agent
 from .check import check
+from .course import course
 from .data import data
 from .journal import journal, replay
 from .notify import announce_death, notify, summary
@@ -90,6 +91,7 @@ app.command(schedule)
 app.command(agent)
 app.command(data)
 app.command(check)
+app.command(course)
 app.command(replay)
 app.command(notify)
 app.command(summary)
