@@ -6,6 +6,7 @@ import inspect
 import io
 import json
 import shlex
+import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
@@ -54,8 +55,13 @@ def play(path: Path) -> Played:
 
 def run_cell(source: str, filename: str, names: dict[str, Any], runner: asyncio.Runner) -> Any:
     """Run the statements of a cell, and return the value of the last one where it is an expression."""
+    if source.startswith("%%writefile "):
+        head, _, text = source.partition("\n")
+        Path(head.split()[1]).write_text(text, encoding="utf-8")
+        return None
     names["_command"] = command
-    lines = [f"_command({line[1:].strip()!r})" if line.startswith("!") else line for line in source.split("\n")]
+    typed = source.replace("\\\n", " ") if source.startswith("!") else source
+    lines = [f"_command({line[1:].strip()!r})" if line.startswith("!") else line for line in typed.split("\n")]
     tree = ast.parse("\n".join(lines), filename)
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
     flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
@@ -71,8 +77,12 @@ def run(code: Any, names: dict[str, Any], runner: asyncio.Runner) -> Any:
 
 
 def command(line: str) -> None:
-    """What `!trader …` does, without a process of its own."""
+    """What `!trader …` does, without a process of its own; `!python FILE` gets one."""
     words = shlex.split(line)
+    if words[0] == "python":
+        done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, timeout=120)
+        sys.stdout.write(done.stdout + done.stderr)
+        return
     if words[0] != "trader":
         raise AssertionError(f"A lesson types {words[0]}, which this runner does not know.")
     with redirect_stderr(sys.stdout):

@@ -41,6 +41,79 @@ def test_first_strategy(played: Callable[[str], Played]) -> None:
     assert lesson.figures == 2
 
 
+def test_look_ahead(played: Callable[[str], Played]) -> None:
+    lesson = played("look_ahead")
+    assert lesson["too_good"].look_ahead and lesson["too_good"].equity_end > 10 * lesson["honest"].equity_end
+    assert "it saw bars after 2005-01-03" in lesson.text and not lesson["honest"].look_ahead
+    assert "bars that were enough here: 44" in lesson.text
+    assert lesson["start"].first is None and "none found in" in lesson.text and lesson.figures == 1
+
+
+def test_backtest(played: Callable[[str], Played]) -> None:
+    lesson = played("backtest")
+    free, paid = lesson["free"], lesson["result"]
+    assert free.order_list_hash.startswith("sha256:22e6e504c34") and paid.equity_end < free.equity_end
+    assert paid.statistics["buy_and_hold_return"] > paid.statistics["total_return"]  # as the text says
+    assert "Buys were cut to the money there was" in lesson.text and lesson.text.endswith("True\n")
+    assert lesson["sheet"].stat().st_size > 1e6 and lesson.figures == 1
+
+
+def test_session(played: Callable[[str], Played]) -> None:
+    lesson = played("session")
+    assert "completed 51 orders" in lesson.text and "True True" in lesson.text
+    kinds = [type(event.payload).__name__ for event in lesson["story"]]
+    order = ["BarsClosed", "TargetsDecided", "OrderProposed", "RiskDecided", "OrderIntended", "OrderAcknowledged"]
+    assert [kind for kind in dict.fromkeys(kinds) if kind in order] == order and kinds[-1] == "FillRecorded"
+    assert len(lesson["decided"].checks) > 5 and "numbered without a gap" in lesson.text and lesson.figures == 1
+
+
+@pytest.mark.slow
+def test_sweep(played: Callable[[str], Played]) -> None:
+    lesson = played("sweep")
+    best = lesson["best"]
+    assert best["sharpe_ratio"] > 1 and best["total_return"] > 1, "the best of the nonsense should look fine"
+    assert lesson["judged"]["Luck"].colour == "red" and not lesson["judged"].passed
+    assert len(lesson["lucky"].frame) == 55 and lesson.figures == 2
+
+
+def test_limits(played: Callable[[str], Played]) -> None:
+    lesson = played("limits")
+    assert lesson["bounded"].refused > len(lesson["bounded"].orders) > 0
+    halted, plain = lesson["halted"].statistics["max_drawdown"], lesson["plain"].statistics["max_drawdown"]
+    assert halted < 2 * plain < 0, "a halt that sells nothing falls on, as the text says"
+    assert "Did you mean 'max_drawdown'?" in lesson.text and lesson.figures == 2
+    purposes = lesson["safe"].orders_frame.groupby("purpose")["status"].agg(set)
+    assert any("filled" in statuses for purpose, statuses in purposes.items() if purpose != "entry")
+
+
+def test_paper_alpaca(played: Callable[[str], Played]) -> None:
+    lesson = played("paper_alpaca")
+    assert lesson["settings"].broker.stage == "paper" and "not-a-secret" not in lesson.text
+    assert lesson["session"].status == "completed" and lesson["session"].orders and lesson["session"].reconciliation.ok
+    assert "broker" in lesson.text and lesson.shown[-2] == "True"
+
+
+def test_resume(played: Callable[[str], Played]) -> None:
+    lesson = played("resume")
+    assert 0 < len(lesson["stopped"].orders) < len(lesson["planned"].orders)
+    assert lesson["resumed"].order_list_hash == lesson["planned"].order_list_hash
+    assert 0 < lesson["events_then"] < lesson["same"].events
+    assert lesson["same"].agrees and not lesson["other"].agrees
+
+
+def test_several(played: Callable[[str], Played]) -> None:
+    lesson = played("several")
+    assert "{'trend': True, 'swing': True}" in lesson.text and lesson.figures == 1
+    assert "research" in lesson.text and "New York" in lesson.text
+
+
+@pytest.mark.slow
+def test_night(played: Callable[[str], Played]) -> None:
+    lesson = played("night")
+    assert "ended: every bar was played" in lesson.text and "The books agree with the broker's." in lesson.text
+    assert "Test message" in lesson["received"][0]["text"] and "numbered without a gap" in lesson.text
+
+
 def test_each_lesson_has_a_test_of_its_own() -> None:
     text = Path(__file__).read_text(encoding="utf-8")
     for lesson in lessons():
