@@ -65,6 +65,31 @@ ROOMS = {
     "app": ("Application", "The command line, the demo and the scheduler."),
 }
 
+HOW_TO = (
+    "yfinance",
+    "own-strategy",
+    "fractions",
+    "cap-a-loss",
+    "compare-versions",
+    "journal-to-pandas",
+    "test-a-bot",
+    "several-accounts",
+    "cron",
+    "rotate-keys",
+)
+CONCEPTS = (
+    "order",
+    "time-and-bars",
+    "parity",
+    "agents-and-bus",
+    "journal",
+    "trading-states",
+    "account",
+    "recovery",
+    "determinism",
+    "provenance",
+)
+
 # Each page of docs/ is of one kind. A folder of docs/ is a section of a kind, opened by its README.
 KINDS = {
     "tutorials": (
@@ -78,8 +103,9 @@ KINDS = {
     ),
     "how-to": (
         "How-to guides",
-        "One job each, for those who operate a session or work on the package.",
+        "One question each at first, then one job each: operating sessions, and working on the package.",
         [
+            *(f"docs/how-to/{page}" for page in HOW_TO),
             "docs/commands",
             "docs/data",
             "docs/sweeps",
@@ -97,7 +123,13 @@ KINDS = {
     "concepts": (
         "Concepts",
         "How it works and why it is as it is.",
-        ["docs/degradation", "docs/simulation", "docs/security", "docs/decisions/"],
+        [
+            *(f"docs/concepts/{page}" for page in CONCEPTS),
+            "docs/degradation",
+            "docs/simulation",
+            "docs/security",
+            "docs/decisions/",
+        ],
     ),
     "reference": (
         "Reference",
@@ -407,10 +439,15 @@ def is_lesson(path: Path) -> bool:
     return path.parent == ROOT / COURSE
 
 
+def is_source(path: Path) -> bool:
+    """Whether a file belongs to the package; what Python and numba keep beside it does not, nor do other lessons."""
+    return "__pycache__" not in path.parts and path.parent != ROOT / COURSE
+
+
 @cache
 def library_digest() -> str:
     """What the package consists of, as one hash: its modules, data and templates."""
-    files = sorted(path for path in (ROOT / "trader_lib").rglob("*") if path.is_file() and path.suffix != ".pyc")
+    files = sorted(path for path in (ROOT / "trader_lib").rglob("*") if path.is_file() and is_source(path))
     return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()
 
 
