@@ -43,6 +43,8 @@ STEPS: dict[str, tuple[str, ...]] = {
     "journal export": ("journal", "export", "latest-paper", "--to", "events.parquet"),
     "kill": ("kill", "latest-paper", "--reason", "test", "--by", "ada"),
     "live": ("live", "--account", "1"),
+    "new project": ("new", "my_project"),
+    "new strategy": ("new", "strategy", "buy_the_dip"),
     "notify test": ("notify", "test"),
     "paper": ("paper", "--broker", "simulated", "--transport", "in_process", *WHAT),
     "reduce": ("reduce", "latest-paper", "--reason", "test", "--by", "ada"),

@@ -31,6 +31,7 @@ from .check import check
 from .course import course
 from .data import data
 from .journal import journal, replay
+from .new import new
 from .notify import announce_death, notify, summary
 from trader_lib.app.options import (
     WHAT,
@@ -92,6 +93,7 @@ app.command(agent)
 app.command(data)
 app.command(check)
 app.command(course)
+app.command(new)
 app.command(replay)
 app.command(notify)
 app.command(summary)
