@@ -28,8 +28,10 @@ from rich.console import Console
 from .. import __version__
 from .agents import agent
 from .check import check
+from .course import course
 from .data import data
 from .journal import journal, replay
+from .new import new
 from .notify import announce_death, notify, summary
 from trader_lib.app.options import (
     WHAT,
@@ -90,6 +92,8 @@ app.command(schedule)
 app.command(agent)
 app.command(data)
 app.command(check)
+app.command(course)
+app.command(new)
 app.command(replay)
 app.command(notify)
 app.command(summary)
