@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['INTERPRETER_BYTES', 'ROW_BYTES', 'DEVICES', 'CARD_WORK', 'CARD_SYMBOLS_MAX', 'Chunk', 'Answer', 'WORK', 'SLOW_WORK',
-           'CARD_CHUNK', 'ABOUT', 'TABLE', 'PARTS', 'PARTS_MAX', 'Estimate', 'estimate', 'targets_bytes',
-           'series_bytes', 'check_compiled', 'runs_on_card', 'why_no_card', 'chunks_of', 'chunk_size', 'answers',
-           'fingerprint', 'Kept', 'SweepResult', 'SweepProgress', 'missing_rows', 'Rate', 'shown_progress', 'sweep']
+           'CARD_CHUNK', 'ABOUT', 'TABLE', 'PARTS', 'PARTS_MAX', 'Estimate', 'check_budget', 'estimate',
+           'estimate_elsewhere', 'targets_bytes', 'series_bytes', 'check_compiled', 'check_place', 'runs_on_card',
+           'why_no_card', 'chunks_of', 'chunk_size', 'answers', 'packed', 'fingerprint', 'Kept', 'SweepResult',
+           'SweepProgress', 'missing_rows', 'Rate', 'shown_progress', 'sweep']
 
 # %% ../../nbs/research/18_sweep.ipynb #f6fafdc2
 import hashlib
@@ -36,10 +37,11 @@ from rich.text import Text
 
 from ..clock.sessions import TradingCalendar
 from ..errors.extras import missing_extra, missing_packages
-from ..errors.taxonomy import BadData, Misconfigured, Misused, TraderError, did_you_mean
+from ..errors.taxonomy import BadData, Misconfigured, Misused, RunFailed, TraderError, did_you_mean
 from ..exchange.costs import Costs
 from ..market.bars import Bars
 from .backtest import WORTHLESS, BacktestResult, LookAheadWarning, Terms, agreed, cut_for, run_on
+from .cluster import AskedCluster, Cluster, Share, cluster_answers, joined, runs_on
 from .combinations import COMBINATIONS_MAX, Combinations, Grid, Samples, combinations
 from .many import Runner, room_bytes, series_places
 from .measures import COUNTS, LOWER_IS_BETTER, MEASURES
@@ -71,22 +73,34 @@ class Estimate:
     worker_bytes: int
     table_bytes: int
     memory_mb: float  # the budget
-    device: str = "cpu"  # or cuda: one combination a thread of a graphics card
+    device: str = "cpu"  # cuda: one combination a thread of a graphics card; cluster: a thread of a worker elsewhere
 
     @property
     def total_mb(self) -> float:
-        """Memory beyond the bars themselves, MB."""
+        """Memory beyond the bars themselves, MB; on a cluster what the largest process needs, its bars included."""
+        if self.device == "cluster":
+            return max(self.worker_bytes, self.table_bytes) / 2**20
         return (self.workers * self.worker_bytes + self.table_bytes) / 2**20
 
     def sentence(self) -> str:
         """The estimate in words."""
         way = "compiled weights" if self.compiled else "the strategy's targets"
         workers = "1 worker" if self.workers == 1 else f"{self.workers} workers"
-        workers = "a graphics card" if self.device == "cuda" else workers
+        workers = {"cuda": "a graphics card", "cluster": f"{workers} of a cluster"}.get(self.device, workers)
         return (
             f"{self.combinations:,} combinations over {self.bars:,} bars of {self.symbols} symbols by {way}, {workers}: "
-            f"about {self.total_mb:,.0f} MB of the {self.memory_mb:,.0f} MB allowed."
+            f"about {self.total_mb:,.0f} MB {'each, ' if self.device == 'cluster' else ''}of the {self.memory_mb:,.0f} MB allowed."
         )
+
+
+def check_budget(found: Estimate) -> Estimate:
+    """Refuse a sweep that needs more memory than it is allowed; raises Misused."""
+    if found.total_mb > found.memory_mb:
+        raise Misused(
+            f"This sweep needs about {found.total_mb:,.0f} MB, and memory_mb allows {found.memory_mb:,.0f}: allow more, sweep "
+            "fewer combinations, or fewer bars and symbols at once."
+        )
+    return found
 
 
 def estimate(
@@ -106,13 +120,17 @@ def estimate(
     alone = wanted == 1 or (not compiled and budget < table + 2 * (own + INTERPRETER_BYTES))
     each = own if compiled or alone else own + INTERPRETER_BYTES + bars.times_ns.nbytes
     fitting = 1 if alone else min(wanted, int((budget - table) // each))
-    found = Estimate(count, rows, symbols, compiled, max(fitting, 1), each, table, memory_mb)
-    if found.total_mb > memory_mb:
-        raise Misused(
-            f"This sweep needs about {found.total_mb:,.0f} MB, and memory_mb allows {memory_mb:,.0f}: allow more, sweep "
-            "fewer combinations, or fewer bars and symbols at once."
-        )
-    return found
+    return check_budget(Estimate(count, rows, symbols, compiled, max(fitting, 1), each, table, memory_mb))
+
+
+def estimate_elsewhere(
+    grid: Combinations, bars: Bars, *, compiled: bool, targets_bytes: int, threads: int, memory_mb: float
+) -> Estimate:
+    """What each process of a cluster will take; raises Misused where that is more than the budget. threads: of all its workers."""
+    rows, symbols, count = len(bars), len(bars.symbols), len(grid)
+    each = room_bytes(rows, symbols) + targets_bytes + 5 * bars.close.nbytes + bars.times_ns.nbytes
+    workers, table = min(threads, count), count * ROW_BYTES
+    return check_budget(Estimate(count, rows, symbols, compiled, workers, each, table, memory_mb, device="cluster"))
 
 # %% ../../nbs/research/18_sweep.ipynb #5d42a464
 def targets_bytes(strategy: Strategy, bars: Bars) -> int:
@@ -159,6 +177,14 @@ def check_compiled(strategy: Strategy, bars: Bars) -> None:
 DEVICES = ("auto", "cpu", "cuda")
 CARD_WORK = 10_000_000_000  # bars × symbols × combinations from which on a card is worth its compilation
 CARD_SYMBOLS_MAX = 16  # a thread's own memory grows with them
+
+
+def check_place(device: str, cluster: AskedCluster, workers: int | None) -> None:
+    """Refuse a cluster beside what it decides itself; raises Misused."""
+    if cluster is not None and workers is not None:
+        raise Misused("A cluster has the workers that it has: leave workers out, or sweep without a cluster.")
+    if cluster is not None and device == "cuda":
+        raise Misused("A cluster sweeps on processors: leave device out, or sweep without a cluster.")
 
 
 def runs_on_card(device: str, example: Strategy | None, fused: bool, work: int, symbols: int) -> bool:
@@ -226,12 +252,21 @@ def _mapped_chunk(path: str, task: bytes, chunk: Chunk) -> Answer:
 
 
 def answers(
-    grid: Combinations, bars: Bars, start: int, terms: Terms, chunks: Sequence[Chunk], plan: Estimate
+    grid: Combinations,
+    bars: Bars,
+    start: int,
+    terms: Terms,
+    chunks: Sequence[Chunk],
+    plan: Estimate,
+    cluster: Cluster | None = None,
 ) -> Iterator[Answer]:
     """Run chunks on the workers that a plan has; answers come in the order of the chunks."""
     import joblib
 
-    if plan.device == "cuda":
+    if cluster is not None:
+        task = packed(grid, start, terms, here=False)
+        yield from cluster_answers(Share(task, bars, plan.compiled, runs_on()), chunks, cluster)
+    elif plan.device == "cuda":
         from trader_lib.research.card import CardRunner
 
         card = CardRunner(Runner(grid, bars, start, terms), [row for chunk in chunks for row in chunk])
@@ -244,7 +279,7 @@ def answers(
         shares = joblib.Parallel(plan.workers, prefer="threads", return_as="generator")
         yield from shares(joblib.delayed(_lent)(runners, chunk) for chunk in chunks)
     else:
-        task = _task(grid, start, terms)
+        task = packed(grid, start, terms)
         with TemporaryDirectory(prefix="trader-sweep-") as folder:
             path = str(Path(folder) / "bars.joblib")
             joblib.dump(bars, path)
@@ -261,15 +296,17 @@ def _lent(runners: list[Runner], chunk: Chunk) -> Answer:
         runners.append(runner)
 
 
-def _task(grid: Combinations, start: int, terms: Terms) -> bytes:
-    """What a worker process needs beside the bars; a strategy from a file or notebook travels with its code."""
+def packed(grid: Combinations, start: int, terms: Terms, *, here: bool = True) -> bytes:
+    """What a worker process needs beside the bars, as bytes.
+
+    A strategy from a file or notebook travels with its code. here: on this machine, where an installed package is found;
+    elsewhere whatever does not belong to trader_lib travels.
+    """
     import cloudpickle
 
-    module = sys.modules.get(grid.strategy.__module__)
-    try:
-        known = find_spec(grid.strategy.__module__) is not None
-    except (ImportError, ValueError):
-        known = False
+    name = grid.strategy.__module__
+    module = sys.modules.get(name if here else name.partition(".")[0])
+    known = _is_found(name) if here else name.startswith("trader_lib.")
     by_value = module is not None and not known and module.__name__ != "__main__"
     if by_value:
         cloudpickle.register_pickle_by_value(module)
@@ -278,6 +315,13 @@ def _task(grid: Combinations, start: int, terms: Terms) -> bytes:
     finally:
         if by_value:
             cloudpickle.unregister_pickle_by_value(module)
+
+
+def _is_found(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
 
 # %% ../../nbs/research/18_sweep.ipynb #9438ca5d
 ABOUT, TABLE, PARTS = "sweep.json", "sweep.parquet", "parts"
@@ -536,6 +580,7 @@ class SweepProgress:
 
 def _table(grid: Combinations, found: Sequence[Answer]) -> pd.DataFrame:
     """The rows that are there, in the order of the grid."""
+    found = sorted(found, key=lambda answer: answer[0].start)
     rows = [row for chunk, _, _ in found for row in chunk]
     figures = np.concatenate([part for _, part, _ in found]) if found else np.empty((0, len(MEASURES)))
     whole = grid.index()
@@ -592,6 +637,7 @@ def sweep(
     memory_mb: float = 1024.0,  # the budget beyond the bars, MB
     combinations_max: int = COMBINATIONS_MAX,  # a larger grid is refused
     device: str = "auto",  # cpu, cuda, or auto: a graphics card where there is one and enough to do
+    cluster: AskedCluster = None,  # tcp://host:port of a Dask scheduler, or a number of workers of its own
     check: bool = True,  # look for look-ahead first, with the first combination
     compiled: bool = True,  # use the strategy's compiled weights where it offers them
     folder: Path | str | None = None,  # where rows are kept as they come
@@ -604,8 +650,10 @@ def sweep(
 
     over: values by parameter, or a list of combinations. Warns with LookAheadWarning where the first of them uses later
     bars, and marks the result. Ctrl-C ends it with the rows that are done. Raises Misused for
-    arguments that cannot be meant, BadData where the bars do not reach, Misconfigured where a folder cannot be written.
+    arguments that cannot be meant, BadData where the bars do not reach, Misconfigured where a folder cannot be written or a
+    cluster not be joined, RunFailed where a cluster is gone; that error's context has the rows that came, as result.
     """
+    check_place(device, cluster, workers)
     terms = agreed(
         start=start,
         end=end,
@@ -627,18 +675,23 @@ def sweep(
     if fused and example is not None:
         for one in (example, grid.first_built(backwards=True)[0] or example):
             check_compiled(one, cut)
-    on_card = runs_on_card(device, example, fused, len(grid) * cut.close.size, len(cut.symbols))
+    on_card = cluster is None and runs_on_card(device, example, fused, len(grid) * cut.close.size, len(cut.symbols))
     needed = 0 if example is None else series_bytes(example, cut, len(grid)) if fused else targets_bytes(example, cut)
-    only = 1 if on_card else workers
-    plan = estimate(grid, cut, compiled=fused, targets_bytes=needed, workers=only, memory_mb=memory_mb)
-    plan = replace(plan, device="cuda" if on_card else "cpu")
-    kept = None if folder is None else Kept(Path(folder), grid, fingerprint(grid, cut, terms), resume=resume)
-    found = kept.rows() if kept is not None else []
-    before = sum(len(chunk) for chunk, _, _ in found)
-    todo = chunks_of(missing_rows(len(grid), found), chunk_size(len(grid), plan))
-    with shown_progress(len(grid), before, progress) as draw:
-        complete = _collect(answers(grid, cut, first, terms, todo, plan), found, kept, len(grid), (draw, report))
-    frame = _table(grid, sorted(found, key=lambda answer: answer[0].start))
+    with joined(cluster) as there:
+        plan = _planned(grid, cut, fused, needed, 1 if on_card else workers, memory_mb, there)
+        plan = replace(plan, device="cuda") if on_card else plan
+        kept = None if folder is None else Kept(Path(folder), grid, fingerprint(grid, cut, terms), resume=resume)
+        found = kept.rows() if kept is not None else []
+        before = sum(len(chunk) for chunk, _, _ in found)
+        todo = chunks_of(missing_rows(len(grid), found), chunk_size(len(grid), plan))
+        try:
+            with shown_progress(len(grid), before, progress) as draw:
+                coming = answers(grid, cut, first, terms, todo, plan, there)
+                complete = _collect(coming, found, kept, len(grid), (draw, report))
+        except RunFailed as error:
+            rows = _table(grid, found)
+            raise _stopped(error, SweepResult(grid, bars, terms, plan, rows, False, look_ahead), kept) from None
+    frame = _table(grid, found)
     if kept is not None and complete:
         kept.finish(frame)
     some = grid.rows[
@@ -647,6 +700,30 @@ def sweep(
     asked, tried = (grid.base, grid.names, some, terms.without_calendar()), int((frame["reason"] == "").sum())
     enter(trials, "sweep", grid.strategy, asked, bars, days_of(bars, start, end), tried)
     return SweepResult(grid, bars, terms, plan, frame, complete, look_ahead)
+
+
+def _planned(
+    grid: Combinations,
+    cut: Bars,
+    fused: bool,
+    needed: int,
+    workers: int | None,
+    memory_mb: float,
+    there: Cluster | None,
+) -> Estimate:
+    """How a sweep will be run, here or on a cluster."""
+    if there is None:
+        return estimate(grid, cut, compiled=fused, targets_bytes=needed, workers=workers, memory_mb=memory_mb)
+    return estimate_elsewhere(
+        grid, cut, compiled=fused, targets_bytes=needed, threads=there.threads, memory_mb=memory_mb
+    )
+
+
+def _stopped(error: RunFailed, part: SweepResult, kept: Kept | None) -> RunFailed:
+    """The error of a sweep that could not go on, with the rows that it has."""
+    have = f"{len(part.frame):,} of {len(part.grid):,} rows are there"
+    way_on = "its context has them as result" if kept is None else f"{kept.path} has them: go on with resume"
+    return RunFailed(f"{error.message} {have}, and {way_on}.", **{**error.context, "result": part})
 
 
 def _longest_history(grid: Combinations) -> int:
