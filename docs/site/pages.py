@@ -56,6 +56,10 @@ ROOMS = {
     "steering": ("Steering", "What an operator does to a session from outside, and what the session's folder shows."),
     "session": ("Sessions", "How agents, a broker and a clock become a session, are driven, and reconciled."),
     "replay": ("Replay", "A session compared with itself, replayed, and with the backtest of the same strategy."),
+    "evidence": (
+        "Evidence",
+        "What a journal proves: why an order was sent, what it cost, and where a session differs from its backtest.",
+    ),
     "observe": ("Observation", "What looks at a session from beside it: metrics, health, pages, messages."),
     "runs": ("Runs", "Notebooks as runs: templates, parameters, results, comparisons."),
     "app": ("Application", "The command line, the demo and the scheduler."),

@@ -36,6 +36,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     "data show": ("data", "show", "IBM"),
     "demo": ("demo", "--help"),
     "doctor": ("doctor", "--offline"),
+    "explain": ("explain", "latest-paper", "sma_cross-AAPL-20120103"),
     "exchange": ("exchange", "--symbols", "NOTHERE"),
     "journal verify": ("journal", "verify", "latest-paper"),
     "journal show": ("journal", "show", "latest-paper", "--limit", "3"),
