@@ -45,6 +45,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     "live": ("live", "--account", "1"),
     "notify test": ("notify", "test"),
     "paper": ("paper", "--broker", "simulated", "--transport", "in_process", *WHAT),
+    "parity": ("parity", "latest-paper"),
     "reduce": ("reduce", "latest-paper", "--reason", "test", "--by", "ada"),
     "replay": ("replay", "latest-paper"),
     "resume": ("resume", "latest-paper", "--reason", "test", "--by", "ada"),
