@@ -79,9 +79,13 @@ def units_of(side: Side) -> Units:
 # %% ../../nbs/evidence/05_parity.ipynb #ee782b8c
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """What a line has come to by some bar, in shares as at the end. paid: USD, negative where it brought money."""
+    """What a line has come to by some bar, in shares as at the end. Money in USD, negative where it brought some.
+
+    value: shares at their prices. paid: the same as cash is kept, each fill to the cent.
+    """
 
     qty: Decimal = ZERO
+    value: Decimal = ZERO
     paid: Decimal = ZERO
     fees: Decimal = ZERO
     bars: tuple[datetime, ...] = ()
@@ -89,7 +93,7 @@ class Filled:
     @property
     def price(self) -> Decimal:
         """USD a share; 0 where nothing filled."""
-        return self.paid / self.qty if self.qty else ZERO
+        return self.value / self.qty if self.qty else ZERO
 
 
 def filled_by(line: Line | None, at: datetime, units: Units) -> Filled:
@@ -98,9 +102,10 @@ def filled_by(line: Line | None, at: datetime, units: Units) -> Filled:
     assert line is not None or not fills
     symbol = "" if line is None else line.key[1]
     qty = sum((fill.qty * units.of_fill(symbol, fill.bar) for fill in fills), ZERO)
-    paid = sum((round(fill.qty * fill.price, CASH_DECIMALS) for fill in fills), ZERO)  # as cash is kept
+    values = [fill.qty * fill.price for fill in fills]
+    paid = sum((round(value, CASH_DECIMALS) for value in values), ZERO)
     fees = sum((fill.fee for fill in fills), ZERO)
-    return Filled(qty, paid, fees, tuple(dict.fromkeys(fill.bar for fill in fills)))
+    return Filled(qty, sum(values, ZERO), paid, fees, tuple(dict.fromkeys(fill.bar for fill in fills)))
 
 # %% ../../nbs/evidence/05_parity.ipynb #f771d101
 @dataclass(slots=True)
@@ -173,6 +178,9 @@ def entry_of(pair: Pair, at: datetime, market: "Market") -> Entry:
     price = ((left.qty - both) * left.price - (right.qty - both) * right.price) / more if more else left.price
     for cause, qty in parts.items():
         entry.add(cause, -qty * price, qty)
+    if entry.cash:  # what rounding to cents leaves goes with the largest
+        largest = max(entry.cash, key=lambda cause: abs(entry.cash[cause]))
+        entry.add(largest, right.paid - left.paid - sum(entry.cash.values(), ZERO))
     for cause, amount in fee_parts(left, right, both, parts):
         entry.add(cause, amount)
     return entry
@@ -214,6 +222,7 @@ ENDED: dict[str, Cause] = {
     "strategy": "latency",
     "working": "latency",
     "filled": "latency",
+    "foreign": "operator",
 }
 
 
@@ -454,14 +463,17 @@ def play(market: Market, pairs: Mapping[Key, Pair]) -> list[Day]:
     worth, days = [market.ours.cash, market.theirs.cash], dict[date, Day]()
     for at in stamps:
         for pair in fills[at]:
+            if pair.key[0] == at:  # decided at the open: a margin call; or at the close, by nobody: a pay-out
+                ask_why(market, pair, at)
             take_fills(market, pair, at)
         take_closes(market, at)
         worth = [side.equity.get(at, before) for side, before in zip((market.ours, market.theirs), worth, strict=True)]
         account_for(market, at, worth[0] - worth[1])
         for pair in decisions[at]:
-            ask_why(market, pair, at)
-            if pair.stamps:
-                market.working[pair.key] = pair
+            if at not in pair.stamps:
+                ask_why(market, pair, at)
+                if pair.stamps:
+                    market.working[pair.key] = pair
         day = at.astimezone(NEW_YORK).date()
         days[day] = Day(day, worth[0] - worth[1], all_parts(market))
     return list(days.values())
@@ -625,7 +637,8 @@ def unlike_lines(pair: Pair) -> bool:
     ours, theirs = pair.ours, pair.theirs
     if ours is None or theirs is None:
         return True
-    return ours.qty != theirs.qty or ours.filled != theirs.filled
+    bars = [[fill.bar for fill in line.fills] for line in (ours, theirs)]
+    return ours.qty != theirs.qty or ours.filled != theirs.filled or bars[0] != bars[1]
 
 
 def worth_at(side: Side, last: datetime) -> Decimal:

@@ -55,8 +55,8 @@ from trader_lib.trading.events import (
 from ..trading.orders import MARGIN_CALL, SIDE_SIGN, OrderSide, OrderStatus, decimal_text
 from ..trading.portfolio import Commission, Fill
 
-# %% ../../nbs/evidence/04_sides.ipynb #5728fc64
-Ending = Literal["filled", "working", "refused", "rejected", "operator", "strategy", "broker"]
+# %% ../../nbs/evidence/04_sides.ipynb #4d198787
+Ending = Literal["filled", "working", "refused", "rejected", "operator", "strategy", "broker", "foreign"]
 Key = tuple[datetime, str, str, int]  # stamp of the deciding bar, symbol, purpose, and which of them
 
 
@@ -172,6 +172,8 @@ def take_bars(reading: SideReading, event: Event, closed: BarsClosed) -> None:
 def book(reading: SideReading, line: Line, fill: Fill, at: datetime) -> None:
     """Book a fill of a line in a bar."""
     assert reading.fee is not None
+    if line.key[2] == "liquidation" and not line.fills:
+        line.key = at, *line.key[1:]  # decided at the open of the bar that closes now
     line.fills.append(Execution(at, SIDE_SIGN[fill.side] * fill.qty, fill.price, reading.fee(fill)))
 
 # %% ../../nbs/evidence/04_sides.ipynb #b939a51c
@@ -189,6 +191,8 @@ def take_fill(reading: SideReading, fill: Fill) -> None:
         reading.side.cash += qty * fill.price
         return
     line = reading.lines.get(name) or foreign_line(reading, name, fill, stamp)
+    if line.ended == "foreign":
+        line.qty += SIDE_SIGN[fill.side] * fill.qty
     reading.waiting.append((line, fill))
 
 
@@ -196,7 +200,7 @@ def foreign_line(reading: SideReading, name: str, fill: Fill, stamp: datetime) -
     """Return the line of an order that the strategy did not decide."""
     purpose = "liquidation" if name.startswith(MARGIN_CALL) else "operator"
     line = add_line(reading, name, stamp, fill.symbol, purpose, Decimal(0))
-    line.ended, line.reason = "filled", "The strategy did not decide it."
+    line.ended, line.reason = "foreign", "The strategy did not decide it."
     return line
 
 # %% ../../nbs/evidence/04_sides.ipynb #ca0bc166
@@ -206,7 +210,9 @@ def take_line(reading: SideReading, event: Event) -> None:
         case OrderProposed(request=request, decided_at=at) if request.strategy == reading.strategy:
             add_line(reading, request.client_order_id, at, request.symbol, request.purpose, request.signed_qty)
         case OrderIntended(request=request, decided_at=at) if request.client_order_id.startswith("flatten-"):
-            line = add_line(reading, request.client_order_id, at, request.symbol, "operator", request.signed_qty)
+            line = add_line(
+                reading, request.client_order_id, reading.at or at, request.symbol, "operator", request.signed_qty
+            )
             line.reason = reading.restricted_by
         case RiskDecided(request=request, approved=False, checks=checks) if request.client_order_id in reading.lines:
             line = reading.lines[request.client_order_id]
