@@ -11,10 +11,13 @@ import pandas as pd
 import pytest
 
 from tests.given import Given
+from trader_lib.errors.taxonomy import BadData, Misused
 from trader_lib.evidence.parity import Cause, ParityReport, parity
 from trader_lib.evidence.reference import own_backtest
 from trader_lib.evidence.sides import Side, SideReading, backtest_side, session_side
 from trader_lib.exchange.costs import Costs
+from trader_lib.exchange.engine import Exchange
+from trader_lib.exchange.refusals import insufficient_buying_power
 from trader_lib.journal.opening import open_journal
 from trader_lib.market.bars import Bars
 from trader_lib.market.sample import sample_bars
@@ -25,6 +28,7 @@ from trader_lib.session.spec import SessionSpec
 from trader_lib.steering.control import ControlFile
 from trader_lib.strategy.contract import Strategy
 from trader_lib.trading.events import BarsClosed, Event, FillRecorded, PortfolioChanged
+from trader_lib.trading.orders import Order, OrderRequest
 from trader_lib.trading.portfolio import Fill
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -67,7 +71,8 @@ def adds_up(report: ParityReport) -> None:
     for day in report.days:
         assert abs(sum(day.parts.values()) - day.difference) <= Decimal("0.01"), day
     by_order = sum((amount for row in report.rows for amount in row.parts.values()), Decimal(0))
-    assert abs(by_order - report.difference) < Decimal("0.01") * (len(report.rows) + 1) or "data" in report.parts
+    explained = report.difference - report.unexplained
+    assert abs(by_order - explained) < Decimal("0.01") * (len(report.rows) + 1) or "data" in report.parts
 
 
 def named(report: ParityReport, *causes: Cause) -> None:
@@ -229,3 +234,126 @@ async def test_a_fill_that_came_a_bar_later_is_latency(tmp_path: Path) -> None:
         later.qty * (later.price - later.before), 2
     )
     assert set(report.days[1].parts) == {"latency"}, "while it is on its way, too"
+
+
+async def test_an_order_that_the_broker_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accept, refused = Exchange.submit, []
+
+    def submit(exchange: Exchange, request: OrderRequest, *more: Any) -> Order:
+        if request.symbol == "IBM" and not refused:
+            refused.append(request)
+            raise insufficient_buying_power(Decimal(100), Decimal(0))
+        return accept(exchange, request, *more)
+
+    monkeypatch.setattr(Exchange, "submit", submit)
+    reading = read(await session(tmp_path))
+    report = parity(reading, clean(reading))
+    named(report, "rejection by the broker")
+    assert any("insufficient buying power" in row.pair.ours.reason for row in report.rows if row.pair.ours)
+
+
+class ByDay(Strategy):
+    """Half of equity in each symbol's share, and less on one day of the year."""
+
+    less_on: date
+
+    @property
+    def warmup(self) -> int:
+        return 1
+
+    def targets(self, bars: Bars) -> np.ndarray:
+        days = np.array([bars.day(row) == self.less_on for row in range(bars.n)])
+        return np.where(days[:, None], 0.1, 0.4) * np.ones((1, len(bars.symbols)))
+
+
+def with_day(bars: Bars, day: date) -> Bars:
+    """The bars and one more day, five percent below the day before."""
+    rows = bars.to_frame()
+    before = rows[rows["timestamp"] < pd.Timestamp(day, tz="America/New_York")].groupby("symbol").last().reset_index()
+    before["timestamp"] = pd.Timestamp(day, tz="America/New_York").tz_convert("UTC")
+    before[["open", "high", "low", "close"]] *= 0.95
+    return Bars.from_frame(pd.concat([rows, before]).sort_values(["timestamp", "symbol"]), adjustment="all")
+
+
+async def test_a_day_on_which_the_exchange_is_closed_is_the_calendars(tmp_path: Path) -> None:
+    saturday = date(2012, 1, 14)
+    strategy, bars = ByDay(less_on=saturday), sample_bars(("AAPL", "IBM"), "2012-01-03", "2012-02-29").without_actions()
+    reading = read(await session(tmp_path, strategy, bars))
+    report = parity(reading, clean(reading, strategy, with_day(bars, saturday), calendar="24/7"))
+    named(report, "calendar")
+    assert any("when the exchange is closed" in sentence for row in report.rows for sentence in row.pair.why)
+
+
+async def test_a_day_that_the_session_missed_is_the_datas(tmp_path: Path) -> None:
+    monday = date(2012, 1, 23)
+    whole = sample_bars(("AAPL", "IBM"), "2012-01-03", "2012-02-29").without_actions()
+    kept = [row for row in range(whole.n) if whole.day(row) != monday]
+    figures = {name: getattr(whole, name)[kept] for name in ("open", "high", "low", "close", "volume")}
+    bars = Bars(**figures, index=whole.index[kept], symbols=whole.symbols, provenance=whole.provenance)
+    strategy = ByDay(less_on=monday)
+    reading = read(await session(tmp_path, strategy, bars))
+    report = parity(reading, clean(reading, strategy, whole))
+    named(report, "data")
+    assert any("The session has no bar of AAPL at 2012-01-23" in said for row in report.rows for said in row.pair.why)
+
+
+async def test_a_split_that_both_saw_is_no_difference(tmp_path: Path) -> None:
+    days = {"start": date(2005, 2, 1), "end": date(2005, 3, 31)}
+    bars = sample_bars(("AAPL", "IBM"), "2005-02-01", "2005-03-31", adjustment="raw")
+    reading = read(await session(tmp_path, bars=bars, adjustment="raw", **days))
+    assert reading.side.actions
+    report = parity(reading, clean(reading))
+    assert report.difference == 0 and not report.parts and not report.rows
+
+
+async def test_a_split_and_other_slippage_still_add_up(tmp_path: Path) -> None:
+    days = {"start": date(2005, 2, 1), "end": date(2005, 3, 31)}
+    bars = sample_bars(("AAPL", "IBM"), "2005-02-01", "2005-03-31", adjustment="raw")
+    reading = read(await session(tmp_path, bars=bars, adjustment="raw", costs=Costs(slippage_bps=20), **days))
+    report = parity(reading, clean(reading, bars=bars, costs=Costs()))
+    adds_up(report)
+    assert set(report.parts) <= {"fill price", "corporate action"} and report.unexplained == 0
+    assert abs(report.parts["fill price"]) > Decimal("0.95") * abs(report.difference)
+
+
+async def test_what_a_delisted_share_paid_is_a_corporate_action(tmp_path: Path) -> None:
+    table = sample_bars(("AAPL", "IBM"), "2012-01-03", "2012-02-29").to_frame()
+    gone = (table["symbol"] == "IBM") & (table["timestamp"] > pd.Timestamp("2012-02-01", tz="UTC"))
+    bars, strategy = Bars.from_frame(table[~gone], adjustment="split"), ByDay(less_on=date(2000, 1, 3))
+    reading = read(await session(tmp_path, strategy, bars, costs=Costs(delisting_recovery=0.5)))
+    report = parity(reading, clean(reading, strategy, bars, costs=Costs()))
+    named(report, "corporate action")
+
+
+async def test_what_no_record_accounts_for_is_unexplained(tmp_path: Path) -> None:
+    def edit(event: Event) -> list[Event]:
+        payload = event.payload
+        if isinstance(payload, PortfolioChanged) and payload.equity is not None and event.seq > 100:
+            return [event.model_copy(update={"payload": payload.model_copy(update={"equity": payload.equity - 50})})]
+        return [event]
+
+    reading = read(await session(tmp_path, costs=Costs(slippage_bps=20)), edit)
+    report = parity(reading, clean(reading, costs=Costs()))
+    adds_up(report)
+    assert report.unexplained == -50 and not report.holds and "fill price" in report.parts
+    reading = read(tmp_path / "journal.sqlite", edit)
+    assert parity(reading, clean(reading, costs=Costs()), bound=Decimal(50)).holds
+
+
+@pytest.mark.parametrize("cut", [20, 60, 150])
+async def test_half_a_session_is_held_against_half_a_backtest(cut: int, tmp_path: Path) -> None:
+    def edit(event: Event) -> list[Event]:
+        return [event] if event.seq < cut else []
+
+    reading = read(await session(tmp_path), edit)
+    report = parity(reading, clean(reading))
+    assert report.unexplained == 0 and set(report.parts) <= {"latency"}, report.parts
+
+
+async def test_a_session_without_bars_is_refused(tmp_path: Path) -> None:
+    path = await session(tmp_path)
+    with pytest.raises(BadData, match="before its first bar closed"):
+        read(path, lambda event: [event] if event.seq < 4 else [])
+    with pytest.raises(Misused, match="It has one strategy: leave --of out"):
+        with open_journal(path) as journal:
+            session_side(journal.read(), "trend")

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Cause', 'CAUSES', 'Parts', 'ZERO', 'NOISE', 'CENT', 'ENDED', 'OWN', 'Units', 'units_of', 'Filled', 'filled_by',
-           'Pair', 'paired', 'Entry', 'entry_of', 'price_parts', 'fee_parts', 'unfilled_cause', 'Market', 'is_trading',
-           'absence', 'ask_why', 'blame', 'blame_decision', 'weight_text', 'follow', 'spread', 'shares_of', 'committed',
-           'put_entry', 'worth_by_cause', 'take_closes', 'closed_at', 'account_for', 'Day', 'play', 'take_fills',
-           'all_parts', 'in_cents', 'Difference', 'ParityReport', 'first_unlike_bar', 'paid_out', 'parity', 'worth_of',
-           'unlike_lines', 'worth_at']
+           'Pair', 'paired', 'Entry', 'entry_of', 'price_parts', 'fee_parts', 'unfilled_cause', 'waiting_cause',
+           'Market', 'is_trading', 'absence', 'ask_why', 'blame', 'blame_decision', 'weight_text', 'follow', 'spread',
+           'shares_of', 'committed', 'put_entry', 'worth_by_cause', 'take_closes', 'closed_at', 'account_for', 'Day',
+           'play', 'take_fills', 'all_parts', 'in_cents', 'Difference', 'ParityReport', 'first_unlike_bar', 'paid_out',
+           'parity', 'worth_of', 'unlike_lines', 'worth_at']
 
 # %% ../../nbs/evidence/05_parity.ipynb #5e660de7
 from collections import defaultdict
@@ -193,8 +193,10 @@ def price_parts(
     amount = -both * (left.price - right.price)
     if not amount:
         return []
+    if pair.key[2] == "delisted":
+        return [("corporate action", amount)]
     if left.bars[0] != right.bars[0]:
-        return [("latency", amount)]
+        return [(waiting_cause(pair, market), amount)]
     if left.bars != right.bars:
         return [("partial fill", amount)]
     ours, theirs = (side.bars.get(left.bars[0], {}).get(pair.symbol) for side in (market.ours, market.theirs))
@@ -234,8 +236,14 @@ def unfilled_cause(pair: Pair, left: Filled, right: Filled, at: datetime, market
     if line is None:
         return "unexplained"
     if any(fill.bar > at for fill in line.fills):
-        return "latency"
+        return waiting_cause(pair, market)
     return ENDED[line.ended]
+
+
+def waiting_cause(pair: Pair, market: "Market") -> Cause:
+    """Return why one side filled in another bar: it had none of the other's, or it took longer."""
+    found = (absence(market, stamp, pair.symbol) for stamp in sorted(pair.stamps))
+    return next((gone[0] for gone in found if gone is not None), "latency")
 
 # %% ../../nbs/evidence/05_parity.ipynb #33f079ca
 @dataclass(slots=True)
@@ -385,9 +393,8 @@ def committed(market: Market, symbol: str) -> Parts:
     for key, pair in market.working.items():
         if key[1] == symbol:
             booked = market.entries[key].shares if key in market.entries else {}
-            found["latency"] -= booked.get("latency", ZERO)
-            for cause, qty in pair.asked.items():
-                found[cause] += qty - booked.get(cause, ZERO)
+            for cause in {*pair.asked, *booked}:  # what is on its way will come: only what was asked for differs
+                found[cause] += pair.asked.get(cause, ZERO) - booked.get(cause, ZERO)
     return dict(found)
 
 # %% ../../nbs/evidence/05_parity.ipynb #1a485e8d

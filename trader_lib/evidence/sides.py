@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Ending', 'Key', 'ENDINGS', 'Execution', 'Line', 'Side', 'SideReading', 'add_line', 'take_bars', 'book', 'take_fill',
            'foreign_line', 'take_line', 'take_command', 'take_worth', 'end_lines', 'read_event', 'check_strategy',
-           'session_side', 'starting_cash', 'backtest_side', 'bar_rows', 'named_weights', 'actions_of', 'engine_lines',
-           'refused_lines', 'recorded_bars', 'recorded_actions']
+           'session_side', 'drop_unfinished_bars', 'starting_cash', 'backtest_side', 'bar_rows', 'named_weights',
+           'actions_of', 'engine_lines', 'refused_lines', 'recorded_bars', 'recorded_actions']
 
 # %% ../../nbs/evidence/04_sides.ipynb #64b771b8
 from collections import Counter
@@ -318,14 +318,22 @@ def session_side(events: Iterable[Event], strategy: str = "") -> SideReading:
     reading = SideReading(strategy)
     for event in events:
         read_event(reading, event)
+    drop_unfinished_bars(reading.side)
     if not reading.side.bars:
         raise BadData("The session ended before its first bar closed: there is nothing to compare.")
-    assert reading.spec is not None and reading.at is not None
-    for line, fill in reading.waiting:
-        book(reading, line, fill, reading.at)
     end_lines(reading)
     reading.side.cash += starting_cash(reading)
     return reading
+
+
+def drop_unfinished_bars(side: Side) -> None:
+    """Leave out the bars after the last one whose worth was recorded, as where a session was cut off at a close."""
+    last = max((at for at in side.bars if at in side.equity), default=None)
+    for at in [at for at in side.bars if last is None or at > last]:
+        del side.bars[at]
+    side.lines = [line for line in side.lines if last is not None and line.key[0] <= last]
+    for line in side.lines:
+        line.fills = [fill for fill in line.fills if last is not None and fill.bar <= last]
 
 
 def starting_cash(reading: SideReading) -> Decimal:
