@@ -83,6 +83,8 @@ KINDS = {
             "docs/sweeps",
             "docs/verdict",
             "docs/checks",
+            "docs/explain",
+            "docs/parity",
             "docs/operations",
             "docs/schedule",
             "docs/monitoring",
