@@ -30,6 +30,7 @@ from .agents import agent
 from .check import check
 from .course import course
 from .data import data
+from .evidence import explain, parity
 from .journal import journal, replay
 from .new import new
 from .notify import announce_death, notify, summary
@@ -95,6 +96,8 @@ app.command(check)
 app.command(course)
 app.command(new)
 app.command(replay)
+app.command(explain)
+app.command(parity)
 app.command(notify)
 app.command(summary)
 app.command(watch)
