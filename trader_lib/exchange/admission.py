@@ -8,15 +8,16 @@ __all__ = ['plainly', 'is_exempt', 'Admission']
 # %% ../../nbs/exchange/03_admission.ipynb #26528533
 import math
 from collections.abc import Container, Mapping, Sequence
+from datetime import datetime
 from decimal import Decimal
 
+from ..clock.sessions import NEW_YORK
 from . import refusals
 from ..rules.account import may_short, order_cost
 from .book import BookOrder, Ledger
-from ..rules.numbers import CASH_DECIMALS, round_to, to_decimal, to_float, to_shares
+from ..rules.numbers import CASH_DECIMALS, PRICE_DECIMALS, round_to, to_decimal, to_float, to_shares
 from ..trading.capability import Asked, capability_refusal
-from ..trading.orders import ORDER_TYPE_CODE, SIDE_SIGN, OrderClass, OrderRequest, OrderType, TimeInForce
-from ..rules.matching import STOP
+from ..trading.orders import SIDE_SIGN, OrderClass, OrderRequest, OrderType, order_type_code
 from ..rules.wash import would_wash
 
 # %% ../../nbs/exchange/03_admission.ipynb #bd2cff5a
@@ -34,8 +35,7 @@ class Admission:
     """The checks in front of the book.
 
     columns: of the symbols traded; ledger: the account; working: the open orders, in the sequence of submission; names: the
-    client_order_ids used so far. All are read, and stay the caller's. at_once: orders meet the price of the moment, so that
-    every time in force can be served.
+    client_order_ids used so far. All are read, and stay the caller's.
     """
 
     def __init__(
@@ -44,17 +44,14 @@ class Admission:
         ledger: Ledger,
         working: Sequence[BookOrder],
         names: Container[str],
-        *,
-        at_once: bool = False,
     ) -> None:
         self._columns = columns
         self._ledger = ledger
         self._working = working
         self._names = names
-        self._at_once = at_once
 
-    def admit(self, request: OrderRequest) -> tuple[int, float]:
-        """Column of the symbol and buying power that the order takes, USD; raises Rejected."""
+    def admit(self, request: OrderRequest, now: datetime) -> tuple[int, float]:
+        """Column of the symbol and buying power that the order takes, USD; raises Rejected. now: exchange's time."""
         column = self._columns.get(request.symbol)
         if column is None:
             raise refusals.unknown_asset(request.symbol)
@@ -62,13 +59,10 @@ class Admission:
             raise refusals.duplicate_client_order_id()
         if request.qty is None:
             raise refusals.unprocessable("notional orders are not served by this exchange: give a qty")
-        if not self._at_once and request.time_in_force not in {TimeInForce.DAY, TimeInForce.GTC}:
-            raise refusals.bad_request(
-                f"invalid time_in_force: {request.time_in_force.value} is not served, use day or gtc"
-            )
         reference = float(self._ledger.mark[column])
         if math.isnan(reference):
             raise refusals.unprocessable(f'asset "{request.symbol}" is not active')
+        self._check_kind(request, reference, now)
         self._check_position(request, column)
         self._check_wash_trade(request)
         position = float(self._ledger.qty[column])
@@ -96,6 +90,13 @@ class Admission:
             total = round_to(total + order.reserved, CASH_DECIMALS)
         return total
 
+    def _check_kind(self, request: OrderRequest, last: float, now: datetime) -> None:
+        """The time of day and the last price fit an order of that kind."""
+        local = now.astimezone(NEW_YORK)
+        asked = request.asked(minute=local.hour * 60 + local.minute, last=to_decimal(last, PRICE_DECIMALS))
+        if refused := capability_refusal(asked):
+            raise refusals.unprocessable(refused)
+
     def _check_position(self, request: OrderRequest, column: int) -> None:
         """An order closes at most what is free of the position, never crosses zero, and sells short only if it may."""
         signed = request.signed_qty
@@ -120,7 +121,7 @@ class Admission:
         for other in self._working:
             if other.symbol == request.symbol and would_wash(
                 SIDE_SIGN[request.side],
-                ORDER_TYPE_CODE.get(request.type, STOP),
+                order_type_code(request.type),
                 to_float(request.limit_price),
                 is_exempt(request),
                 other.sign,
