@@ -27,6 +27,7 @@ from trader_lib.agents.tracking import (
     OrderBook,
     OrderTrack,
     admit_fill,
+    entry_of,
     is_settled,
     is_unresolved,
     known_as,
@@ -181,6 +182,7 @@ def recorded(
         timestamp=timestamp,
         purpose=track.purpose,
         strategy=track.strategy,
+        parent=entry_of(track),
     )
     return FillRecorded(fill=fill)
 

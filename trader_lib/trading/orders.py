@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAGNITUDE_MAX', 'Number', 'Utc', 'Label', 'Flag', 'Rare', 'SIDE_SIGN', 'ORDER_TYPE_CODE', 'SYMBOL', 'DIGITS_MAX',
            'Purpose', 'LEG_PRICES', 'MARGIN_CALL', 'TERMINAL', 'ENDED_SHORT', 'decimal_text', 'order_type_code',
-           'decimals_of', 'amount_refusal', 'price_refusal', 'OrderRequest', 'Order', 'client_order_id', 'OrderClass',
-           'OrderSide', 'OrderStatus', 'OrderType', 'TimeInForce', 'TradeEvent']
+           'decimals_of', 'amount_refusal', 'price_refusal', 'OrderRequest', 'ReplaceRequest', 'Order',
+           'client_order_id', 'OrderClass', 'OrderSide', 'OrderStatus', 'OrderType', 'TimeInForce', 'TradeEvent']
 
 # %% ../../nbs/trading/01_orders.ipynb #e98584db
 import hashlib
@@ -228,6 +228,39 @@ class OrderRequest(BaseModel):
         if self.qty is None:
             raise ValueError("a notional order has no quantity until it fills: size it by qty")
         return SIDE_SIGN[self.side] * self.qty
+
+# %% ../../nbs/trading/01_orders.ipynb #86ef8dd2
+class ReplaceRequest(BaseModel):
+    """What is to change of an open order; the order that comes of it goes by a client order id of its own.
+
+    Raises pydantic.ValidationError.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    client_order_id: str = Field(min_length=1, max_length=128)
+    qty: Rare = None  # shares, whole
+    limit_price: Rare = None  # USD a share
+    stop_price: Rare = None  # USD a share
+    trail: Rare = None  # of a trailing stop: USD a share, or percent, as it was given
+
+    def model_post_init(self, context: object, /) -> None:
+        """Refuse what changes nothing, and numbers that no order may have."""
+        if not self.changes():
+            raise ValueError("name what to replace: a qty, limit_price, stop_price or trail")
+        refusal = (
+            (self.qty and amount_refusal("qty", self.qty, 0))
+            or price_refusal("limit_price", self.limit_price)
+            or price_refusal("stop_price", self.stop_price)
+            or (self.trail is not None and self.trail <= 0 and "trail must be greater than 0")
+        )
+        if refusal:
+            raise ValueError(refusal)
+
+    def changes(self) -> dict[str, Decimal]:
+        """Return what is to change, by Alpaca's names."""
+        named = {name: getattr(self, name) for name in ("qty", "limit_price", "stop_price", "trail")}
+        return {name: value for name, value in named.items() if value is not None}
 
 # %% ../../nbs/trading/01_orders.ipynb #f53c0c8d
 TERMINAL = frozenset(
