@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['REPLACEMENTS_MAX', 'DUPLICATE_CODE', 'NOT_CANCELED', 'Overtaken', 'ExecutionState', 'Commit', 'AskHalted',
            'BrokerEffect', 'Submit', 'Cancel', 'FindOrder', 'GetOrder', 'ListOpenOrders', 'Patience', 'confirmed',
-           'adopted', 'recorded', 'look_up', 'refresh', 'not_sent', 'cancel', 'ask_for_cancel', 'resolve', 'send',
-           'submit', 'on_refusal', 'refusal_to_send', 'has_pending_cancel', 'has_unknown_position', 'on_decision',
-           'on_cancel_proposed', 'reported_qty', 'on_trade_update', 'is_unexpected', 'catch_up', 'on_report', 'on_tick',
-           'check_order', 'has_more_filled', 'repair', 'closing_order', 'closing_orders', 'on_trading_state',
-           'on_command', 'flatten', 'on_fill', 'ask_broker', 'BrokerAgent', 'ExecutionAgent']
+           'adopted', 'recorded', 'look_up', 'refresh', 'not_sent', 'cancel', 'ask_for_cancel', 'cancel_group',
+           'resolve', 'send', 'submit', 'on_refusal', 'refusal_to_send', 'has_pending_cancel', 'has_unknown_position',
+           'on_decision', 'on_cancel_proposed', 'reported_qty', 'recognize', 'on_trade_update', 'is_unexpected',
+           'catch_up', 'on_report', 'on_tick', 'check_order', 'listed_as', 'has_more_filled', 'repair', 'closing_order',
+           'closing_orders', 'on_trading_state', 'on_command', 'flatten', 'on_fill', 'ask_broker', 'BrokerAgent',
+           'ExecutionAgent']
 
 # %% ../../nbs/agents/05_execution.ipynb #7743ab27
 from collections.abc import Callable, Mapping
@@ -40,7 +41,7 @@ from ..bus.bus import Bus
 from ..clock.clock import Clock
 from ..errors.taxonomy import OutcomeUnknown, Rejected, Retryable, TraderError
 from ..telemetry.tracing import span
-from ..trading.orders import SIDE_SIGN, Order, OrderRequest, OrderSide, OrderStatus, decimal_text
+from ..trading.orders import SIDE_SIGN, Order, OrderClass, OrderRequest, OrderSide, OrderStatus, decimal_text
 from ..trading.portfolio import Fill, Position
 
 # %% ../../nbs/agents/05_execution.ipynb #f02131b1
@@ -257,6 +258,15 @@ def ask_for_cancel(patience: Patience, track: OrderTrack) -> Steps[None]:
         except (Retryable, OutcomeUnknown):
             yield patience.pause(attempt)
 
+# %% ../../nbs/agents/05_execution.ipynb #2e58bb75
+def cancel_group(state: ExecutionState, patience: Patience, track: OrderTrack, event: Event) -> Steps[None]:
+    """Cancel an order that is open, and the exits that an entry has left."""
+    if track.is_open:
+        yield from cancel(state, patience, track, event)
+    for leg in track.legs:
+        if leg.is_open and leg.purpose != track.purpose:
+            yield from cancel(state, patience, leg, event)
+
 # %% ../../nbs/agents/05_execution.ipynb #7d3a1f4d
 def resolve(state: ExecutionState, patience: Patience, track: OrderTrack, event: Event, reason: str) -> Steps[None]:
     """Report that the outcome of an order is unknown, then find out. reason: what happened to the answer."""
@@ -395,11 +405,21 @@ def reported_qty(track: OrderTrack) -> Decimal:
     """Return the shares that the broker reports filled, over an order, its legs and what replaced it."""
     return sum((member.reported_qty for member in track.family()), Decimal(0))
 
+# %% ../../nbs/agents/05_execution.ipynb #73790881
+def recognize(state: ExecutionState, patience: Patience, order: Order, event: Event) -> Steps[OrderTrack | None]:
+    """Find which order a record is about, None for one that is not ours; look groups up whose leg it may be."""
+    track = state.book.follow(order)
+    if track is not None or order.order_class is OrderClass.SIMPLE:
+        return track
+    for group in state.book.without_legs(order.symbol):
+        yield from refresh(state, patience, group, event)
+    return state.book.follow(order)
+
 # %% ../../nbs/agents/05_execution.ipynb #968e56d8
 def on_trade_update(state: ExecutionState, patience: Patience, update: TradeUpdated, event: Event) -> Steps[None]:
     """Take in a message of the broker's stream."""
     order, now = update.order, event.recorded_at
-    track = state.book.follow(order)
+    track = yield from recognize(state, patience, order, event)
     if track is None:
         track = state.book.adopt(order, event.correlation_id)
     unexpected = is_unexpected(track)
@@ -438,7 +458,7 @@ def on_report(state: ExecutionState, patience: Patience, report: OrdersReported,
     """Take in what a reconciliation found at the broker: fills that were missed, orders that are not ours."""
     book, now = state.book, event.recorded_at
     for order in report.orders:
-        track = book.follow(order)
+        track = yield from recognize(state, patience, order, event)
         if track is None:
             track = book.adopt(order, event.correlation_id, now=now if report.counted else None)
         unexpected = is_unexpected(track)
@@ -468,7 +488,7 @@ def on_tick(state: ExecutionState, patience: Patience, event: Event) -> Steps[No
         return  # the next tick asks again
     listed = {order.id: order for order in orders}
     for track in working:
-        yield from check_order(state, patience, track, listed.get(track.current.order_id or ""), event)
+        yield from check_order(state, patience, track, listed_as(track, listed), event)
 
 # %% ../../nbs/agents/05_execution.ipynb #03a1cef3
 def check_order(
@@ -484,6 +504,13 @@ def check_order(
             yield from repair(state, member, event)
     if track.cancel_wanted and track.is_open:
         yield from cancel(state, patience, track, event)
+
+# %% ../../nbs/agents/05_execution.ipynb #fba3aa9b
+def listed_as(track: OrderTrack, listed: Mapping[str, Order]) -> Order | None:
+    """Return the broker's record of an open order, or of a leg that it has left there; None where neither is open."""
+    members = (track.current, *(leg.current for leg in track.legs))
+    found = (listed.get(member.order_id or "") for member in members)
+    return next((order for order in found if order is not None), None)
 
 # %% ../../nbs/agents/05_execution.ipynb #868e2331
 def has_more_filled(track: OrderTrack, order: Order) -> bool:
@@ -558,8 +585,7 @@ def on_command(state: ExecutionState, patience: Patience, command: OperatorComma
         state.halted, state.exits_pass = True, False
     if command.action in {"cancel_all", "halt", "flatten"}:
         for track in state.book.working():
-            if track.is_open:
-                yield from cancel(state, patience, track, event)
+            yield from cancel_group(state, patience, track, event)
     if command.action == "flatten":
         for position in command.positions:
             yield from flatten(state, patience, position, event)

@@ -20,7 +20,7 @@ from typing import Annotated
 from pydantic import Field, PlainSerializer, TypeAdapter
 
 from ..rules.numbers import AVERAGE_PRICE_DECIMALS
-from ..trading.orders import TERMINAL, Order, OrderRequest, OrderSide, OrderStatus, Purpose
+from ..trading.orders import TERMINAL, Order, OrderClass, OrderRequest, OrderSide, OrderStatus, Purpose
 
 # %% ../../nbs/agents/04_tracking.ipynb #afc95503
 class LocalState(StrEnum):
@@ -93,6 +93,7 @@ class OrderTrack:
     successor: "OrderTrack | None" = field(default=None, repr=False)
     carries: bool = True  # whether the broker's cumulative figures go on from the predecessor's
     parent: Annotated["OrderTrack | None", Field(exclude=True)] = field(default=None, repr=False)  # of a leg
+    brings_legs: bool = False  # it was asked for with legs, which the broker names
 
     @property
     def is_open(self) -> bool:
@@ -361,6 +362,10 @@ class WorkingOrders(OrderIndex):
         alive = [self.touch(track) for key in tuple(self.alive) for track in self.working_in(*key)]
         return sorted(alive, key=lambda track: track.number)
 
+    def without_legs(self, symbol: str) -> list[OrderTrack]:
+        """Return orders of ours in a symbol whose legs are not known, in the order of planning."""
+        return [track for track in self.working() if track.symbol == symbol and track.brings_legs and not track.legs]
+
     def externals(self) -> list[OrderTrack]:
         """Return orders of others that may still fill."""
         return [self.touch(track) for track in self.adopted.values() if track.is_open]
@@ -405,6 +410,7 @@ class IncomingOrders(WorkingOrders):
             correlation_id,
             strategy=request.strategy,
             number=len(self.ours),
+            brings_legs=request.order_class is not OrderClass.SIMPLE,
         )
         self.ours[track.client_order_id] = track
         self.enter(track)

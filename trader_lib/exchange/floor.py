@@ -392,8 +392,10 @@ class Floor:
         """Make the exits that wait for an entry's fill: a target, a stop, or a pair of them."""
         request = entry.request
         side, loss = OrderSide.SELL if entry.sign > 0 else OrderSide.BUY, _loss_type(request)
-        target = (OrderType.LIMIT, request.take_profit_price, None)
-        wanted = (target, (loss, request.stop_loss_limit_price, request.stop_loss_price))
+        wanted = (
+            (OrderType.LIMIT, request.take_profit_price, None),
+            (loss, request.stop_loss_limit_price, request.stop_loss_price),
+        )
         for kind, limit, stop in wanted:
             if limit is None and stop is None:
                 continue

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAGNITUDE_MAX', 'Number', 'Utc', 'Label', 'Flag', 'Rare', 'SIDE_SIGN', 'ORDER_TYPE_CODE', 'SYMBOL', 'DIGITS_MAX',
            'Purpose', 'LEG_PRICES', 'MARGIN_CALL', 'TERMINAL', 'ENDED_SHORT', 'decimal_text', 'order_type_code',
-           'decimals_of', 'amount_refusal', 'price_refusal', 'OrderRequest', 'ReplaceRequest', 'Order',
+           'decimals_of', 'amount_refusal', 'price_refusal', 'OrderRequest', 'ReplaceRequest', 'Order', 'is_exempt',
            'client_order_id', 'OrderClass', 'OrderSide', 'OrderStatus', 'OrderType', 'TimeInForce', 'TradeEvent']
 
 # %% ../../nbs/trading/01_orders.ipynb #e98584db
@@ -332,6 +332,11 @@ class Order(BaseModel):
                 "legs": tuple(cls.from_alpaca(leg) for leg in model.legs or ()),
             }
         )
+
+# %% ../../nbs/trading/01_orders.ipynb #c0d4c2fe
+def is_exempt(order: OrderRequest | Order) -> bool:
+    """Return whether an order may rest beside an opposite one: part of a pair or a bracket, or trailing."""
+    return order.order_class is not OrderClass.SIMPLE or order.type is OrderType.TRAILING_STOP
 
 # %% ../../nbs/trading/01_orders.ipynb #9dd68d8d
 def client_order_id(session: str, strategy: str, symbol: str, decision: datetime, purpose: Purpose, n: int) -> str:
