@@ -27,7 +27,6 @@ from trader_lib.trading.events import (
     OrderIntended,
     OrderProposed,
     Payload,
-    RiskDecided,
 )
 from trader_lib.trading.orders import OrderRequest, decimal_text
 
