@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['REPLACEMENTS_MAX', 'DUPLICATE_CODE', 'NOT_CANCELED', 'Overtaken', 'ExecutionState', 'Commit', 'AskHalted',
-           'BrokerEffect', 'Submit', 'Cancel', 'FindOrder', 'GetOrder', 'ListOpenOrders', 'Patience', 'confirmed',
-           'adopted', 'recorded', 'look_up', 'refresh', 'not_sent', 'cancel', 'ask_for_cancel', 'cancel_group',
-           'resolve', 'send', 'submit', 'on_refusal', 'refusal_to_send', 'has_pending_cancel', 'has_unknown_position',
-           'on_decision', 'on_cancel_proposed', 'reported_qty', 'recognize', 'on_trade_update', 'is_unexpected',
-           'catch_up', 'on_report', 'on_tick', 'check_order', 'listed_as', 'has_more_filled', 'repair', 'closing_order',
-           'closing_orders', 'on_trading_state', 'on_command', 'flatten', 'on_fill', 'ask_broker', 'BrokerAgent',
-           'ExecutionAgent']
+           'BrokerEffect', 'Submit', 'Cancel', 'Replace', 'FindOrder', 'GetOrder', 'ListOpenOrders', 'Patience',
+           'confirmed', 'adopted', 'recorded', 'look_up', 'refresh', 'not_sent', 'cancel', 'ask_for_cancel',
+           'cancel_group', 'resolve', 'send', 'submit', 'on_refusal', 'refusal_to_send', 'has_pending_cancel',
+           'has_unknown_position', 'on_decision', 'on_cancel_proposed', 'reported_qty', 'refusal_to_replace',
+           'on_replace_proposed', 'replace_order', 'take_replacement', 'find_replacement', 'recognize',
+           'on_trade_update', 'is_unexpected', 'catch_up', 'on_report', 'on_tick', 'check_order', 'listed_as',
+           'has_more_filled', 'repair', 'closing_order', 'closing_orders', 'on_trading_state', 'on_command', 'flatten',
+           'on_fill', 'ask_broker', 'BrokerAgent', 'ExecutionAgent']
 
 # %% ../../nbs/agents/05_execution.ipynb #7743ab27
 from collections.abc import Callable, Mapping
@@ -41,7 +42,16 @@ from ..bus.bus import Bus
 from ..clock.clock import Clock
 from ..errors.taxonomy import OutcomeUnknown, Rejected, Retryable, TraderError
 from ..telemetry.tracing import span
-from ..trading.orders import SIDE_SIGN, Order, OrderClass, OrderRequest, OrderSide, OrderStatus, decimal_text
+from trader_lib.trading.orders import (
+    SIDE_SIGN,
+    Order,
+    OrderClass,
+    OrderRequest,
+    OrderSide,
+    OrderStatus,
+    ReplaceRequest,
+    decimal_text,
+)
 from ..trading.portfolio import Fill, Position
 
 # %% ../../nbs/agents/05_execution.ipynb #f02131b1
@@ -58,6 +68,8 @@ from trader_lib.trading.events import (
     OrderIntended,
     OrdersReported,
     Payload,
+    ReplaceIntended,
+    ReplaceProposed,
     RiskDecided,
     TradeUpdated,
     TradingState,
@@ -115,6 +127,14 @@ class Cancel(BrokerEffect):
     """Ask the broker to cancel an order."""
 
     order_id: str  # the broker's
+
+
+@dataclass(frozen=True, slots=True)
+class Replace(BrokerEffect):
+    """Ask for another order in the place of an open one; the outcome is the broker's record of the new one."""
+
+    order_id: str  # the broker's, of the one that is open
+    request: ReplaceRequest
 
 # %% ../../nbs/agents/05_execution.ipynb #e85ff553
 @dataclass(frozen=True, slots=True)
@@ -405,6 +425,87 @@ def reported_qty(track: OrderTrack) -> Decimal:
     """Return the shares that the broker reports filled, over an order, its legs and what replaced it."""
     return sum((member.reported_qty for member in track.family()), Decimal(0))
 
+# %% ../../nbs/agents/05_execution.ipynb #3a1037cb
+def refusal_to_replace(state: ExecutionState, track: OrderTrack | None, request: ReplaceRequest) -> Steps[str]:
+    """Return why an order is not replaced; "" where it may be."""
+    if track is None or track.purpose != "exit" or request.qty is not None:
+        return "only the price of an exit of ours can be moved"
+    if track.cancel_wanted or not track.is_open or track.current.order_id is None:
+        return "the exit is over, or is not known to the broker yet"
+    if (state.halted and not state.exits_pass) or (yield AskHalted()):
+        return "trading is halted"
+    return ""
+
+# %% ../../nbs/agents/05_execution.ipynb #72abca39
+def on_replace_proposed(
+    state: ExecutionState, patience: Patience, proposal: ReplaceProposed, event: Event
+) -> Steps[None]:
+    """Move an exit, once, or report why it stays where it is."""
+    request = proposal.request
+    track = state.book.get(proposal.client_order_id)
+    reason = yield from refusal_to_replace(state, track, request)
+    if reason or track is None:
+        yield not_sent(request.client_order_id, reason)
+        return
+    yield ReplaceIntended(client_order_id=proposal.client_order_id, request=request, decided_at=proposal.decided_at)
+    yield Commit()
+    yield from replace_order(state, patience, track, request, event)
+
+# %% ../../nbs/agents/05_execution.ipynb #9e4571fa
+def replace_order(
+    state: ExecutionState, patience: Patience, track: OrderTrack, request: ReplaceRequest, event: Event
+) -> Steps[None]:
+    """Ask for a replacement that is written down, again only where the broker is known not to have taken it."""
+    reason, name = "", request.client_order_id
+    for attempt in range(patience.attempts):
+        try:
+            order = yield Replace(track.current.order_id or "", request)
+        except Rejected as refusal:
+            if refusal.code != DUPLICATE_CODE or "client_order_id" not in refusal.reason:
+                yield OrderFailed(client_order_id=name, reason=refusal.reason, code=refusal.code, outcome="rejected")
+                yield from refresh(state, patience, track, event)  # it may have filled, or somebody has replaced it
+                return
+            yield from find_replacement(state, patience, request, event, refusal.reason)
+            return
+        except Retryable as error:  # the port's promise: the broker did not take it
+            reason = str(error)
+            yield patience.pause(attempt, error.retry_after)
+        except OutcomeUnknown as error:
+            yield from find_replacement(state, patience, request, event, str(error))
+            return
+        else:
+            yield from take_replacement(state, order, event)
+            return
+    yield not_sent(name, reason)
+
+# %% ../../nbs/agents/05_execution.ipynb #c86e6c5b
+def take_replacement(state: ExecutionState, order: Order, event: Event) -> Steps[None]:
+    """Take in the record of what is to replace an order of ours."""
+    track = state.book.follow(order)
+    if track is not None:
+        state.book.observe(track, order, event.recorded_at)
+        yield confirmed(track, order)
+
+
+def find_replacement(
+    state: ExecutionState, patience: Patience, request: ReplaceRequest, event: Event, reason: str
+) -> Steps[None]:
+    """Report that the outcome of a replacement is unknown, then find out; it is never asked for again."""
+    name, absent = request.client_order_id, 0
+    yield OrderFailed(client_order_id=name, reason=reason, outcome="unknown")
+    for attempt in range(patience.attempts):
+        yield patience.pause(attempt)
+        try:
+            order = yield FindOrder(name)
+        except TraderError:
+            continue
+        if order is not None:
+            yield from take_replacement(state, order, event)
+            return
+        absent += 1
+    if absent == patience.attempts:
+        yield not_sent(name, f"the broker has no such order ({reason})")
+
 # %% ../../nbs/agents/05_execution.ipynb #73790881
 def recognize(state: ExecutionState, patience: Patience, order: Order, event: Event) -> Steps[OrderTrack | None]:
     """Find which order a record is about, None for one that is not ours; look groups up whose leg it may be."""
@@ -615,6 +716,9 @@ async def ask_broker(broker: Broker, effect: BrokerEffect) -> Any:
                 return await broker.submit(request)
         case Cancel(order_id=order_id):
             return await broker.cancel(order_id)
+        case Replace(order_id=order_id, request=replacement):
+            with span("replace"):
+                return await broker.replace(order_id, replacement)
         case FindOrder(client_order_id=client_order_id):
             return await broker.order_by_client_id(client_order_id)
         case GetOrder(order_id=order_id):
@@ -662,7 +766,7 @@ class ExecutionAgent(BrokerAgent):
     """Turns approved decisions into orders at the broker, and the broker's messages into fills."""
 
     name = "execution"
-    emits = (OrderIntended, CancelIntended, OrderAcknowledged, OrderFailed, FillRecorded, OrderAdopted)
+    emits = (OrderIntended, CancelIntended, ReplaceIntended, OrderAcknowledged, OrderFailed, FillRecorded, OrderAdopted)
     state_kind = TypeAdapter(ExecutionState)
     state: ExecutionState
 
@@ -688,6 +792,7 @@ class ExecutionAgent(BrokerAgent):
         return {
             RiskDecided: lambda event: on_decision(self.state, self.patience, event.payload, event),
             CancelProposed: lambda event: on_cancel_proposed(self.state, self.patience, event.payload, event),
+            ReplaceProposed: lambda event: on_replace_proposed(self.state, self.patience, event.payload, event),
             TradeUpdated: lambda event: on_trade_update(self.state, self.patience, event.payload, event),
             OrdersReported: lambda event: on_report(self.state, self.patience, event.payload, event),
             TradingStateChanged: lambda event: on_trading_state(self.state, self.patience, event.payload, event),
