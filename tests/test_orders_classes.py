@@ -20,22 +20,27 @@ from trader_lib.session.session import SessionResult, run_session
 from trader_lib.session.spec import SessionSpec
 from trader_lib.trading.events import (
     BarsClosed,
+    CancelIntended,
     CancelProposed,
     FillRecorded,
+    OrderAcknowledged,
     OrderAdopted,
     OrderFailed,
     OrderIntended,
     OrderProposed,
     Payload,
+    ReplaceIntended,
+    ReplaceProposed,
 )
-from trader_lib.trading.orders import OrderRequest, decimal_text
+from trader_lib.trading.orders import OrderRequest, OrderStatus, ReplaceRequest, decimal_text
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
 SPEC = SessionSpec(
     strategy="sma_cross", symbols=("IBM",), start=date(2005, 1, 3), end=date(2005, 1, 21), costs=Costs.none()
 )
-Script = Mapping[int, Sequence[Mapping[str, Any] | str]]  # by the number of the bar: orders by their fields, or cancels
+Wish = Mapping[str, Any] | str | tuple[str, Mapping[str, Any]]  # an order's fields; what to cancel; what to move, how
+Script = Mapping[int, Sequence[Wish]]  # by the number of the bar
 FIELDS = {"limit_price", "stop_price", "take_profit_price", "stop_loss_price", "stop_loss_limit_price"}
 
 
@@ -45,7 +50,10 @@ class Scripted(StrategyAgent):
     script: ClassVar[Script] = {}
 
     def reactions(self) -> Mapping[type[Payload], Reaction]:
-        return {BarsClosed: lambda event: self.act(event.payload)}
+        return {
+            BarsClosed: lambda event: self.act(event.payload),
+            OrderAcknowledged: lambda event: self.note(event.payload),
+        }
 
     def act(self, closed: BarsClosed) -> Iterator[Payload]:
         before = self.bars.n
@@ -54,15 +62,34 @@ class Scripted(StrategyAgent):
         number = before - self.first
         for n, wish in enumerate(self.script.get(number, ())):
             if isinstance(wish, str):
-                yield CancelProposed(client_order_id=wish, reason="as written", decided_at=closed.at)
+                yield CancelProposed(client_order_id=self.name_of(wish), reason="as written", decided_at=closed.at)
                 continue
-            priced = {
-                name: Decimal(str(round(value * close, 2))) if name in FIELDS else value for name, value in wish.items()
-            }
+            if isinstance(wish, tuple):
+                moved = ReplaceRequest.model_validate(
+                    self.priced(wish[1], close) | {"client_order_id": f"{number}-{n}"}
+                )
+                about = {"client_order_id": self.name_of(wish[0]), "reason": "as written", "decided_at": closed.at}
+                yield ReplaceProposed(request=moved, **about)
+                continue
+            priced = self.priced(wish, close)
             request = OrderRequest.model_validate(
                 {"symbol": "IBM", "side": "buy", "qty": 10, "client_order_id": f"{number}-{n}"} | priced
             )
             yield OrderProposed(request=request, reference_price=close, decided_at=closed.at)
+
+    @staticmethod
+    def priced(wish: Mapping[str, Any], close: float) -> dict[str, Any]:
+        return {
+            name: Decimal(str(round(value * close, 2))) if name in FIELDS else value for name, value in wish.items()
+        }
+
+    def name_of(self, wish: str) -> str:
+        """The client order id of an order; "leg" and "target" are those of the last group that was acknowledged."""
+        return self.state.parents.get(wish, wish)
+
+    def note(self, acknowledged: OrderAcknowledged) -> None:
+        for leg in acknowledged.order.legs:
+            self.state.parents["target" if leg.stop_price is None else "leg"] = leg.client_order_id
 
     @property
     def first(self) -> int:
@@ -144,3 +171,50 @@ async def test_torn_anywhere_a_session_with_a_bracket_gives_the_same_orders(
         assert (other.equity_end, other.cash_end) == (one.equity_end, one.cash_end), rows
         names = [intent.request.client_order_id for intent in said(other, OrderIntended)]
         assert names == ["1-0", "6-0"] and not said(other, OrderAdopted), rows
+
+
+MOVES = {
+    1: [{}],
+    2: [{"side": "sell", "type": "stop", "stop_price": 0.95, "time_in_force": "gtc", "purpose": "exit"}],
+    4: [("2-0", {"stop_price": 0.96})],
+    5: [("2-0", {"stop_price": 1.2})],  # above the price: the stop is touched at once
+}
+
+
+@pytest.mark.parametrize("transport", ["in_process", "http"])
+async def test_an_exit_is_moved_by_a_replacement_and_fills_under_its_first_name(
+    transport: str, tmp_path: Path, scripted: Callable[[Script], None]
+) -> None:
+    scripted(MOVES)
+    result = await play(fresh(tmp_path / "one"), transport)
+    assert result.status == "completed" and result.reconciliation.ok and not result.reconciliation.discrepancies
+    assert shown(result) == [
+        ("entry", "market", "filled", "10"),
+        ("exit", "stop", "replaced", "0"),
+        ("exit", "stop", "replaced", "0"),
+        ("exit", "stop", "filled", "10"),
+    ]
+    fills = [fill.fill for fill in said(result, FillRecorded)]
+    assert [(fill.client_order_id, fill.purpose, fill.parent) for fill in fills] == [
+        ("1-0", "entry", ""),
+        ("2-0", "exit", ""),
+    ]
+    assert [intent.client_order_id for intent in said(result, ReplaceIntended)] == ["2-0", "2-0"]
+    assert not said(result, OrderFailed) and not said(result, OrderAdopted) and not said(result, CancelIntended)
+    with SqliteJournal(result.journal_path, read_only=True) as journal:
+        assert (await replay(journal)).agrees
+
+
+async def test_torn_anywhere_a_session_that_moves_exits_gives_the_same_orders(
+    tmp_path: Path, scripted: Callable[[Script], None]
+) -> None:
+    group = {7: [BRACKET | {"stop_loss_price": 0.9}], 9: [("leg", {"stop_price": 0.92}), ("leg", {"stop_price": 1.1})]}
+    scripted(MOVES | group)
+    one = await play(fresh(tmp_path / "whole"))
+    assert [row.status for row in one.orders][-2:] == [OrderStatus.REPLACED, OrderStatus.FILLED]
+    for rows in torn_rows(one, 5):
+        other = await play(cut(one, rows, tmp_path / "torn"), resume=True)
+        assert other.order_list_hash == one.order_list_hash and other.reconciliation.ok, rows
+        assert (other.equity_end, other.cash_end) == (one.equity_end, one.cash_end), rows
+        names = [intent.request.client_order_id for intent in said(other, ReplaceIntended)]
+        assert len(names) == len(set(names)) and not said(other, OrderAdopted), rows

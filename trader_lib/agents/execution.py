@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['REPLACEMENTS_MAX', 'DUPLICATE_CODE', 'NOT_CANCELED', 'Overtaken', 'ExecutionState', 'Commit', 'AskHalted',
            'BrokerEffect', 'Submit', 'Cancel', 'Replace', 'FindOrder', 'GetOrder', 'ListOpenOrders', 'Patience',
-           'confirmed', 'adopted', 'recorded', 'look_up', 'refresh', 'not_sent', 'cancel', 'ask_for_cancel',
-           'cancel_group', 'resolve', 'send', 'submit', 'on_refusal', 'refusal_to_send', 'has_pending_cancel',
-           'has_unknown_position', 'on_decision', 'on_cancel_proposed', 'reported_qty', 'refusal_to_replace',
-           'on_replace_proposed', 'replace_order', 'take_replacement', 'find_replacement', 'recognize',
-           'on_trade_update', 'is_unexpected', 'catch_up', 'on_report', 'on_tick', 'check_order', 'listed_as',
-           'has_more_filled', 'repair', 'closing_order', 'closing_orders', 'on_trading_state', 'on_command', 'flatten',
-           'on_fill', 'ask_broker', 'BrokerAgent', 'ExecutionAgent']
+           'confirmed', 'mentioned', 'adopted', 'recorded', 'look_up', 'refresh', 'not_sent', 'cancel',
+           'ask_for_cancel', 'cancel_group', 'resolve', 'send', 'submit', 'on_refusal', 'refusal_to_send',
+           'has_pending_cancel', 'has_unknown_position', 'on_decision', 'on_cancel_proposed', 'reported_qty',
+           'refusal_to_replace', 'on_replace_proposed', 'replace_order', 'take_replacement', 'find_replacement',
+           'recognize', 'on_trade_update', 'is_unexpected', 'catch_up', 'on_report', 'on_tick', 'check_order',
+           'listed_as', 'has_more_filled', 'repair', 'closing_order', 'closing_orders', 'on_trading_state',
+           'on_command', 'flatten', 'on_fill', 'ask_broker', 'BrokerAgent', 'ExecutionAgent']
 
 # %% ../../nbs/agents/05_execution.ipynb #7743ab27
 from collections.abc import Callable, Mapping
@@ -176,6 +176,15 @@ class Patience:
 def confirmed(track: OrderTrack, order: Order) -> OrderAcknowledged:
     """Return the broker's record of an order of ours, as the others know the order."""
     return OrderAcknowledged(client_order_id=known_as(track), order=order, settled=is_settled(track))
+
+
+def mentioned(track: OrderTrack, order: Order) -> OrderAcknowledged | OrderFailed:
+    """Return what a record of a replacement says: how the order stands now, or that it has stayed what it was."""
+    before = track.predecessor
+    if order.status is OrderStatus.REJECTED and before is not None and before.state is not OrderStatus.REPLACED:
+        reason = "the broker has given up the replacement"
+        return OrderFailed(client_order_id=order.client_order_id, reason=reason, outcome="rejected")
+    return confirmed(track, order)
 
 
 def adopted(track: OrderTrack, order: Order) -> OrderAdopted:
@@ -484,7 +493,7 @@ def take_replacement(state: ExecutionState, order: Order, event: Event) -> Steps
     track = state.book.follow(order)
     if track is not None:
         state.book.observe(track, order, event.recorded_at)
-        yield confirmed(track, order)
+        yield mentioned(track, order)
 
 
 def find_replacement(
@@ -532,7 +541,7 @@ def on_trade_update(state: ExecutionState, patience: Patience, update: TradeUpda
     if track.external:
         yield adopted(track, order)
     elif track.predecessor is not None:
-        yield confirmed(track, order)
+        yield mentioned(track, order)
     if unexpected and track.is_open:
         yield from cancel(state, patience, track, event)
 

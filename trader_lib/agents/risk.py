@@ -9,8 +9,8 @@ __all__ = ['ACCOUNT', 'SEVERITY', 'VITAL', 'ApprovedOrder', 'OpenOrder', 'open_o
            'on_reconciliation', 'owners_of', 'judge', 'approve', 'on_proposal', 'start_cancel', 'end_order',
            'end_short', 'book_fill', 'worst_price', 'remaining_shares', 'adopt_order', 'column_of', 'on_positions',
            'on_fill', 'on_account', 'value', 'on_action', 'change_shares', 'on_bars', 'on_slice', 'observe_order',
-           'on_acknowledgement', 'on_failure', 'on_cancel', 'on_adoption', 'on_trade_update', 'on_assets',
-           'end_everywhere', 'RiskAgent']
+           'observe_move', 'on_acknowledgement', 'on_failure', 'on_cancel', 'on_adoption', 'on_trade_update',
+           'on_assets', 'end_everywhere', 'RiskAgent']
 
 # %% ../../nbs/agents/03_risk.ipynb #064ead82
 import math
@@ -594,9 +594,19 @@ def observe_order(state: RiskState, client_order_id: str, order: Order) -> None:
             end_short(book, client_order_id, to_float(order.filled_qty))
 
 
+def observe_move(state: RiskState, client_order_id: str, order: Order) -> None:
+    """Take in the price to which an open order was moved."""
+    for book in state.books.values():
+        known = book.open.get(client_order_id)
+        if known is not None:
+            book.open[client_order_id] = open_order(order, known.column, known.remaining)
+
+
 def on_acknowledgement(state: RiskState, acknowledged: OrderAcknowledged) -> None:
     """Take in the broker's answer."""
     observe_order(state, acknowledged.client_order_id, acknowledged.order)
+    if acknowledged.order.replaces is not None:
+        observe_move(state, acknowledged.client_order_id, acknowledged.order)
     if acknowledged.settled:
         end_everywhere(state, acknowledged.client_order_id)
 

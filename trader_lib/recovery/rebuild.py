@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOWHERE', 'REBUILDS', 'ACTIONS', 'IDS_MAX', 'PeekableIds', 'Standing', 'Rebuild', 'accept', 'request_of',
-           'leg_prices', 'due', 'take_turns', 'act', 'replace', 'advance', 'match_update', 'follow', 'submit',
-           'standing_of', 'rebuild']
+           'leg_prices', 'due', 'take_turns', 'act', 'replace', 'changes_of', 'redo', 'advance', 'match_update',
+           'follow', 'submit', 'standing_of', 'rebuild']
 
 # %% ../../nbs/recovery/04_rebuild.ipynb #673e7b1e
 from collections import deque
@@ -21,7 +21,7 @@ from ..errors.taxonomy import BadData, NotFound, Rejected
 from ..exchange.book import OrderEvent, Step
 from ..exchange.engine import Exchange
 from ..trading.events import BarRow, BarsClosed, Event, OrderAcknowledged, OrderIntended, Payload, TradeUpdated
-from ..trading.orders import Order, OrderRequest, OrderStatus, OrderType
+from ..trading.orders import Order, OrderClass, OrderRequest, OrderStatus, OrderType
 
 # %% ../../nbs/recovery/04_rebuild.ipynb #53c5e480
 class PeekableIds:
@@ -185,9 +185,27 @@ def replace(state: Rebuild, event: Event, order: Order, report: tuple[Event, Tra
     successor = None if report is None else report[1].order
     if successor is None or successor.replaces != order.id:
         raise _contradiction(event, "it does not say by what the order was replaced")
-    names = ("qty", "limit_price", "stop_price", "time_in_force", "client_order_id")
-    changes = {name: getattr(successor, name) for name in names}
-    take_turns(state, successor.id, after=1)  # after an id that nobody uses
+    redo(state, event, successor)
+
+
+def changes_of(before: Order, after: Order) -> dict[str, object]:
+    """Return what a replacement has changed, as the exchange is asked for it."""
+    names = ["qty", "limit_price", "time_in_force"]
+    if after.type is OrderType.TRAILING_STOP:
+        trail = after.trail_price if after.trail_percent is None else after.trail_percent
+        moved = {} if trail in {before.trail_price, before.trail_percent} else {"trail": trail}
+    else:
+        names, moved = [*names, "stop_price"], {}
+    changed = {name: getattr(after, name) for name in names if getattr(after, name) != getattr(before, name)}
+    return changed | moved | {"client_order_id": after.client_order_id}
+
+
+def redo(state: Rebuild, event: Event, successor: Order) -> None:
+    """Replace an order once more by the one that the journal names; raises BadData where the exchange refuses it."""
+    order = state.exchange.order(successor.replaces or "")
+    changes = changes_of(order, successor)
+    is_alone = order.order_class is OrderClass.SIMPLE
+    take_turns(state, successor.id, after=1 if is_alone else 0)  # a plain order's is given after an id that nobody uses
     try:
         accepted = state.exchange.replace(order.id, changes)
     except Rejected as refusal:
@@ -234,6 +252,10 @@ def follow(state: Rebuild, event: Event) -> None:
         case OrderAcknowledged(client_order_id=order_id, order=order):
             if order_id in state.requests:
                 submit(state, event, state.requests.pop(order_id), order)
+            elif order.replaces is not None and not state.knows(order):
+                act(state, until=order.id)  # the stream may tell of it, and of what others did before
+                if not state.knows(order):
+                    redo(state, event, order)
             if order.status is OrderStatus.CANCELED and exchange.order(order.id).is_open:
                 exchange.cancel(order.id)
         case TradeUpdated() as update:

@@ -23,6 +23,7 @@ from trader_lib.trading.events import (
     OrderAcknowledged,
     OrderIntended,
     PortfolioChanged,
+    ReplaceIntended,
     RiskDecided,
     SessionStarted,
     TradeUpdated,
@@ -33,7 +34,15 @@ from ..trading.order_list import OrderFill, OrderRecord
 from ..trading.orders import MARGIN_CALL, Order, OrderClass, OrderRequest, OrderStatus
 from ..trading.portfolio import Fill
 
-ORDER_EVENTS = (SessionStarted, BarsClosed, OrderIntended, OrderAcknowledged, TradeUpdated, FillRecorded)
+ORDER_EVENTS = (
+    SessionStarted,
+    BarsClosed,
+    OrderIntended,
+    ReplaceIntended,
+    OrderAcknowledged,
+    TradeUpdated,
+    FillRecorded,
+)
 
 # %% ../../nbs/session/05_orders.ipynb #603416be
 def bar_stamp(moment: datetime, timeframe: str) -> datetime:
@@ -109,6 +118,7 @@ class OrderRows:
     timeframe: str = "1Day"
     rows: dict[str, list[OrderRow]] = field(default_factory=dict)  # by client order id: the order, then its leg
     by_id: dict[str, OrderRow] = field(default_factory=dict)  # by the broker's id
+    by_name: dict[str, OrderRow] = field(default_factory=dict)  # by client order id, legs too
     without_bar: list[tuple[OrderRow, int]] = field(default_factory=list)  # fills whose bar has not closed: row, number
 
 
@@ -119,6 +129,8 @@ def read_event(state: OrderRows, event: Event) -> None:
             state.timeframe = timeframe
         case OrderIntended(request=request, decided_at=decided_at):
             state.rows[request.client_order_id] = [OrderRow(part, decided_at) for part in parts_of(request)]
+        case ReplaceIntended(client_order_id=name, request=change, decided_at=decided_at) if name in state.by_name:
+            state.rows[change.client_order_id] = [OrderRow(state.by_name[name].request, decided_at)]
         case OrderAcknowledged(order=order) | TradeUpdated(order=order):
             read_order(state, order)
         case FillRecorded(fill=fill) if fill.order_id in state.by_id:
@@ -138,7 +150,7 @@ def read_order(state: OrderRows, order: Order) -> None:
         state.rows.setdefault(order.client_order_id, [OrderRow(None, None)])
     rows = state.rows.get(order.client_order_id, [])
     for row, half in zip(rows, (order, *order.legs), strict=False):
-        state.by_id[half.id] = row
+        state.by_id[half.id] = state.by_name[half.client_order_id] = row
     for half in (order, *order.legs):
         if half.id in state.by_id:
             observe(state.by_id[half.id], half)
