@@ -47,6 +47,7 @@ FIELDS = {"limit_price", "stop_price", "take_profit_price", "stop_loss_price", "
 class Scripted(StrategyAgent):
     """Proposes what a script says; prices are given as multiples of the close."""
 
+    emits = (*StrategyAgent.emits, ReplaceProposed)
     script: ClassVar[Script] = {}
 
     def reactions(self) -> Mapping[type[Payload], Reaction]:
@@ -138,7 +139,8 @@ async def test_a_bracket_is_sent_as_one_order_and_its_stop_ends_its_target(
 ) -> None:
     scripted({1: [BRACKET]})
     result = await play(fresh(tmp_path / "one"), transport)
-    assert result.status == "completed" and result.reconciliation.ok and not result.reconciliation.discrepancies
+    assert result.status == "completed", [h.reason for h in result.health]
+    assert result.reconciliation.ok and not result.reconciliation.discrepancies
     assert shown(result) == [
         ("entry", "market", "filled", "10"),
         ("exit", "limit", "canceled", "0"),
@@ -187,7 +189,8 @@ async def test_an_exit_is_moved_by_a_replacement_and_fills_under_its_first_name(
 ) -> None:
     scripted(MOVES)
     result = await play(fresh(tmp_path / "one"), transport)
-    assert result.status == "completed" and result.reconciliation.ok and not result.reconciliation.discrepancies
+    assert result.status == "completed", [h.reason for h in result.health]
+    assert result.reconciliation.ok and not result.reconciliation.discrepancies
     assert shown(result) == [
         ("entry", "market", "filled", "10"),
         ("exit", "stop", "replaced", "0"),
@@ -208,7 +211,11 @@ async def test_an_exit_is_moved_by_a_replacement_and_fills_under_its_first_name(
 async def test_torn_anywhere_a_session_that_moves_exits_gives_the_same_orders(
     tmp_path: Path, scripted: Callable[[Script], None]
 ) -> None:
-    group = {7: [BRACKET | {"stop_loss_price": 0.9}], 9: [("leg", {"stop_price": 0.92}), ("leg", {"stop_price": 1.1})]}
+    group = {
+        7: [BRACKET | {"stop_loss_price": 0.9}],
+        9: [("leg", {"stop_price": 0.92})],
+        10: [("leg", {"stop_price": 1.1})],
+    }
     scripted(MOVES | group)
     one = await play(fresh(tmp_path / "whole"))
     assert [row.status for row in one.orders][-2:] == [OrderStatus.REPLACED, OrderStatus.FILLED]

@@ -253,9 +253,8 @@ def follow(state: Rebuild, event: Event) -> None:
             if order_id in state.requests:
                 submit(state, event, state.requests.pop(order_id), order)
             elif order.replaces is not None and not state.knows(order):
-                act(state, until=order.id)  # the stream may tell of it, and of what others did before
-                if not state.knows(order):
-                    redo(state, event, order)
+                act(state, until=order.replaces)  # what others did before
+                redo(state, event, order)
             if order.status is OrderStatus.CANCELED and exchange.order(order.id).is_open:
                 exchange.cancel(order.id)
         case TradeUpdated() as update:
