@@ -55,7 +55,8 @@ def differences(one: NDArray[np.float64], other: NDArray[np.float64]) -> tuple[N
     unequal = (one != other) & ~(np.isnan(one) & np.isnan(other))
     if not unequal.any():
         return unequal, 0.0
-    size = np.abs(one - other)
+    with np.errstate(invalid="ignore"):  # a number of bars without end on both sides
+        size = np.abs(one - other)
     rounding = unequal & np.isfinite(size) & (size <= NOISE * np.maximum(np.abs(one), 1.0))
     return unequal & ~rounding, float(size[rounding].max()) if rounding.any() else 0.0
 

@@ -194,19 +194,14 @@ def terms_table(intents: Intents, weights: NDArray[np.float64], strategy: str, b
     found["limit_price"] = _offset(found["limit_price"], found["limit_bps"], bars.close, -side)
     found["stop_price"] = _offset(found["stop_price"], found["stop_bps"], bars.close, side)
     _check_values(found, asks, strategy, bars)
+    found |= {
+        "kind": kind,
+        "time_in_force": _codes(lasting, "time_in_force", LASTS, strategy, symbols, shape),
+        "good_for": np.where(np.isnan(found["good_for"]), np.inf, found["good_for"]),
+        "follow": np.full(shape, float(intents.follow)),
+    }
     table = plain_terms(*shape)
-    own = EntryTerms(
-        kind,
-        found["limit_price"],
-        found["stop_price"],
-        _codes(lasting, "time_in_force", LASTS, strategy, symbols, shape),
-        np.where(np.isnan(found["good_for"]), np.inf, found["good_for"]),
-        np.full(shape, float(intents.follow)),
-        found["stop_loss"],
-        found["take_profit"],
-        found["trailing"],
-    )
-    table[asks] = np.stack(own, axis=-1)[asks]
+    table[asks] = np.stack([found[name] for name in EntryTerms._fields], axis=-1)[asks]
     return table
 
 
