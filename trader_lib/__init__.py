@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .strategy.causality import check_causal
     from .strategy.contract import Strategy
     from .strategy.exits import ProtectiveExits
+    from .strategy.intents import Intents
     from .strategy.momentum import Momentum
     from .strategy.registry import load_strategy, register
     from .strategy.rsi_reversion import RsiReversion
@@ -38,6 +39,7 @@ HOMES = {
     "BarStore": "market.store",
     "Bars": "market.bars",
     "Costs": "exchange.costs",
+    "Intents": "strategy.intents",
     "Limits": "risk.limits",
     "Momentum": "strategy.momentum",
     "ProtectiveExits": "strategy.exits",

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors.taxonomy import BadData, TraderError
+from ..errors.taxonomy import BadData, Misused, TraderError
 from ..market.actions import shares_in_last
 from ..market.bars import Bars
 from .combinations import Combinations
-from .backtest import Terms
+from .backtest import Terms, run_terms
 from .engine import new_book, new_plan, simulate
 from trader_lib.research.ledger import (
     FILL_ROW,
@@ -36,9 +36,11 @@ from trader_lib.research.ledger import (
 )
 from .measures import MEASURES, day_ends, measure
 from .ratios import calendar_of, sessions_a_year
+from ..rules.entries import NO_TERMS, terms_at, write_terms
 from ..rules.exits import NO_EXITS, ExitRates
 from ..rules.numbers import compiled_owner, compiled_part
-from ..strategy.contract import Strategy, history_bars, target_weights
+from ..strategy.contract import Strategy, evaluate, history_bars
+from ..strategy.planner import ensure_terms_placeable
 from ..strategy.signals import CompiledSignal, PointSignal, Signal, SignalFunction, series_pointer
 
 # %% ../../nbs/research/15_many.ipynb #13735d1e
@@ -94,6 +96,11 @@ def clear(book: Book, plan: Plan) -> None:
         array[:] = nan
     for flags in (plan.cancel_exit, plan.cancel_working, plan.passed):
         flags[:] = False
+    book.age[:] = 0.0
+    book.guard[:] = nan
+    plain = terms_at(NO_TERMS, 0, 0)
+    for s in range(len(book.qty)):
+        write_terms(plain, book.entry[s])
 
 # %% ../../nbs/research/15_many.ipynb #e369306a
 class Ground(NamedTuple):
@@ -177,6 +184,7 @@ def signal_runs(
             shared.allow_short,
             shared.multiplier,
             shared.broken,
+            shared.terms,
         )
         clear(book, room.plan)
         orders, fills = simulate(
@@ -439,11 +447,18 @@ class Runner:
     ) -> None:
         first = self.first_row(one)
         try:
-            room.weights[first:] = target_weights(one, self.bars.rows_between(first, self.bars.n))
-        except BadData as error:
+            targets = evaluate(one, self.bars.rows_between(first, self.bars.n))
+            ensure_terms_placeable(self.terms.sizing, targets.terms)
+        except (BadData, Misused) as error:
             reasons[place] = error.message
             return
-        self._fused(GIVEN, {place: one}, out, reasons, room)
+        room.weights[first:] = targets.weights
+        plain = self.shared
+        self.shared = plain._replace(terms=run_terms(targets.terms, self.ground.market, first))
+        try:
+            self._fused(GIVEN, {place: one}, out, reasons, room)
+        finally:
+            self.shared = plain
 
 
 def offered(strategy: Strategy) -> Signal:

@@ -16,7 +16,8 @@ import pandas as pd
 
 from ..errors.taxonomy import BadData, Misused
 from ..exchange.costs import Costs
-from .backtest import BacktestResult, Terms
+from ..rules.entries import plain_terms
+from .backtest import BacktestResult, Terms, run_terms
 from .engine import run
 from .ratios import VARIES_MIN, calendar_of, sessions_of
 
@@ -44,14 +45,18 @@ def rerun(
         result.seed,
         calendar_of(result.calendar),
     )
-    weights = result.weights
+    weights, own = result.weights, result.terms
     if delay:
         weights = np.zeros_like(weights)
         weights[delay:] = result.weights[:-delay]
+    if delay and len(own):
+        own = plain_terms(*weights.shape)
+        own[delay:] = result.terms[:-delay]
     market, taken, _ = terms.market(result.bars)
     rules = terms.rules(result.bars.symbols, result.strategy.exits)
+    rules = rules._replace(terms=run_terms(own, market))
     simulation = run(market, weights, rules, start=result.start, starting_cash=result.starting_cash)
-    return replace(result, costs=costs, simulation=simulation, taken=taken, weights=weights)
+    return replace(result, costs=costs, simulation=simulation, taken=taken, weights=weights, terms=own)
 
 
 def dearer(costs: Costs, bps: float) -> Costs:
