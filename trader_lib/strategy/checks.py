@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUICK_STRETCHES', 'QUICK_ROWS', 'LOOK_AHEAD', 'VERDICTS_MAX', 'Key', 'UNCHECKED', 'SESSION_STARTS', 'FIRST_DAY',
-           'is_shipped', 'can_look', 'checked_weights', 'elsewhere', 'practice_bars', 'ensure_checked', 'Report',
-           'check_strategy', 'ensure_sound']
+           'is_shipped', 'can_look', 'checked_weights', 'sees_ahead', 'elsewhere', 'practice_bars', 'ensure_checked',
+           'Report', 'check_strategy', 'ensure_sound']
 
 # %% ../../nbs/strategy/12_checks.ipynb #d39978f6
 from collections.abc import Callable, Sequence
@@ -97,6 +97,13 @@ def checked_weights(strategy: Strategy, bars: Bars) -> tuple[NDArray[np.float64]
     parcel = None if key in _verdicts else _packed(strategy)
     weights = target_weights(strategy, bars)
     return weights, _once(key, lambda: _quick_look(strategy, bars, parcel))
+
+
+def sees_ahead(strategy: Strategy, bars: Bars) -> str:
+    """The sentence that says where a strategy looks ahead, "" for nowhere, for a run that has its weights from elsewhere."""
+    if not can_look(strategy, bars):
+        return ""
+    return _once(_key(LOOK_AHEAD, strategy, bars), lambda: _quick_look(strategy, bars, _packed(strategy)))
 
 
 def elsewhere(strategy: Strategy, bars: Bars) -> str:
