@@ -6,7 +6,7 @@
 __all__ = ['Period', 'PERIODS', 'MINUTE_NS', 'FIELDS', 'Field', 'EventState', 'Intent', 'Fill', 'WorkingOrder', 'BarTimes',
            'bar_times', 'turns', 'minute_of', 'Timers', 'Calendar', 'Latest', 'Prices', 'Account', 'AccountView',
            'View', 'EventStrategy', 'next_step', 'put_intents', 'plain_account', 'reach', 'calendar_of',
-           'plain_decisions', 'state_text', 'read_state']
+           'plain_decisions', 'state_text', 'read_state', 'Impure', 'ask_again']
 
 # %% ../../nbs/strategy/18_events.ipynb #1718ce9a
 import math
@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..clock.sessions import TradingCalendar, schedule_of
 from ..errors.places import add_place
-from ..errors.taxonomy import BadData, Misused, did_you_mean
+from ..errors.taxonomy import BadData, InvariantBroken, Misused, did_you_mean
 from ..market.bars import Bars
 from ..rules.folding import equity as equity_of
 from .contract import Strategy
@@ -562,5 +562,26 @@ def read_state(strategy: EventStrategy, text: str) -> EventState:
 def _not_kept(strategy: EventStrategy, why: str) -> Misused:
     return Misused(
         f"The state of {strategy.name!r} does not survive JSON: {why}. Use numbers, text, dates, None and tuples of them.",
+        strategy=strategy.name,
+    )
+
+# %% ../../nbs/strategy/18_events.ipynb #751a1bb0
+class Impure(InvariantBroken):
+    """A strategy gives two answers to one question: correct it, no decision of it can be repeated."""
+
+
+def ask_again(
+    strategy: EventStrategy, view: View, state: EventState, text: str, intents: Sequence[Intent]
+) -> None:
+    """Ask for a decision again; raises Impure where it differs. state: as before the decision; text: the state after it."""
+    after, again = next_step(strategy, view, state)
+    found = state_text(strategy, after)
+    if found == text and tuple(again) == tuple(intents):
+        return
+    first, second = ((text, [*intents]), (found, [*again]))
+    raise Impure(
+        f"Strategy {strategy.name!r} decides differently when it is asked twice at {view.now}: {first} and then {second}. "
+        "Let decide use the view, the state and the strategy's parameters alone: no clock, no random numbers, nothing that "
+        "is kept on the side.",
         strategy=strategy.name,
     )
