@@ -1,4 +1,4 @@
-"""Strategies that decide step by step give the same orders in a backtest, in a session, after a kill and in a replay."""
+"""Strategies that decide step by step: the same orders in a backtest, a session, after a kill and in a replay."""
 
 import asyncio
 import signal
@@ -47,6 +47,7 @@ class Watchful(EventStrategy):
 
     stop: float | None = None
     short: bool = True
+
     @property
     def exits(self) -> ProtectiveExits | None:
         return ProtectiveExits(stop_loss=self.stop) if self.stop else None
@@ -67,7 +68,9 @@ class Watchful(EventStrategy):
             recent = view.last(symbol, 5)
             if view.position(symbol) and view.close[symbol] > 1.01 * view.average_price(symbol):
                 intents.append(view.close_position(symbol))
-            elif not view.position(symbol) and not view.working(symbol) and recent[-1] < recent.mean() and view.cash > 0:
+            elif (
+                not view.position(symbol) and not view.working(symbol) and recent[-1] < recent.mean() and view.cash > 0
+            ):
                 intents.append(view.target(symbol, -0.2 if self.short and state.orders % 3 == 0 else 0.3))
         return state, intents
 
@@ -121,7 +124,13 @@ async def test_a_session_of_pairs_places_the_orders_of_its_backtest(transport: s
 
 @pytest.mark.parametrize(
     "more",
-    [{}, {"costs": DEAR}, {"params": {"stop": 0.02}}, {"params": {"stop": 0.02}, "costs": DEAR}, {"multiplier": 1, "params": {"short": False}}],
+    [
+        {},
+        {"costs": DEAR},
+        {"params": {"stop": 0.02}},
+        {"params": {"stop": 0.02}, "costs": DEAR},
+        {"multiplier": 1, "params": {"short": False}},
+    ],
     ids=["plain", "dear and thin", "exits", "exits, dear and thin", "cash account"],
 )
 async def test_the_view_shows_the_same_in_both_engines(more: dict[str, Any], tmp_path: Path) -> None:
@@ -220,7 +229,7 @@ class Nervous(EventStrategy):
         )
         intents = []
         for symbol in view.symbols:
-            mood = (int(round(view.close[symbol] * 100)) // 3 + state.fills) % 7
+            mood = (round(view.close[symbol] * 100) // 3 + state.fills) % 7
             if mood < 3 and not view.working(symbol):
                 intents.append(view.target(symbol, (0.0, 0.3, 0.2)[mood]))
         return state, intents
@@ -228,7 +237,7 @@ class Nervous(EventStrategy):
 
 @pytest.mark.parametrize("seed", [1, 6, 24])
 def test_among_faults_deaths_and_snapshots_a_session_of_events_stays_whole(seed: int) -> None:
-    """The simulation's own checks hold: no order lost or doubled, books that agree, a replay with the same decisions."""
+    """No order is lost or doubled, the books agree, and a replay gives the same decisions."""
     plan = plan_of(seed)
     strategy = Nervous(stop_loss=plan.strategy.stop_loss)
     outcome = play(replace(plan, strategy=strategy, snapshot_events=10))  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from ..market.bars import Bars
 from .combinations import Combinations
 from .backtest import Terms
 from .engine import new_book, new_plan, simulate
+from .event_loop import event_weights
 from trader_lib.research.ledger import (
     FILL_ROW,
     FILLS,
@@ -39,6 +40,7 @@ from .ratios import calendar_of, sessions_a_year
 from ..rules.exits import NO_EXITS, ExitRates
 from ..rules.numbers import compiled_owner, compiled_part
 from ..strategy.contract import Strategy, history_bars, target_weights
+from ..strategy.events import EventStrategy
 from ..strategy.signals import CompiledSignal, PointSignal, Signal, SignalFunction, series_pointer
 
 # %% ../../nbs/research/15_many.ipynb #13735d1e
@@ -301,6 +303,7 @@ class Runner:
     def __init__(self, grid: Combinations, bars: Bars, start: int, terms: Terms, *, compiled: bool = True) -> None:
         self.grid, self.bars, self.terms, self.compiled = grid, bars, terms, compiled
         market, taken, name = terms.market(bars)
+        self.calendar = name
         close, volume = np.ascontiguousarray(bars.close), np.ascontiguousarray(bars.volume)
         shares = shares_in_last(taken, bars.close.shape) if len(taken.ratio) else np.empty((0, len(bars.symbols)))
         numbers = calendar_of(name).session_numbers(bars.times_ns)
@@ -434,12 +437,22 @@ class Runner:
                 at = self.bars.at(int(faults[k]))
                 reasons[place] = f"The compiled weights of {one.name!r} are infinite: see {at}."
 
+    def _weights(self, one: Strategy, first: int) -> NDArray[np.float64]:
+        """The weights of a strategy [time × symbol] from the row on at which its history begins."""
+        ground, bars = self.ground, self.bars
+        if not isinstance(one, EventStrategy):
+            return target_weights(one, bars.rows_between(first, bars.n))
+        rules, cash, name = self.terms.rules(bars.symbols, one.exits), ground.starting_cash, self.calendar
+        return event_weights(
+            one, bars, ground.market, rules, start=ground.start, cash=cash, calendar=name, begin=first
+        )[first:]
+
     def _by_targets(
         self, one: Strategy, out: NDArray[np.float64], place: int, reasons: dict[int, str], room: Room
     ) -> None:
         first = self.first_row(one)
         try:
-            room.weights[first:] = target_weights(one, self.bars.rows_between(first, self.bars.n))
+            room.weights[first:] = self._weights(one, first)
         except BadData as error:
             reasons[place] = error.message
             return
