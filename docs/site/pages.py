@@ -41,7 +41,7 @@ ROOMS = {
     ),
     "trading": ("Trading", "Orders, fills, positions, events, and the order list with its hash."),
     "market": ("Market data", "Bars and where they come from: sample, synthetic, stored, Alpaca's."),
-    "strategy": ("Strategies", "What a strategy is, four of them, and the check for look-ahead."),
+    "strategy": ("Strategies", "What a strategy is, five of them, and the check for look-ahead."),
     "risk": ("Risk", "Limits as people set them, and what an order is refused for, in a sentence."),
     "exchange": ("Exchange", "An account, a book and a server that speaks Alpaca's protocol."),
     "research": (
@@ -76,6 +76,7 @@ KINDS = {
         [
             "docs/commands",
             "docs/data",
+            "docs/event-strategies",
             "docs/sweeps",
             "docs/verdict",
             "docs/checks",
