@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .strategy.contract import Strategy
     from .strategy.events import EventState, EventStrategy, Intent, View
     from .strategy.exits import ProtectiveExits
+    from .strategy.intents import Intents
     from .strategy.momentum import Momentum
     from .strategy.pairs import Pairs
     from .strategy.registry import load_strategy, register
@@ -43,6 +44,7 @@ HOMES = {
     "EventState": "strategy.events",
     "EventStrategy": "strategy.events",
     "Intent": "strategy.events",
+    "Intents": "strategy.intents",
     "Limits": "risk.limits",
     "Momentum": "strategy.momentum",
     "Pairs": "strategy.pairs",

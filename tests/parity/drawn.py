@@ -117,6 +117,40 @@ def weights(rng: np.random.Generator, rows: int, n: int) -> tuple[tuple[float, .
     return tuple(tuple(row) for row in table.tolist())
 
 
+KINDS = ("market", "limit", "stop", "stop_limit")
+
+
+def terms(rng: np.random.Generator, bars: Bars, fractional: bool) -> dict[str, Any]:
+    """How positions are entered and protected: kinds, prices near the close or missing, one for all or by row."""
+    shape = bars.close.shape
+    kinds = rng.choice(KINDS, shape) if rng.random() < 0.5 else np.full(shape, pick(rng, *KINDS))
+    near = pick(rng, 0.003, 0.01, 0.04)
+
+    def around(share: float, missing: float) -> tuple[tuple[float, ...], ...]:
+        prices = np.round(bars.close * (1.0 + share * rng.uniform(-1.0, 1.0, shape)), 3)
+        prices = np.where((rng.random(shape) < missing) | ~(prices > 0.0), math.nan, prices)
+        return tuple(tuple(row) for row in prices.tolist())
+
+    lasts = "day" if fractional else pick(rng, "day", "gtc", None)
+    drawn: dict[str, Any] = {
+        "enter": tuple(tuple(row) for row in kinds.tolist()),
+        "limit_price": around(near, pick(rng, 0.0, 0.5)),
+        "stop_price": around(near, pick(rng, 0.0, 0.5)),
+        "good_for": pick(rng, None, 1, 2, 5),
+        "time_in_force": lasts,
+        "follow": bool(rng.random() < 0.4),
+    }
+    if fractional and drawn["good_for"] is not None:
+        drawn["time_in_force"] = "day"
+    if not fractional and rng.random() < 0.6:
+        drawn |= {
+            "stop_loss": around(0.05, 0.3),
+            "take_profit": around(0.08, 0.5),
+            "trailing": pick(rng, None, 0.03),
+        }
+    return {name: value for name, value in drawn.items() if value is not None}
+
+
 def configuration(seed: int) -> Configuration:
     """The configuration of a seed."""
     rng = np.random.default_rng(seed)
@@ -147,7 +181,10 @@ def configuration(seed: int) -> Configuration:
         "multiplier": pick(rng, 1, 2, 2, 4),
     }
     strategy = Given(weights=weights(rng, bars.n, len(bars.symbols)), protection=exits)
-    return Configuration(bars, strategy, pick(rng, *CASH), sizing, account)
+    cash = pick(rng, *CASH)
+    if rng.random() < 0.6:
+        strategy = strategy.model_copy(update={"terms": terms(rng, bars, fractional)})
+    return Configuration(bars, strategy, cash, sizing, account)
 
 
 async def both(drawn: Configuration) -> tuple[BacktestResult, SessionResult]:
@@ -207,6 +244,16 @@ def seen_in(drawn: Configuration, result: BacktestResult) -> Counter[str]:
         "cash accounts": result.multiplier == 1,
         "refusals": result.refused > 0,
         "protective exits": bool((table["exit"] == 1).any()),
+        **{
+            f"{name} entries": bool(((table["exit"] == 0) & (table["type"] == kind)).any())
+            for kind, name in enumerate(KINDS)
+        },
+        "entries till canceled": bool(((table["exit"] == 0) & (table["lasts"] == 1)).any()),
+        "entries that waited and filled": bool(
+            ((table["exit"] == 0) & (table["type"] > 0) & (table["filled"] > 0)).any()
+        ),
+        "entries taken back": bool(((table["exit"] == 0) & (table["type"] > 0) & (table["status"] == 2)).any()),
+        "protection that came with an entry": "stop_loss" in (drawn.strategy.terms or {}),
     }
     return Counter({name: 1 for name, held in facts.items() if held} | {"orders": len(table)})
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['OrderKey', 'AsLists', 'FromLists', 'ASKED_TWICE', 'order_request', 'StrategyState', 'StrategyRules', 'last_closes',
            'new_state', 'decide', 'propose_cancel', 'propose', 'forget_order', 'ask', 'is_drawn', 'event_view',
-           'next_decision', 'is_alive', 'append_bars', 'follow_bars', 'on_action', 'on_bars', 'held_by', 'on_slice',
-           'on_risk_decision', 'on_failure', 'cover_again', 'protection', 'close_order', 'on_acknowledgement',
-           'observe_order', 'on_trade_update', 'on_account', 'on_fill', 'cash_after', 'ProtectingAgent',
-           'FollowingAgent', 'StrategyAgent', 'strategy_agent', 'own_columns']
+           'next_decision', 'is_alive', 'append_bars', 'follow_bars', 'on_action', 'terms_after', 'targets_decided',
+           'on_bars', 'held_by', 'on_slice', 'on_risk_decision', 'on_failure', 'cover_again', 'protection',
+           'close_order', 'on_acknowledgement', 'observe_order', 'on_trade_update', 'on_account', 'on_fill',
+           'cash_after', 'ProtectingAgent', 'FollowingAgent', 'StrategyAgent', 'strategy_agent', 'own_columns']
 
 # %% ../../nbs/agents/02_strategy.ipynb #67f00437
 import math
@@ -32,7 +32,8 @@ from ..clock.sessions import TradingCalendar
 from ..errors.taxonomy import InvariantBroken
 from ..market.bars import Bars
 from ..rules import folding
-from ..rules.exits import NO_EXITS, ExitRates, exit_due, exit_prices
+from ..rules.entries import NO_TERMS, plain_terms, protection_of, split_prices, terms_at, terms_of, waits
+from ..rules.exits import NO_EXITS, ExitRates, exit_due
 from ..rules.quiet import UNLIMITED, Held, Scratch, Worth, quiet_bars
 from ..rules.numbers import CASH_DECIMALS, PRICE_DECIMALS, round_to, to_decimal, to_float, to_shares
 from ..strategy.ahead import LooksAhead, WeightsAhead, alone
@@ -40,6 +41,7 @@ from ..strategy.contract import Strategy
 from ..strategy.events import Account, EventStrategy, View, ask_again, bar_times, next_step
 from ..strategy.events import Fill as SeenFill
 from ..strategy.events import put_intents, read_state, state_text
+from ..strategy.intents import Targets, in_words
 from ..strategy.planner import Holdings, PlannedAction, PlannedType, Planner
 from ..trading.portfolio import Commission, Fill, no_commission
 
@@ -90,7 +92,7 @@ def order_request(action: PlannedAction, order_id: str, strategy: str = "") -> O
         limit_price=_price(action.limit_price),
         stop_price=None if oco else _price(action.stop_price),
         stop_loss_price=_price(action.stop_price) if oco else None,
-        time_in_force=TimeInForce.GTC if is_exit else TimeInForce.DAY,
+        time_in_force=TimeInForce.GTC if is_exit or action.is_gtc else TimeInForce.DAY,
         order_class=OrderClass.OCO if oco else OrderClass.SIMPLE,
         client_order_id=order_id,
         purpose="exit" if is_exit else "entry",
@@ -170,17 +172,25 @@ def new_state(rules: StrategyRules, history: Bars, cash: float = math.nan) -> St
     return StrategyState(rules.planner.holdings, last_closes(history), close, cash)
 
 # %% ../../nbs/agents/02_strategy.ipynb #b1eacc1c
-def decide(rules: StrategyRules, state: StrategyState, at: datetime, weights: NDArray[np.float64]) -> Steps[None]:
-    """Propose what brings the holdings to target weights. at: stamp of the bar. weights: [symbol], NaN for no target."""
+def decide(
+    rules: StrategyRules,
+    state: StrategyState,
+    at: datetime,  # stamp of the bar
+    weights: NDArray[np.float64],  # [symbol], NaN for no target
+    terms: NDArray[np.float64] = NO_TERMS,  # on which positions are opened [1 × symbol × term]
+) -> Steps[None]:
+    """Propose what brings the holdings to target weights."""
     equity = folding.equity(state.cash, state.holdings.positions, state.mark)
-    actions = rules.planner.plan(weights, state.close, state.cash, equity)
+    actions = rules.planner.plan(weights, state.close, state.cash, equity, terms)
     state.decided_at, state.uncovered, state.numbers, state.proposed = at, set(), {}, {}
     for action in actions:
         if action.kind == "cancel_exit":
             yield propose_cancel(rules, state, (action.symbol, "exit"), "the exit makes way or moves", at)
             state.uncovered.add(action.symbol)
         elif action.kind == "cancel_working":
-            yield propose_cancel(rules, state, (action.symbol, "entry"), "the target has turned", at)
+            entry = terms_of(state.holdings.entry[rules.column(action.symbol)])
+            reason = "the entry has waited" if waits(entry) else "the target has turned"
+            yield propose_cancel(rules, state, (action.symbol, "entry"), reason, at)
     for action in actions:
         if action.kind in {"order", "exit"}:
             yield propose(rules, state, action, at)
@@ -220,8 +230,8 @@ def ask(
     state: StrategyState,
     bars: Bars,
     ahead: WeightsAhead | None = None,  # over the same bars and those to come
-) -> NDArray[np.float64] | None:
-    """Return the strategy's targets [symbol]; None where it raised, or has raised too often to be asked again."""
+) -> Targets | None:
+    """Return the strategy's targets, one row; None where it raised, or has raised too often to be asked again."""
     if state.protects_only:
         return None
     state.refused = None
@@ -229,7 +239,7 @@ def ask(
     try:
         if isinstance(rules.strategy, EventStrategy):
             return next_decision(rules.strategy, rules, state, bars)
-        return alone(rules.strategy, bars, row) if ahead is None else ahead.weights(row)
+        return alone(rules.strategy, bars, row) if ahead is None else ahead.targets(row)
     except Exception as error:
         state.refused = error
         return None
@@ -256,6 +266,7 @@ def event_view(rules: StrategyRules, state: StrategyState, bars: Bars) -> View:
         held.exit_stop,
         held.exit_limit,
         money,
+        held.entry,
     )
     first = max(row - 1, 0)
     times = bar_times(bars.times_ns[first:], bars.timeframe, TradingCalendar())
@@ -264,24 +275,22 @@ def event_view(rules: StrategyRules, state: StrategyState, bars: Bars) -> View:
     return view
 
 
-def next_decision(
-    strategy: EventStrategy, rules: StrategyRules, state: StrategyState, bars: Bars
-) -> NDArray[np.float64]:
-    """Return an event strategy's weights [symbol] at a close, NaN where it wants nothing, and keep its next state.
+def next_decision(strategy: EventStrategy, rules: StrategyRules, state: StrategyState, bars: Bars) -> Targets:
+    """Return what an event strategy wants at a close, one row, NaN where it wants nothing, and keep its next state.
 
     Raises what the strategy raises, and Misused for a decision that is none; its state then stays as it was.
     """
-    weights = np.full(len(bars.symbols), math.nan)
+    weights, terms = np.full((1, len(bars.symbols)), math.nan), plain_terms(1, len(bars.symbols))
     if bars.n < strategy.warmup:
-        return weights
+        return Targets(weights, NO_TERMS)
     view, before = event_view(rules, state, bars), read_state(strategy, state.events)
     after, intents = next_step(strategy, view, before)
-    put_intents(strategy, view, intents, weights)
+    has_terms = put_intents(strategy, view, intents, weights[0], terms[0])
     text = state_text(strategy, after)
     if not state.events or is_drawn(rules.session_id, view.row):
         ask_again(strategy, view, read_state(strategy, state.events), text, intents)
     state.events, state.fills = text, []
-    return weights
+    return Targets(weights, terms if has_terms else NO_TERMS)
 
 # %% ../../nbs/agents/02_strategy.ipynb #2a0e6a12
 def is_alive(bars: Bars) -> bool:
@@ -327,6 +336,31 @@ def on_action(rules: StrategyRules, state: StrategyState, action: CorporateActio
     if rules.has_capital:
         state.cash = round_to(state.cash + paid, CASH_DECIMALS)
 
+# %% ../../nbs/agents/02_strategy.ipynb #ca68d9b4
+def terms_after(
+    rules: StrategyRules,
+    terms: NDArray[np.float64],  # [1 × symbol × term], or without a row
+    actions: Sequence[CorporateAction],  # of the same close
+) -> NDArray[np.float64]:
+    """Return terms with prices of shares as they are held after the close."""
+    splits = [action for action in actions if action.kind == "split" and action.symbol in rules.planner.columns]
+    if not len(terms) or not splits:
+        return terms
+    terms = terms.copy()
+    for action in splits:
+        split_prices(terms[0, rules.column(action.symbol)], float(action.ratio))
+    return terms
+
+
+def targets_decided(
+    symbols: Sequence[str], at: datetime, weights: NDArray[np.float64], terms: NDArray[np.float64]
+) -> TargetsDecided:
+    """Return the event that reports a decision: weights that were given, and on which terms, if not plain ones."""
+    named = zip(symbols, weights.tolist(), strict=True)
+    wanted = {symbol: weight for symbol, weight in named if not math.isnan(weight)}
+    said = {symbol: in_words(terms_at(terms, 0, column)) for column, symbol in enumerate(symbols)} if len(terms) else {}
+    return TargetsDecided(at=at, weights=wanted, terms={symbol: words for symbol, words in said.items() if words})
+
 # %% ../../nbs/agents/02_strategy.ipynb #f4d81baf
 def on_bars(
     rules: StrategyRules, state: StrategyState, bars: Bars, closed: BarsClosed, ahead: WeightsAhead | None = None
@@ -339,14 +373,13 @@ def on_bars(
     rules.planner.on_close(state.close)
     if closed.late:
         return
-    weights = ask(rules, state, bars, ahead)
-    if weights is None:
+    targets = ask(rules, state, bars, ahead)
+    if targets is None:
         yield from decide(rules, state, closed.at, np.full(len(state.close), math.nan))
     else:
-        named = zip(bars.symbols, weights.tolist(), strict=True)
-        wanted = {symbol: weight for symbol, weight in named if not math.isnan(weight)}
-        yield TargetsDecided(at=closed.at, weights=wanted)
-        yield from decide(rules, state, closed.at, weights)
+        weights, terms = targets.weights[0], terms_after(rules, targets.terms, closed.actions)
+        yield targets_decided(bars.symbols, closed.at, weights, terms)
+        yield from decide(rules, state, closed.at, weights, terms)
     if state.refused is not None and not state.protects_only:
         raise state.refused
 
@@ -418,7 +451,8 @@ def protection(rules: StrategyRules, state: StrategyState, symbol: str) -> Plann
     """Return the exit of a position; None where it has none, or where the last close is at or beyond it already."""
     column, held = rules.column(symbol), state.holdings
     position = float(held.positions[column])
-    stop, limit = exit_prices(position, float(held.avg_entry[column]), float(held.extreme[column]), *rules.rates)
+    paid, best = float(held.avg_entry[column]), float(held.extreme[column])
+    stop, limit = protection_of(position, paid, best, held.guard[column], rules.rates)
     close = float(state.close[column])
     if (math.isnan(stop) and math.isnan(limit)) or exit_due(position, close, stop, limit):
         return None

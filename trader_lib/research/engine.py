@@ -36,16 +36,29 @@ from trader_lib.research.ledger import (
     Rules,
     Table,
     end_order,
+    exit_order,
     submit,
     sweep_ended,
+    target_order,
     write_liquidation,
 )
 from ..rules.checks import LimitValues, limits_at
 from ..rules.checks import CHECK_COUNT, HALTED, margin_of, state_after_close
 from ..rules.margin import held_after, liquidation, owes
-from ..rules.exits import exit_due, exit_prices, update_extreme
+from trader_lib.rules.entries import (
+    DAY,
+    GTC,
+    GUARD_COUNT,
+    is_guarded,
+    plain_terms,
+    protection_of,
+    take_protection,
+    terms_of,
+)
+from ..rules.exits import exit_due, update_extreme
+from ..rules.placing import GTC_DAYS
 from ..strategy.planner import book_fill
-from ..rules.sizing import desired_order, plan_orders
+from ..rules.sizing import Decision, Situation, desired_order, plan_orders
 from ..rules.folding import cash_flow, exposure, fold_fill
 from ..rules.folding import equity as equity_of
 from trader_lib.rules.numbers import (
@@ -98,7 +111,10 @@ def _match(t: int, cash: float, market: Market, rules: Rules, book: Book, orders
         factor, costs = _factor_at(market, t, s), rules.costs
         fee = commission_as_traded(qty, price, factor, costs.per_share, costs.bps, costs.minimum)
         cash = round_to(cash + cash_flow(side * qty, price, fee), CASH_DECIMALS)
+        before = book.qty[s]
         book_fill(s, side * qty, price, orders[row]["exit"] != 0, book.qty, book.average, book.extreme, book.blocked)
+        if len(rules.terms) > 0:
+            take_protection(before, book.qty[s], book.entry[s], book.guard[s])
         book.used[s] = round_qty(book.used[s] + qty)
         held, average, _ = fold_fill(orders[leg]["filled"], orders[leg]["average"], qty, price)
         orders[leg]["filled"], orders[leg]["average"] = held, average
@@ -141,6 +157,8 @@ def _liquidate(
         fee = commission_as_traded(qty, paid, factor, costs.per_share, costs.bps, costs.minimum)
         cash = round_to(cash + cash_flow(side * qty, paid, fee), CASH_DECIMALS)
         book_fill(s, side * qty, paid, False, book.qty, book.average, book.extreme, book.blocked)
+        if book.qty[s] == 0.0:
+            book.guard[s] = math.nan
         row = write_liquidation(t, s, side, qty, paid, book, orders)
         _write_fill(t, row, s, side, qty, paid, fee, book, fills)
     return cash
@@ -157,10 +175,13 @@ def _write_fill(
 
 # %% ../../nbs/research/01_engine.ipynb #c55cb21b
 @compiled_part
-def _expire(book: Book, orders: Table) -> None:
+def _expire(t: int, market: Market, book: Book, orders: Table) -> None:
+    """End the orders for the day at its close, and those good till canceled that are as old as the broker lets them be."""
+    oldest = market.closed_s[t] - GTC_DAYS * 86_400.0
     for k in range(book.counts[WORKING]):
-        if orders[book.working[k]]["exit"] == 0:
-            end_order(orders, book.working[k], EXPIRED)
+        row = book.working[k]
+        if orders[row]["lasts"] == DAY or market.closed_s[orders[row]["decided"]] <= oldest:
+            end_order(orders, row, EXPIRED)
     sweep_ended(book, orders)
 
 
@@ -190,11 +211,15 @@ def _change_shares(t: int, cash: float, market: Market, book: Book, orders: Tabl
                 price = market.paid[s]
                 cash = round_to(cash + cash_flow(-qty, price, 0.0), CASH_DECIMALS)
                 book_fill(s, -qty, price, False, book.qty, book.average, book.extreme, book.blocked)
+                book.guard[s] = math.nan
                 _write_fill(t, -1, s, -1 if qty > 0.0 else 1, abs(qty), price, 0.0, book, fills)
         else:
             price = market.close[t, s]
             book.qty[s], book.average[s], paid = split_position(qty, book.average[s], ratio, price)
             book.extreme[s] = book.extreme[s] / ratio if book.qty[s] != 0.0 else math.nan
+            book.guard[s, 0], book.guard[s, 1] = book.guard[s, 0] / ratio, book.guard[s, 1] / ratio
+            if book.qty[s] == 0.0:
+                book.guard[s] = math.nan
             cash = round_to(cash + paid, CASH_DECIMALS)
             odd = odd_shares(qty, ratio, book.qty[s])
             if odd != 0.0:
@@ -245,32 +270,28 @@ def _act(
     if canceled:
         sweep_ended(book, orders)
     refused = 0
-    nan = math.nan
     for sign in (-1.0, 1.0):
         for s in range(n):
-            qty = plan.order_qty[s]
-            if qty * sign > 0.0 and not submit(t, s, qty, nan, nan, money, market, rules, book, plan, orders, refusals):
+            if plan.order_qty[s] * sign <= 0.0:
+                continue
+            terms = terms_of(book.entry[s])
+            order = target_order(plan.order_qty[s], terms)
+            if not submit(t, s, order, terms.time_in_force, money, market, rules, book, plan, orders, refusals):
                 plan.refused[refused] = s
                 refused += 1
     for s in range(n):
         stop, limit = plan.stop[s], plan.limit[s]
         if not (math.isnan(stop) and math.isnan(limit)):
-            submit(t, s, -book.qty[s], limit, stop, money, market, rules, book, plan, orders, refusals)
+            order = exit_order(book.qty[s], limit, stop)
+            submit(t, s, order, GTC, money, market, rules, book, plan, orders, refusals)
     for k in range(refused):
         s = plan.refused[k]
         if not plan.cancel_exit[s] or book.qty[s] == 0.0:
             continue
-        distances = rules.exits
-        stop, limit = exit_prices(
-            book.qty[s],
-            book.average[s],
-            book.extreme[s],
-            distances.stop_loss,
-            distances.take_profit,
-            distances.trailing_stop,
-        )
+        stop, limit = protection_of(book.qty[s], book.average[s], book.extreme[s], book.guard[s], rules.exits)
         if not (math.isnan(stop) and math.isnan(limit)) and not exit_due(book.qty[s], market.close[t, s], stop, limit):
-            submit(t, s, -book.qty[s], limit, stop, money, market, rules, book, plan, orders, refusals)
+            order = exit_order(book.qty[s], limit, stop)
+            submit(t, s, order, GTC, money, market, rules, book, plan, orders, refusals)
 
 # %% ../../nbs/research/01_engine.ipynb #b045fbfd
 class Simulation(NamedTuple):
@@ -336,6 +357,9 @@ def new_book(n: int) -> Book:
         working=np.zeros(2 * n, np.int64),
         counts=np.zeros(5, np.int64),
         refused_by=np.zeros(CHECK_COUNT, np.int64),
+        entry=plain_terms(1, n)[0],
+        age=np.zeros(n),
+        guard=np.full((n, GUARD_COUNT), math.nan),
     )
 
 
@@ -388,7 +412,7 @@ def fixed_by(rules: Rules) -> Fixed:
     """What follows from the rules for every bar."""
     limits, exits = limits_at(rules.limits, 0), rules.exits
     no_stop = math.isnan(exits.stop_loss) and math.isnan(exits.trailing_stop)
-    has_exits = not (no_stop and math.isnan(exits.take_profit))
+    has_exits = not (no_stop and math.isnan(exits.take_profit)) or len(rules.terms) > 0
     watched = not (math.isinf(limits.max_drawdown) and math.isinf(limits.max_daily_loss))
     return Fixed(limits, has_exits, watched)
 
@@ -426,7 +450,7 @@ def to_close(
         if market.regular[t]:
             cash = _match(t, cash, market, rules, book, orders, fills)
         if market.expires[t]:
-            _expire(book, orders)
+            _expire(t, market, book, orders)
         _refresh(book, plan, orders)
     if market.changes[t]:
         cash = _change_shares(t, cash, market, book, orders, fills)
@@ -447,6 +471,7 @@ def to_close(
 @compiled_inline
 def from_close(
     t: int,
+    row: int,
     closed: Closed,
     fixed: Fixed,
     market: Market,
@@ -457,7 +482,10 @@ def from_close(
     orders: Table,
     refusals: Table,
 ) -> Between:
-    """Decide at the close of bar t, whose target weights are given [symbol]. Returns what the next bar needs."""
+    """Decide at the close of bar t, whose target weights are given [symbol]. Returns what the next bar needs.
+
+    row: of the rules' terms, which are those of this bar.
+    """
     cash, day_start, peak, worth, before = closed.cash, closed.day_start, closed.peak, closed.worth, closed.state
     qty, blocked, close, counts = book.qty, book.blocked, market.close, book.counts
     n, sizing = len(qty), rules.sizing
@@ -467,27 +495,21 @@ def from_close(
         protected = fixed.has_exits and (qty[s] != 0.0 or blocked[s] != 0)
         busy = busy or protected or desired_order(weights[s], qty[s], 0.0, close[t, s], worth, sizing) != 0.0
     if busy:
-        plan_orders(
-            weights,
-            blocked,
+        held = Situation(
             qty,
             book.average,
             book.extreme,
+            blocked,
             plan.working_qty,
+            book.entry,
+            book.age,
+            book.guard,
             plan.exit_qty,
             plan.exit_stop,
             plan.exit_limit,
-            close[t],
-            cash,
-            worth,
-            sizing,
-            rules.exits,
-            plan.cancel_exit,
-            plan.cancel_working,
-            plan.order_qty,
-            plan.stop,
-            plan.limit,
         )
+        decision = Decision(plan.cancel_exit, plan.cancel_working, plan.order_qty, plan.stop, plan.limit)
+        plan_orders(row, weights, rules.terms, held, close[t], cash, worth, sizing, rules.exits, decision)
         if _wanted(plan.cancel_exit, plan.cancel_working, plan.order_qty, plan.stop, plan.limit):
             _act(t, cash, worth, day_start, peak, market, rules, book, plan, orders, refusals)
             _refresh(book, plan, orders)
@@ -516,7 +538,7 @@ def step(
     if between.flat and book.counts[WORKING] == 0 and not market.changes[t] and cash > 0.0 and _wants_none(weights):
         return Between(cash, cash if market.ends_session[t] else between.day_start, between.peak, cash, True)
     closed = to_close(t, between, fixed, market, rules, book, plan, orders, fills)
-    return from_close(t, closed, fixed, market, weights, rules, book, plan, orders, refusals)
+    return from_close(t, t, closed, fixed, market, weights, rules, book, plan, orders, refusals)
 
 
 @compiled

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors.taxonomy import BadData, TraderError
+from ..errors.taxonomy import BadData, Misused, TraderError
 from ..market.actions import shares_in_last
 from ..market.bars import Bars
 from .combinations import Combinations
-from .backtest import Terms
+from .backtest import Terms, run_terms
 from .engine import new_book, new_plan, simulate
-from .event_loop import event_weights
+from .event_loop import event_targets
 from trader_lib.research.ledger import (
     FILL_ROW,
     FILLS,
@@ -37,10 +37,13 @@ from trader_lib.research.ledger import (
 )
 from .measures import MEASURES, day_ends, measure
 from .ratios import calendar_of, sessions_a_year
+from ..rules.entries import NO_TERMS, terms_at, write_terms
 from ..rules.exits import NO_EXITS, ExitRates
 from ..rules.numbers import compiled_owner, compiled_part
-from ..strategy.contract import Strategy, history_bars, target_weights
+from ..strategy.contract import Strategy, evaluate, history_bars
 from ..strategy.events import EventStrategy
+from ..strategy.intents import Targets
+from ..strategy.planner import ensure_terms_placeable
 from ..strategy.signals import CompiledSignal, PointSignal, Signal, SignalFunction, series_pointer
 
 # %% ../../nbs/research/15_many.ipynb #13735d1e
@@ -96,6 +99,11 @@ def clear(book: Book, plan: Plan) -> None:
         array[:] = nan
     for flags in (plan.cancel_exit, plan.cancel_working, plan.passed):
         flags[:] = False
+    book.age[:] = 0.0
+    book.guard[:] = nan
+    plain = terms_at(NO_TERMS, 0, 0)
+    for s in range(len(book.qty)):
+        write_terms(plain, book.entry[s])
 
 # %% ../../nbs/research/15_many.ipynb #e369306a
 class Ground(NamedTuple):
@@ -179,6 +187,7 @@ def signal_runs(
             shared.allow_short,
             shared.multiplier,
             shared.broken,
+            shared.terms,
         )
         clear(book, room.plan)
         orders, fills = simulate(
@@ -437,26 +446,34 @@ class Runner:
                 at = self.bars.at(int(faults[k]))
                 reasons[place] = f"The compiled weights of {one.name!r} are infinite: see {at}."
 
-    def _weights(self, one: Strategy, first: int) -> NDArray[np.float64]:
-        """The weights of a strategy [time × symbol] from the row on at which its history begins."""
+    def _targets(self, one: Strategy, first: int) -> Targets:
+        """What a strategy asks for from the row on at which its history begins."""
         ground, bars = self.ground, self.bars
         if not isinstance(one, EventStrategy):
-            return target_weights(one, bars.rows_between(first, bars.n))
+            return evaluate(one, bars.rows_between(first, bars.n))
         rules, cash, name = self.terms.rules(bars.symbols, one.exits), ground.starting_cash, self.calendar
-        return event_weights(
+        found = event_targets(
             one, bars, ground.market, rules, start=ground.start, cash=cash, calendar=name, begin=first
-        )[first:]
+        )
+        return found.rows(first, bars.n)
 
     def _by_targets(
         self, one: Strategy, out: NDArray[np.float64], place: int, reasons: dict[int, str], room: Room
     ) -> None:
         first = self.first_row(one)
         try:
-            room.weights[first:] = self._weights(one, first)
-        except BadData as error:
+            targets = self._targets(one, first)
+            ensure_terms_placeable(self.terms.sizing, targets.terms)
+        except (BadData, Misused) as error:
             reasons[place] = error.message
             return
-        self._fused(GIVEN, {place: one}, out, reasons, room)
+        room.weights[first:] = targets.weights
+        plain = self.shared
+        self.shared = plain._replace(terms=run_terms(targets.terms, self.ground.market, first))
+        try:
+            self._fused(GIVEN, {place: one}, out, reasons, room)
+        finally:
+            self.shared = plain
 
 
 def offered(strategy: Strategy) -> Signal:

@@ -47,7 +47,7 @@ from .measures import COUNTS, LOWER_IS_BETTER, MEASURES
 from .trials import TrialLedger, days_of, enter
 from ..risk.limits import Limits
 from ..rules.sizing import SizingRules
-from ..strategy.checks import checked_weights
+from ..strategy.checks import checked_targets
 from ..strategy.contract import Strategy, history_bars, target_weights
 from ..strategy.events import EventStrategy
 from ..strategy.signals import PointSignal, signal_weights
@@ -627,7 +627,7 @@ def sweep(
     grid = combinations(strategy, over, combinations_max=combinations_max)
     cut, first = cut_for(bars, terms, _longest_history(grid) if start is not None else 0)
     example, _ = grid.first_built()
-    look_ahead = checked_weights(example, cut)[1] if check and example is not None else ""
+    look_ahead = checked_targets(example, cut)[1] if check and example is not None else ""
     if look_ahead:
         warnings.warn(LookAheadWarning(f"{look_ahead} {WORTHLESS}"), stacklevel=2)
     fused = compiled and example is not None and example.compiled_weights is not None

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from ..errors.taxonomy import Misused, TraderError
 from ..market.bars import Bars
-from .causality import NOISE, changing_rows, differences
-from .contract import Strategy, history_bars, needed_bars, target_weights
+from .causality import NOISE, asked, changing_rows, differences
+from .contract import Strategy, history_bars, needed_bars
 from .events import EventStrategy, plain_decisions
+from .intents import column_names
 
 # %% ../../nbs/strategy/11_start.ipynb #8252e684
 class LookbackExceeded(TraderError):
@@ -33,6 +34,7 @@ class Difference(NamedTuple):
     begin: int
     with_all: float
     without: float
+    what: str = "weight"  # or which of the terms of an order
 
 
 class Start(NamedTuple):
@@ -82,9 +84,9 @@ class _Start(NamedTuple):
 
 def _compare_from(strategy: Strategy, bars: Bars, full: NDArray[np.float64], begin: int, settled: int) -> _Start:
     """Begin the history at a row. settled: bars after which the weights should be what they were."""
-    part = target_weights(strategy, copy.copy(bars.rows_between(begin, bars.n)))
+    part = asked(strategy, copy.copy(bars.rows_between(begin, bars.n)))
     if isinstance(strategy, EventStrategy):
-        full = plain_decisions(strategy, bars, begin + settled - 1)
+        full = plain_decisions(strategy, bars, begin + settled - 1).columns
     differ, noise = differences(full[begin + settled - 1 :], part[settled - 1 :])
     rows = np.flatnonzero(differ.any(axis=1))
     if not len(rows):
@@ -97,7 +99,7 @@ def _compare_window(strategy: Strategy, bars: Bars, full: NDArray[np.float64], r
     """The weight of one row from as many bars as a session gives."""
     window = copy.copy(needed_bars(strategy, bars.head(row + 1)))
     begin = row + 1 - window.n
-    part = target_weights(strategy, window)
+    part = asked(strategy, window)
     differ, noise = differences(full[row : row + 1], part[-1:])
     first = window.n - 1 if differ.any() else -1
     return _Start(begin, first, first, 1, noise, part)
@@ -127,7 +129,7 @@ def check_start(strategy: Strategy, bars: Bars, starts: int = 16) -> Start:
     declared = strategy.lookback_max
     if isinstance(strategy, EventStrategy) and declared is not None:
         return Start(0, 0, bars.n, declared, declared, notes=(SHOWN_NO_MORE,))
-    full = target_weights(strategy, bars)
+    full = asked(strategy, bars)
     found = [_compare_from(strategy, bars, full, begin, warmup) for begin in beginnings(bars.n, warmup, starts)]
     if declared is not None:
         rows = _windows(full, declared, starts) if bars.n > declared else []
@@ -160,7 +162,8 @@ def _needed(differing: list[_Start], bars: int, warmup: int) -> int | None:
 def _difference(bars: Bars, full: NDArray[np.float64], one: _Start, row: int) -> Difference:
     with_all, without = full[one.begin + row], one.weights[row]
     column = int(np.flatnonzero(differences(with_all, without)[0])[0])
-    return Difference(bars.symbols[column], one.begin + row, one.begin, float(with_all[column]), float(without[column]))
+    symbol, what = column_names(bars.symbols, full.shape[1])[column]
+    return Difference(symbol, one.begin + row, one.begin, float(with_all[column]), float(without[column]), what)
 
 
 def _hold_to_its_word(
@@ -176,7 +179,7 @@ def _hold_to_its_word(
         seen = _difference(bars, full, one, row)
         raise LookbackExceeded(
             f"Strategy {strategy.name!r} says that its weights depend on {declared} bars (lookback_max), and gives "
-            f"{seen.symbol} the weight {seen.with_all:.9g} at {bars.at(seen.row)} (row {seen.row}) with all bars and "
+            f"{seen.symbol} the {seen.what} {seen.with_all:.9g} at {bars.at(seen.row)} (row {seen.row}) with all bars and "
             f"{seen.without:.9g} with the {row + 1} from {bars.at(seen.begin)} on: raise lookback_max, return None if all "
             "bars count, or let the strategy forget (no counting from the first bar, no exponential averages).",
             strategy=strategy.name,

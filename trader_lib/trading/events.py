@@ -337,6 +337,9 @@ class TargetsDecided(Output):
     type: ClassVar[str] = "targets_decided"
     at: Utc  # the bar's stamp
     weights: FrozenMap[str, Finite]
+    terms: FrozenMap[str, FrozenMap[str, str | bool | Finite]] = Field(
+        default_factory=dict, exclude_if=lambda given: not given
+    )  # by symbol, how its position is opened and protected; prices in USD
 
 
 class OrderProposed(Output):
