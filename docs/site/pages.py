@@ -99,6 +99,7 @@ KINDS = {
         "What is there, complete and dry.",
         [
             "docs/glossary",
+            "docs/orders",
             "api/index",
             "docs/exchange",
             "docs/market-data",

@@ -9,8 +9,8 @@ __all__ = ['ACCOUNT', 'SEVERITY', 'VITAL', 'ApprovedOrder', 'OpenOrder', 'open_o
            'on_reconciliation', 'owners_of', 'judge', 'approve', 'on_proposal', 'start_cancel', 'end_order',
            'end_short', 'book_fill', 'worst_price', 'remaining_shares', 'adopt_order', 'column_of', 'on_positions',
            'on_fill', 'on_account', 'value', 'on_action', 'change_shares', 'on_bars', 'on_slice', 'observe_order',
-           'on_acknowledgement', 'on_failure', 'on_cancel', 'on_adoption', 'on_trade_update', 'on_assets',
-           'end_everywhere', 'RiskAgent']
+           'observe_move', 'on_acknowledgement', 'on_failure', 'on_cancel', 'on_adoption', 'on_trade_update',
+           'on_assets', 'end_everywhere', 'RiskAgent']
 
 # %% ../../nbs/agents/03_risk.ipynb #064ead82
 import math
@@ -53,7 +53,16 @@ from trader_lib.rules.checks import (
     sells_short,
     state_after_close,
 )
-from ..rules.numbers import CASH_DECIMALS, qty_left, round_qty, round_to, to_float, to_shares
+from trader_lib.rules.numbers import (
+    CASH_DECIMALS,
+    PRICE_DECIMALS,
+    qty_left,
+    round_qty,
+    round_to,
+    to_decimal,
+    to_float,
+    to_shares,
+)
 from ..rules.wash import would_wash
 
 # %% ../../nbs/agents/03_risk.ipynb #1cbc5a14
@@ -82,13 +91,12 @@ from trader_lib.trading.events import (
 )
 from trader_lib.trading.orders import (
     ENDED_SHORT,
-    ORDER_TYPE_CODE,
     SIDE_SIGN,
     Order,
-    OrderClass,
     OrderRequest,
     OrderSide,
-    OrderType,
+    is_exempt,
+    order_type_code,
 )
 
 # %% ../../nbs/agents/03_risk.ipynb #fbc2d824
@@ -114,7 +122,7 @@ class OpenOrder:
 
     column: int  # of its symbol, in all arrays
     side_sign: int  # 1 buys, -1 sells
-    order_type: int  # a code of ORDER_TYPE_CODE, -1 for others
+    order_type: int  # a code of ORDER_TYPE_CODE
     limit_price: float  # USD, NaN for none
     exempt: bool  # part of a pair or a bracket, or trailing
     remaining: float  # shares
@@ -125,9 +133,9 @@ def open_order(order: OrderRequest | Order, column: int, remaining: float) -> Op
     return OpenOrder(
         column,
         SIDE_SIGN[order.side],
-        ORDER_TYPE_CODE.get(order.type, -1),
+        order_type_code(order.type),
         to_float(order.limit_price),
-        order.order_class is not OrderClass.SIMPLE or order.type is OrderType.TRAILING_STOP,
+        is_exempt(order),
         remaining,
     )
 
@@ -245,11 +253,11 @@ def open_qty(book: RiskBook, column: int, sign: int) -> float:
 
 def washes_with(book: RiskBook, request: OrderRequest, column: int) -> str:
     """Return the client order id of the open order that a new one could trade with, or nothing."""
-    sign, kind = SIDE_SIGN[request.side], ORDER_TYPE_CODE[request.type]
-    limit, pair = to_float(request.limit_price), request.order_class is not OrderClass.SIMPLE
+    sign, kind = SIDE_SIGN[request.side], order_type_code(request.type)
+    limit, exempt = to_float(request.limit_price), is_exempt(request)
     for order_id, other in book.open.items():
         if other.column == column and would_wash(
-            sign, kind, limit, pair, other.side_sign, other.order_type, other.limit_price, other.exempt
+            sign, kind, limit, exempt, other.side_sign, other.order_type, other.limit_price, other.exempt
         ):
             return order_id
     return ""
@@ -270,6 +278,7 @@ def facts(
         short=sells_short(sign, shares, position, pending.qty),
         minute=local.hour * 60 + local.minute,
         asset=market.assets.get(request.symbol),
+        last=None if math.isnan(reference) else to_decimal(reference, PRICE_DECIMALS),
     )
     own, multiplier = rules.limits.of(request.symbol), market.multiplier
     return RiskFacts(
@@ -585,9 +594,19 @@ def observe_order(state: RiskState, client_order_id: str, order: Order) -> None:
             end_short(book, client_order_id, to_float(order.filled_qty))
 
 
+def observe_move(state: RiskState, client_order_id: str, order: Order) -> None:
+    """Take in the price to which an open order was moved."""
+    for book in state.books.values():
+        known = book.open.get(client_order_id)
+        if known is not None:
+            book.open[client_order_id] = open_order(order, known.column, known.remaining)
+
+
 def on_acknowledgement(state: RiskState, acknowledged: OrderAcknowledged) -> None:
     """Take in the broker's answer."""
     observe_order(state, acknowledged.client_order_id, acknowledged.order)
+    if acknowledged.order.replaces is not None:
+        observe_move(state, acknowledged.client_order_id, acknowledged.order)
     if acknowledged.settled:
         end_everywhere(state, acknowledged.client_order_id)
 

@@ -25,7 +25,15 @@ from ..session.scripted import Published
 from ..session.spec import SessionSpec
 from ..strategy.contract import Strategy
 from ..strategy.trust import Trust
-from ..trading.events import AgentFailed, CancelProposed, Event, OrderProposed, Payload, SessionStarted
+from trader_lib.trading.events import (
+    AgentFailed,
+    CancelProposed,
+    Event,
+    OrderProposed,
+    Payload,
+    ReplaceProposed,
+    SessionStarted,
+)
 from ..trading.portfolio import Commission, no_commission
 
 Strategies = Strategy | Mapping[str, Strategy]
@@ -160,7 +168,7 @@ def decision_subject(payload: Payload) -> tuple[str, ...]:
     match payload:
         case OrderProposed(request=request):
             return payload.type, request.symbol, request.purpose
-        case CancelProposed(client_order_id=order_id):
+        case CancelProposed(client_order_id=order_id) | ReplaceProposed(client_order_id=order_id):
             return payload.type, order_id
     return (payload.type,)
 

@@ -104,7 +104,8 @@ def _unlisted(book: OrderBook, listed: set[str], *, at_rest: bool) -> list[Findi
     found = []
     for track in (*book.working(), *book.externals()):
         known = {member.order_id for member in track.family()}
-        if track.is_open and not listed & known and (at_rest or not is_unresolved(track)):
+        is_open = any(member.is_open for member in track.family())  # an entry that has filled leaves its exits
+        if is_open and not listed & known and (at_rest or not is_unresolved(track)):
             sentence = (
                 f"missing order: we believe {track.client_order_id} in {track.symbol} to be open, the broker does not"
             )

@@ -8,10 +8,10 @@ __all__ = ['Finite', 'Figure', 'Kind', 'PAYLOADS', 'PROBLEMS_MAX', 'SYMBOLS_MAX'
            'FactorFrom', 'SessionStarted', 'BarRow', 'CorporateAction', 'BarsClosed', 'HistoryLoaded', 'TradeUpdated',
            'AssetsReported', 'AccountReported', 'PositionsReported', 'OrdersReported', 'OrderAcknowledged',
            'OrderFailed', 'OperatorCommand', 'SnapshotTaken', 'ClockTicked', 'TradingState', 'TargetsDecided',
-           'OrderProposed', 'CancelProposed', 'CheckOutcome', 'RiskDecided', 'OrderIntended', 'CancelIntended',
-           'FillRecorded', 'StrategyHoldings', 'PortfolioChanged', 'TradingStateChanged', 'OrderAdopted', 'Discrepancy',
-           'Reconciled', 'AgentFailed', 'SessionEnded', 'degraded_sentence', 'Event', 'canonical_row', 'BarsSlice',
-           'expanded']
+           'OrderProposed', 'CancelProposed', 'ReplaceProposed', 'CheckOutcome', 'RiskDecided', 'OrderIntended',
+           'CancelIntended', 'ReplaceIntended', 'FillRecorded', 'StrategyHoldings', 'PortfolioChanged',
+           'TradingStateChanged', 'OrderAdopted', 'Discrepancy', 'Reconciled', 'AgentFailed', 'SessionEnded',
+           'degraded_sentence', 'Event', 'canonical_row', 'BarsSlice', 'expanded']
 
 # %% ../../nbs/trading/04_events.ipynb #23a33cd0
 from collections.abc import Iterator, Mapping
@@ -37,7 +37,7 @@ from ..errors.taxonomy import BadData, did_you_mean
 from ..rules.actions import split_position
 from ..rules.numbers import CASH_DECIMALS, to_decimal
 from .capability import Asset
-from .orders import Label, Number, Order, OrderRequest, Utc
+from .orders import Label, Number, Order, OrderRequest, ReplaceRequest, Utc
 from .portfolio import Fill, FrozenMap, Position
 
 # %% ../../nbs/trading/04_events.ipynb #feaf9f56
@@ -360,6 +360,16 @@ class CancelProposed(Output):
     decided_at: Utc
 
 
+class ReplaceProposed(Output):
+    """The strategy would like an exit to have another price, without a moment at which nothing rests."""
+
+    type: ClassVar[str] = "replace_proposed"
+    client_order_id: str  # of the exit, or of the leg, as it was first sent
+    request: ReplaceRequest
+    reason: str
+    decided_at: Utc
+
+
 class CheckOutcome(BaseModel):
     """One risk check with its figures; None where there is no figure or no bound."""
 
@@ -396,6 +406,15 @@ class CancelIntended(Output):
 
     type: ClassVar[str] = "cancel_intended"
     client_order_id: str
+
+
+class ReplaceIntended(Output):
+    """The next thing on the wire is this replacement."""
+
+    type: ClassVar[str] = "replace_intended"
+    client_order_id: str  # of the exit, or of the leg, as it was first sent
+    request: ReplaceRequest
+    decided_at: Utc
 
 
 class FillRecorded(Output):
