@@ -45,7 +45,7 @@ ROOMS = {
     ),
     "trading": ("Trading", "Orders, fills, positions, events, and the order list with its hash."),
     "market": ("Market data", "Bars and where they come from: sample, synthetic, stored, Alpaca's."),
-    "strategy": ("Strategies", "What a strategy is, four of them, and the check for look-ahead."),
+    "strategy": ("Strategies", "What a strategy is, five of them, and the check for look-ahead."),
     "risk": ("Risk", "Limits as people set them, and what an order is refused for, in a sentence."),
     "exchange": ("Exchange", "An account, a book and a server that speaks Alpaca's protocol."),
     "research": (
@@ -112,6 +112,7 @@ KINDS = {
             *(f"docs/how-to/{page}" for page in HOW_TO),
             "docs/commands",
             "docs/data",
+            "docs/event-strategies",
             "docs/timeframes",
             "docs/indicators",
             "docs/sweeps",

@@ -847,6 +847,7 @@ def strategies(*, json: Json = False) -> int:
     Example: trader strategies --json
     """
     from trader_lib.app.console import print_json, print_table
+    from trader_lib.strategy.events import EventStrategy
     from trader_lib.strategy.registry import load_strategy, strategy_names
 
     kinds = [load_strategy(name) for name in strategy_names()]
@@ -854,6 +855,7 @@ def strategies(*, json: Json = False) -> int:
         {
             "name": kind.name,
             "told": (kind.__doc__ or "").strip().partition("\n")[0],
+            "decides": "step by step" if issubclass(kind, EventStrategy) else "by weights",
             "parameters": {
                 name: field.get_default(call_default_factory=True) for name, field in kind.model_fields.items()
             },
@@ -866,8 +868,8 @@ def strategies(*, json: Json = False) -> int:
         from trader_lib.research.report import figure_text
 
         print_table(
-            ("Strategy", "What it does", "Parameters"),
-            [(row["name"], row["told"], figure_text("params", row["parameters"])) for row in rows],
+            ("Strategy", "What it does", "Decides", "Parameters"),
+            [(row["name"], row["told"], row["decides"], figure_text("params", row["parameters"])) for row in rows],
         )
     return 0
 

@@ -28,6 +28,7 @@ from ..market.actions import RunActions, action_at, shares_in_last
 from ..market.bars import Bars, window
 from ..market.splits import check_splits
 from .engine import Simulation, run
+from .event_loop import event_targets
 from .ledger import CANCELED, EXPIRED, FILLED, LIQUIDATION, OCO_LIMIT, Market, Rules
 from .notes import Seen, notes
 from .portfolio import portfolio_of
@@ -43,8 +44,9 @@ from .statistics import Statistics, statistics, trades_of
 from .trials import TrialLedger, enter
 from ..risk.limits import Limits
 from ..rules.checks import Check
-from ..strategy.checks import checked_targets, elsewhere
+from ..strategy.checks import checked_targets, elsewhere, sees_ahead
 from ..strategy.contract import Strategy, evaluate, history_bars
+from ..strategy.events import EventStrategy
 from ..rules.entries import NO_TERMS, plain_terms, split_prices
 from ..rules.exits import NO_EXITS
 from ..strategy.exits import ProtectiveExits
@@ -496,10 +498,16 @@ def run_on(strategy: Strategy, bars: Bars, terms: Terms, *, check: bool = False)
     ensure_placeable(terms.sizing, strategy.exits)
     cut, first = cut_for(bars, terms, history_bars(strategy))
     rules = terms.rules(cut.symbols, strategy.exits)
-    targets, look_ahead = checked_targets(strategy, cut) if check else (evaluate(strategy, cut), "")
+    if isinstance(strategy, EventStrategy):
+        look_ahead = sees_ahead(strategy, cut) if check else ""
+        market, taken, calendar = terms.market(cut)
+        cash = terms.starting_cash
+        targets = event_targets(strategy, cut, market, rules, start=first, cash=cash, calendar=calendar)
+    else:
+        targets, look_ahead = checked_targets(strategy, cut) if check else (evaluate(strategy, cut), "")
+        market, taken, calendar = terms.market(cut)
     ensure_terms_placeable(terms.sizing, targets.terms)
     weights = np.ascontiguousarray(targets.weights)
-    market, taken, calendar = terms.market(cut)
     rules = rules._replace(terms=run_terms(targets.terms, market))
     with steps(f"Backtest of {len(cut):,} bars" if has_machine_code(ENGINE) else COMPILING):
         simulation = run(market, weights, rules, start=first, starting_cash=terms.starting_cash)

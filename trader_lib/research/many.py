@@ -20,6 +20,7 @@ from ..market.bars import Bars
 from .combinations import Combinations
 from .backtest import Terms, run_terms
 from .engine import new_book, new_plan, simulate
+from .event_loop import event_targets
 from trader_lib.research.ledger import (
     FILL_ROW,
     FILLS,
@@ -40,6 +41,8 @@ from ..rules.entries import NO_TERMS, terms_at, write_terms
 from ..rules.exits import NO_EXITS, ExitRates
 from ..rules.numbers import compiled_owner, compiled_part
 from ..strategy.contract import Strategy, evaluate, history_bars
+from ..strategy.events import EventStrategy
+from ..strategy.intents import Targets
 from ..strategy.planner import ensure_terms_placeable
 from ..strategy.signals import CompiledSignal, PointSignal, Signal, SignalFunction, series_pointer
 
@@ -309,6 +312,7 @@ class Runner:
     def __init__(self, grid: Combinations, bars: Bars, start: int, terms: Terms, *, compiled: bool = True) -> None:
         self.grid, self.bars, self.terms, self.compiled = grid, bars, terms, compiled
         market, taken, name = terms.market(bars)
+        self.calendar = name
         close, volume = np.ascontiguousarray(bars.close), np.ascontiguousarray(bars.volume)
         shares = shares_in_last(taken, bars.close.shape) if len(taken.ratio) else np.empty((0, len(bars.symbols)))
         numbers = calendar_of(name).session_numbers(bars.times_ns)
@@ -442,12 +446,23 @@ class Runner:
                 at = self.bars.at(int(faults[k]))
                 reasons[place] = f"The compiled weights of {one.name!r} are infinite: see {at}."
 
+    def _targets(self, one: Strategy, first: int) -> Targets:
+        """What a strategy asks for from the row on at which its history begins."""
+        ground, bars = self.ground, self.bars
+        if not isinstance(one, EventStrategy):
+            return evaluate(one, bars.rows_between(first, bars.n))
+        rules, cash, name = self.terms.rules(bars.symbols, one.exits), ground.starting_cash, self.calendar
+        found = event_targets(
+            one, bars, ground.market, rules, start=ground.start, cash=cash, calendar=name, begin=first
+        )
+        return found.rows(first, bars.n)
+
     def _by_targets(
         self, one: Strategy, out: NDArray[np.float64], place: int, reasons: dict[int, str], room: Room
     ) -> None:
         first = self.first_row(one)
         try:
-            targets = evaluate(one, self.bars.rows_between(first, self.bars.n))
+            targets = self._targets(one, first)
             ensure_terms_placeable(self.terms.sizing, targets.terms)
         except (BadData, Misused) as error:
             reasons[place] = error.message

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUICK_STRETCHES', 'QUICK_ROWS', 'LOOK_AHEAD', 'VERDICTS_MAX', 'Key', 'UNCHECKED', 'SESSION_STARTS', 'FIRST_DAY',
-           'is_shipped', 'can_look', 'checked_targets', 'elsewhere', 'practice_bars', 'ensure_checked', 'Report',
-           'check_strategy', 'ensure_sound']
+           'is_shipped', 'can_look', 'checked_targets', 'sees_ahead', 'elsewhere', 'practice_bars', 'ensure_checked',
+           'Report', 'check_strategy', 'ensure_sound']
 
 # %% ../../nbs/strategy/12_checks.ipynb #d39978f6
 from collections.abc import Callable, Sequence
@@ -98,6 +98,13 @@ def checked_targets(strategy: Strategy, bars: Bars) -> tuple[Targets, str]:
     parcel = None if key in _verdicts else _packed(strategy)
     targets = evaluate(strategy, bars)
     return targets, _once(key, lambda: _quick_look(strategy, bars, parcel))
+
+
+def sees_ahead(strategy: Strategy, bars: Bars) -> str:
+    """The sentence that says where a strategy looks ahead, "" for nowhere, for a run that has its weights from elsewhere."""
+    if not can_look(strategy, bars):
+        return ""
+    return _once(_key(LOOK_AHEAD, strategy, bars), lambda: _quick_look(strategy, bars, _packed(strategy)))
 
 
 def elsewhere(strategy: Strategy, bars: Bars) -> str:

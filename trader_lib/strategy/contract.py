@@ -131,6 +131,8 @@ def evaluate(strategy: Strategy, bars: "Bars") -> Targets:
     except Exception as error:
         add_place(error)
         raise
+    if isinstance(given, Targets):
+        return Targets(_checked(strategy, given.weights, bars, first), given.terms)
     weights = _checked(strategy, given.weights if isinstance(given, Intents) else given, bars, first)
     return Targets(
         weights, terms_table(given, weights, strategy.name, bars) if isinstance(given, Intents) else NO_TERMS
