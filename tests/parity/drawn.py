@@ -117,6 +117,17 @@ def weights(rng: np.random.Generator, rows: int, n: int) -> tuple[tuple[float, .
     return tuple(tuple(row) for row in table.tolist())
 
 
+def carried(rng: np.random.Generator) -> dict[str, Any]:
+    """What holding costs, and whether a cash account waits for settlement: nothing in half of the configurations."""
+    if rng.random() < 0.5:
+        return {}
+    return {
+        "margin_rate": pick(rng, 0.0, 0.0625, 0.9),
+        "borrow_rate": pick(rng, 0.0, 0.03, 3.0),
+        "settlement_days": pick(rng, 0, 1),
+    }
+
+
 def configuration(seed: int) -> Configuration:
     """The configuration of a seed."""
     rng = np.random.default_rng(seed)
@@ -125,6 +136,7 @@ def configuration(seed: int) -> Configuration:
     guarded = rng.random() < 0.35 and (stop or target or trail)
     exits = ProtectiveExits(stop_loss=stop, take_profit=target, trailing_stop=trail) if guarded else None
     costs = Costs(
+        **carried(np.random.default_rng([seed, 98])),
         commission_per_share=pick(rng, 0.0, 0.005),
         commission_bps=pick(rng, 0.0, 3.0),
         commission_minimum=pick(rng, 0.0, 1.0),
@@ -150,8 +162,8 @@ def configuration(seed: int) -> Configuration:
     return Configuration(bars, strategy, pick(rng, *CASH), sizing, account)
 
 
-async def both(drawn: Configuration) -> tuple[BacktestResult, SessionResult]:
-    """The configuration in both engines."""
+async def both(drawn: Configuration, transport: str = "in_process") -> tuple[BacktestResult, SessionResult]:
+    """The configuration in both engines. transport: of the session's broker."""
     sizing = drawn.sizing
     result = backtest(drawn.strategy, drawn.bars, cash=drawn.cash, sizing=sizing, check=False, **drawn.account)
     spec = SessionSpec(
@@ -163,7 +175,7 @@ async def both(drawn: Configuration) -> tuple[BacktestResult, SessionResult]:
         leverage=sizing.leverage,
         **drawn.account,
     )
-    wire = load_settings(environ={}, env_file=None)
+    wire = load_settings(environ={}, env_file=None, overrides={"broker": {"transport": transport}})
     return result, await run_session(spec, wire, bars=drawn.bars, strategy=drawn.strategy)
 
 
@@ -207,6 +219,9 @@ def seen_in(drawn: Configuration, result: BacktestResult) -> Counter[str]:
         "cash accounts": result.multiplier == 1,
         "refusals": result.refused > 0,
         "protective exits": bool((table["exit"] == 1).any()),
+        "interest": result.simulation.interest > 0.0,
+        "fees for borrowed shares": result.simulation.borrow_fees > 0.0,
+        "settlement waited for": result.multiplier == 1 and drawn.account["costs"].settlement_days > 0,
     }
     return Counter({name: 1 for name, held in facts.items() if held} | {"orders": len(table)})
 

@@ -306,7 +306,7 @@ class Floor:
             qty = fill_qty(order.remaining, float(volumes[column]), share, used[column], fractional)
             price = fill_price(side.code, side.sign, price, self._rates.slippage_bps)
             if side.sign > 0 and self._ledger.multiplier == 1:
-                qty = affordable_qty(qty, price, self._ledger.cash, self._rates, fractional)
+                qty = affordable_qty(qty, price, self._ledger.spendable, self._rates, fractional)
             if qty <= 0.0:
                 continue
             used[column] = round_qty(used[column] + qty)

@@ -357,6 +357,8 @@ def market_of(bars: Bars, calendar: TradingCalendar, taken: RunActions) -> Marke
         ratio=taken.ratio,
         last_row=taken.last_row,
         paid=taken.paid,
+        dividend=taken.dividend,
+        nights=taken.nights,
     )
 
 
@@ -427,6 +429,7 @@ class Terms:
             restricted=np.array([symbol in self.limits.restricted for symbol in symbols], dtype=np.bool_),
             allow_short=np.array([self.limits.of(symbol).allow_short for symbol in symbols], dtype=np.bool_),
             multiplier=float(self.multiplier),
+            carry=self.costs.carry(),
         )
 
     def without_calendar(self) -> "Terms":
@@ -436,7 +439,7 @@ class Terms:
     def market(self, cut: Bars) -> tuple[Market, RunActions, str]:
         """Bars as the engine takes them, what the run takes of corporate actions, and the calendar's name."""
         calendar = self.calendar or TradingCalendar()
-        taken = cut.run_actions(calendar, self.costs.delisting_recovery)
+        taken = cut.run_actions(calendar, self.costs.delisting_recovery, charged=self.costs.is_charged)
         return market_of(cut, calendar, taken), taken, calendar.name
 
 

@@ -97,6 +97,7 @@ def kernel_of(points: Any, symbols: int, state_size: int) -> Callable[..., None]
             cuda.local.array(pairs, int64),
             cuda.local.array(5, int64),
             cuda.local.array(checks, int64),
+            cuda.local.array(4, float64),
         )
         plan = Plan(
             cuda.local.array(n, float64),
@@ -132,6 +133,7 @@ def kernel_of(points: Any, symbols: int, state_size: int) -> Callable[..., None]
             shared.allow_short,
             shared.multiplier,
             shared.broken,
+            shared.carry,
         )
         course = Course(share.usable[k], share.places[k], share.parameters[k])
         stream(ground, series, course, rules, refusals, lane, share.raw[k])

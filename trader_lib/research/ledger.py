@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OPEN', 'FILLED', 'CANCELED', 'EXPIRED', 'SIMPLE', 'OCO_LIMIT', 'OCO_STOP', 'LIQUIDATION', 'REFUSALS_KEPT',
-           'ORDER_ROW', 'FILL_ROW', 'REFUSAL_ROW', 'Table', 'WORKING', 'ORDERS', 'FILLS', 'REFUSALS', 'STATE', 'Market',
-           'plain_market', 'capabilities', 'Rules', 'Book', 'Plan', 'Money', 'end_order', 'sweep_ended', 'submit',
-           'write_liquidation']
+           'ORDER_ROW', 'FILL_ROW', 'REFUSAL_ROW', 'Table', 'WORKING', 'ORDERS', 'FILLS', 'REFUSALS', 'STATE',
+           'UNSETTLED', 'INTEREST', 'BORROW', 'DIVIDENDS', 'Market', 'plain_market', 'capabilities', 'Rules', 'Book',
+           'Plan', 'Money', 'end_order', 'sweep_ended', 'submit', 'write_liquidation']
 
 # %% ../../nbs/research/00_ledger.ipynb #7179613a
 import math
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..rules.carry import NO_CARRY, Carry
 from ..rules.account import buying_power, may_short, order_cost, reserved_cost
 from ..rules.matching import LIMIT, MARKET, STOP, CostRates
 from ..rules.checks import limits_at
@@ -81,6 +82,8 @@ class Market(NamedTuple):
     ratio: NDArray[np.float64]  # shares after the bar's close for one in it; no rows where it is 1 throughout
     last_row: NDArray[np.int64]  # [symbol] at whose close the symbol is delisted; -1 for none
     paid: NDArray[np.float64]  # [symbol] for a delisted share, USD
+    dividend: NDArray[np.float64]  # USD for a share held after the bar's close; no rows where it is 0 throughout
+    nights: NDArray[np.float64]  # [time] days that are charged for at the bar's close; no rows where none is
 
 
 def plain_market(
@@ -96,9 +99,8 @@ def plain_market(
     rows, n = close.shape
     always, never, none = np.ones(rows, np.bool_), np.zeros(rows, np.bool_), np.empty((0, n))
     ends, paid = np.full(n, -1, np.int64), np.full(n, np.nan)
-    return Market(
-        open_, high, low, close, volume, closed_s, ends_session, always, ends_session, none, never, none, ends, paid
-    )
+    bars = open_, high, low, close, volume
+    return Market(*bars, closed_s, ends_session, always, ends_session, none, never, none, ends, paid, none, np.empty(0))
 
 
 def capabilities() -> NDArray[np.int64]:
@@ -128,6 +130,7 @@ class Rules(NamedTuple):
     allow_short: NDArray[np.bool_]  # [symbol]
     multiplier: float
     broken: NDArray[np.int64] = capabilities()  # by each kind of order, as `capabilities` has them
+    carry: Carry = NO_CARRY
 
 
 class Book(NamedTuple):
@@ -145,9 +148,11 @@ class Book(NamedTuple):
     working: NDArray[np.int64]  # rows of all working orders in submission order [2 × symbol]
     counts: NDArray[np.int64]  # [5], indexed by the names below
     refused_by: NDArray[np.int64]  # [check]
+    money: NDArray[np.float64]  # [4] USD, indexed by the names below
 
 
 WORKING, ORDERS, FILLS, REFUSALS, STATE = 0, 1, 2, 3, 4
+UNSETTLED, INTEREST, BORROW, DIVIDENDS = 0, 1, 2, 3  # of this session's trades; paid in all; received in all
 
 
 class Plan(NamedTuple):

@@ -86,6 +86,7 @@ def clear(book: Book, plan: Plan) -> None:
     book.blocked[:] = 0
     for whole in (book.target, book.resting):
         whole[:] = -1
+    book.money[:] = 0.0
     for whole in (book.working, book.counts, book.refused_by, plan.refused):
         whole[:] = 0
     for array in (plan.working_qty, plan.exit_qty, plan.order_qty, plan.observed, plan.bound):
@@ -177,6 +178,7 @@ def signal_runs(
             shared.allow_short,
             shared.multiplier,
             shared.broken,
+            shared.carry,
         )
         clear(book, room.plan)
         orders, fills = simulate(
