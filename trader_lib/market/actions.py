@@ -6,7 +6,7 @@
 __all__ = ['ACTION_FIELDS', 'NEUTRAL', 'Volume', 'SPLIT_ADJUSTED', 'DIVIDEND_ADJUSTED', 'RATIO_TOLD', 'split', 'CorporateActions',
            'check_actions', 'with_neutral', 'factor_of', 'actions_from', 'Announced', 'announced', 'placed',
            'later_ratio', 'RunActions', 'last_rows', 'ratio_after', 'dividend_after', 'closes_after', 'run_actions',
-           'action_at', 'actions_by_stamp', 'nights_by_stamp', 'shares_in_last']
+           'action_at', 'actions_by_stamp', 'reinvested', 'nights_by_stamp', 'shares_in_last']
 
 # %% ../../nbs/market/02_actions.ipynb #3de182c0
 from collections.abc import Iterable, Mapping, Sequence
@@ -351,6 +351,19 @@ def actions_by_stamp(
 ) -> dict[datetime, tuple[CorporateAction, ...]]:
     """What happens at the close of which bars, by their stamps (UTC)."""
     return {from_ns(int(times[row])): action_at(taken, symbols, int(row)) for row in np.flatnonzero(taken.changes)}
+
+
+def reinvested(taken: RunActions, close: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What a share of the first bar has become by each bar where its dividends buy more of it [time × symbol].
+
+    close: of the bars, USD [time × symbol].
+    """
+    grown: NDArray[np.float64] = np.ones(close.shape)
+    for row, column in np.argwhere(taken.dividend != 0.0):
+        price = taken.close[row, column]
+        if price > 0.0:
+            grown[row + 1 :, column] *= 1.0 + taken.dividend[row, column] / price
+    return grown
 
 
 def nights_by_stamp(taken: RunActions, times: NDArray[np.int64]) -> dict[datetime, int]:

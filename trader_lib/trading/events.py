@@ -34,7 +34,7 @@ from pydantic import (
 
 from ..config.masking import masked_bytes
 from ..errors.taxonomy import BadData, did_you_mean
-from ..rules.actions import close_after, dividend_cash, split_position
+from ..rules.actions import close_after, split_position
 from ..rules.numbers import CASH_DECIMALS, to_decimal
 from .capability import Asset
 from .orders import Label, Number, Order, OrderRequest, Utc
@@ -185,8 +185,7 @@ class CorporateAction(BaseModel):
             after, _, _ = split_position(held, 0.0, self.ratio, 0.0)
             return f"{what}: {held:,.9g} shares became {after:,.9g}."
         if self.kind == "dividend":
-            what = f"{self.symbol} paid {self.paid:g} USD a share to who held it at the close of {day}"
-            return f"{what}: {dividend_cash(held, self.paid):,.2f} USD for {held:,.9g} shares." if held else f"{what}."
+            return f"{self.symbol} paid {self.paid:g} USD a share to who held it at the close of {day}."
         what = f"{self.symbol} was delisted at the close of {day}, its last"
         if held is None:
             return f"{what}: a share is paid with {self.paid:g} USD."
