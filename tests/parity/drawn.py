@@ -151,6 +151,17 @@ def terms(rng: np.random.Generator, bars: Bars, fractional: bool) -> dict[str, A
     return {name: value for name, value in drawn.items() if value is not None}
 
 
+def carried(rng: np.random.Generator) -> dict[str, Any]:
+    """What holding costs, and whether a cash account waits for settlement: nothing in half of the configurations."""
+    if rng.random() < 0.5:
+        return {}
+    return {
+        "margin_rate": pick(rng, 0.0, 0.0625, 0.9),
+        "borrow_rate": pick(rng, 0.0, 0.03, 3.0),
+        "settlement_days": pick(rng, 0, 1),
+    }
+
+
 def configuration(seed: int) -> Configuration:
     """The configuration of a seed."""
     rng = np.random.default_rng(seed)
@@ -159,6 +170,7 @@ def configuration(seed: int) -> Configuration:
     guarded = rng.random() < 0.35 and (stop or target or trail)
     exits = ProtectiveExits(stop_loss=stop, take_profit=target, trailing_stop=trail) if guarded else None
     costs = Costs(
+        **carried(np.random.default_rng([seed, 98])),
         commission_per_share=pick(rng, 0.0, 0.005),
         commission_bps=pick(rng, 0.0, 3.0),
         commission_minimum=pick(rng, 0.0, 1.0),
@@ -187,8 +199,8 @@ def configuration(seed: int) -> Configuration:
     return Configuration(bars, strategy, cash, sizing, account)
 
 
-async def both(drawn: Configuration) -> tuple[BacktestResult, SessionResult]:
-    """The configuration in both engines."""
+async def both(drawn: Configuration, transport: str = "in_process") -> tuple[BacktestResult, SessionResult]:
+    """The configuration in both engines. transport: of the session's broker."""
     sizing = drawn.sizing
     result = backtest(drawn.strategy, drawn.bars, cash=drawn.cash, sizing=sizing, check=False, **drawn.account)
     spec = SessionSpec(
@@ -200,7 +212,7 @@ async def both(drawn: Configuration) -> tuple[BacktestResult, SessionResult]:
         leverage=sizing.leverage,
         **drawn.account,
     )
-    wire = load_settings(environ={}, env_file=None)
+    wire = load_settings(environ={}, env_file=None, overrides={"broker": {"transport": transport}})
     return result, await run_session(spec, wire, bars=drawn.bars, strategy=drawn.strategy)
 
 
@@ -254,6 +266,9 @@ def seen_in(drawn: Configuration, result: BacktestResult) -> Counter[str]:
         ),
         "entries taken back": bool(((table["exit"] == 0) & (table["type"] > 0) & (table["status"] == 2)).any()),
         "protection that came with an entry": "stop_loss" in (drawn.strategy.terms or {}),
+        "interest": result.simulation.interest > 0.0,
+        "fees for borrowed shares": result.simulation.borrow_fees > 0.0,
+        "settlement waited for": result.multiplier == 1 and drawn.account["costs"].settlement_days > 0,
     }
     return Counter({name: 1 for name, held in facts.items() if held} | {"orders": len(table)})
 

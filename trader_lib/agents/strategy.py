@@ -6,9 +6,9 @@
 __all__ = ['OrderKey', 'AsLists', 'FromLists', 'ASKED_TWICE', 'order_request', 'StrategyState', 'StrategyRules', 'last_closes',
            'new_state', 'decide', 'propose_cancel', 'propose', 'forget_order', 'ask', 'is_drawn', 'event_view',
            'next_decision', 'is_alive', 'append_bars', 'follow_bars', 'on_action', 'terms_after', 'targets_decided',
-           'on_bars', 'held_by', 'on_slice', 'on_risk_decision', 'on_failure', 'cover_again', 'protection',
-           'close_order', 'on_acknowledgement', 'observe_order', 'on_trade_update', 'on_account', 'on_fill',
-           'cash_after', 'ProtectingAgent', 'FollowingAgent', 'StrategyAgent', 'strategy_agent', 'own_columns']
+           'end_session', 'on_bars', 'held_by', 'on_slice', 'on_risk_decision', 'on_failure', 'cover_again',
+           'protection', 'close_order', 'on_acknowledgement', 'observe_order', 'on_trade_update', 'on_account',
+           'on_fill', 'flow_of', 'ProtectingAgent', 'FollowingAgent', 'StrategyAgent', 'strategy_agent', 'own_columns']
 
 # %% ../../nbs/agents/02_strategy.ipynb #67f00437
 import math
@@ -32,7 +32,9 @@ from ..clock.sessions import TradingCalendar
 from ..errors.taxonomy import InvariantBroken
 from ..market.bars import Bars
 from ..rules import folding
+from ..rules.actions import dividend_cash
 from ..rules.entries import NO_TERMS, plain_terms, protection_of, split_prices, terms_at, terms_of, waits
+from ..rules.carry import NO_CARRY, Carry, borrow_fee, margin_interest, spendable, unsettled_flow
 from ..rules.exits import NO_EXITS, ExitRates, exit_due
 from ..rules.quiet import UNLIMITED, Held, Scratch, Worth, quiet_bars
 from ..rules.numbers import CASH_DECIMALS, PRICE_DECIMALS, round_to, to_decimal, to_float, to_shares
@@ -119,6 +121,7 @@ class StrategyState:
     mark: FloatArray  # last closes, USD [symbol]
     close: FloatArray  # closes of the last bar in shares as held after it, USD [symbol]; NaN where a symbol has none
     cash: float = math.nan  # to work with, USD
+    unsettled: float = 0.0  # of this session's trades, where it matters, USD
     working: Annotated[dict[OrderKey, str], AS_PAIRS, FROM_PAIRS] = field(default_factory=dict)  # client order ids
     parents: dict[str, str] = field(default_factory=dict)  # client order id of a leg: that of its order, while it works
     proposed: dict[str, OrderRequest] = field(default_factory=dict)  # by the last decision, by client order id
@@ -145,6 +148,17 @@ class StrategyRules:
     label: str = ""  # of the strategy among several of a session; it then takes its own fills alone
     has_capital: bool = False  # cash is a capital of its own, moved by its own fills; else the account's
     commission: Commission = no_commission  # what a fill costs, as far as it is foreseen, USD
+    carry: Carry = NO_CARRY  # what holding costs, as far as it is foreseen
+
+    @property
+    def multiplier(self) -> float:
+        """The account's multiplier, as far as settlement asks for it: 1 for a cash account, else 2."""
+        return 2.0 if self.planner.rules.margin else 1.0
+
+    @property
+    def waits(self) -> bool:
+        """Whether it matters what has settled: for interest on a capital of its own, or for what may be bought."""
+        return self.has_capital or (self.carry.settles_later and self.multiplier <= 1.0)
 
     @property
     def rates(self) -> ExitRates:
@@ -181,7 +195,8 @@ def decide(
 ) -> Steps[None]:
     """Propose what brings the holdings to target weights."""
     equity = folding.equity(state.cash, state.holdings.positions, state.mark)
-    actions = rules.planner.plan(weights, state.close, state.cash, equity, terms)
+    free = spendable(state.cash, state.unsettled, rules.multiplier, rules.carry)
+    actions = rules.planner.plan(weights, state.close, free, equity, terms)
     state.decided_at, state.uncovered, state.numbers, state.proposed = at, set(), {}, {}
     for action in actions:
         if action.kind == "cancel_exit":
@@ -322,15 +337,20 @@ def follow_bars(known: Bars, row: int, own: Mapping[str, BarRow], closed: BarsCl
 
 # %% ../../nbs/agents/02_strategy.ipynb #2a0e6a14
 def on_action(rules: StrategyRules, state: StrategyState, action: CorporateAction) -> None:
-    """Split what is held, or close it at what a share is paid with; the close becomes one in shares as held after it."""
+    """Split what is held, pay it a dividend, or close it at what a share is paid with; the close follows."""
     column = rules.planner.columns.get(action.symbol)
     if column is None:
         return
-    price = state.close[column] = action.close(float(state.close[column]))
+    if not math.isnan(state.close[column]):
+        state.mark[column] = state.close[column]
+    price = state.mark[column] = action.close(float(state.mark[column]))
+    state.close[column] = action.close(float(state.close[column]))
+    qty = float(state.holdings.positions[column])
     if action.kind == "split":
         paid = rules.planner.on_split(action.symbol, action.ratio, float(price))
+    elif action.kind == "dividend":
+        paid = dividend_cash(qty, action.paid)
     else:
-        qty, state.mark[column] = float(state.holdings.positions[column]), math.nan
         rules.planner.on_fill(action.symbol, -qty, action.paid)
         paid = folding.cash_flow(-qty, action.paid, 0.0)
     if rules.has_capital:
@@ -362,6 +382,15 @@ def targets_decided(
     return TargetsDecided(at=at, weights=wanted, terms={symbol: words for symbol, words in said.items() if words})
 
 # %% ../../nbs/agents/02_strategy.ipynb #f4d81baf
+def end_session(rules: StrategyRules, state: StrategyState, nights: int) -> None:
+    """Charge a capital of its own for what it holds over so many days, and let the session's trades settle."""
+    if rules.has_capital:
+        interest = margin_interest(state.cash, state.unsettled, float(nights), rules.carry)
+        fee = borrow_fee(state.holdings.positions, state.mark, float(nights), rules.carry)
+        state.cash = round_to(state.cash - interest - fee, CASH_DECIMALS)
+    state.unsettled = 0.0
+
+
 def on_bars(
     rules: StrategyRules, state: StrategyState, bars: Bars, closed: BarsClosed, ahead: WeightsAhead | None = None
 ) -> Steps[None]:
@@ -371,6 +400,8 @@ def on_bars(
         on_action(rules, state, action)
     np.copyto(state.mark, state.close, where=~np.isnan(state.close))
     rules.planner.on_close(state.close)
+    if closed.nights:
+        end_session(rules, state, closed.nights)
     if closed.late:
         return
     targets = ask(rules, state, bars, ahead)
@@ -501,8 +532,11 @@ def on_fill(rules: StrategyRules, state: StrategyState, fill: Fill) -> None:
     if fill.symbol not in planner.columns or fill.strategy != rules.label:
         return
     column, key = rules.column(fill.symbol), (fill.symbol, fill.purpose)
+    flow = flow_of(fill, rules.commission(fill))
     if rules.has_capital:
-        state.cash = cash_after(state.cash, fill, rules.commission(fill))
+        state.cash = round_to(state.cash + flow, CASH_DECIMALS)
+    if rules.waits:
+        state.unsettled += unsettled_flow(flow, rules.multiplier)
     is_current = state.working.get(key) == state.parents.get(fill.client_order_id, fill.client_order_id)
     kept = float(held.working_qty[column]), float(held.exit_qty[column])
     planner.on_fill(fill.symbol, to_float(fill.signed_qty), to_float(fill.price), fill.purpose)
@@ -514,14 +548,12 @@ def on_fill(rules: StrategyRules, state: StrategyState, fill: Fill) -> None:
         forget_order(state, key)
 
 # %% ../../nbs/agents/02_strategy.ipynb #f37eb016
-def cash_after(
-    cash: float,  # USD
+def flow_of(
     fill: Fill,
     fee: Decimal,  # USD
 ) -> float:
-    """Return a book's cash after a fill and its commission, USD."""
-    flow = folding.cash_flow(to_float(fill.signed_qty), to_float(fill.price), to_float(fee))
-    return round_to(cash + flow, CASH_DECIMALS)
+    """Return what a fill and its commission add to cash, USD; negative for a buy."""
+    return folding.cash_flow(to_float(fill.signed_qty), to_float(fill.price), to_float(fee))
 
 # %% ../../nbs/agents/02_strategy.ipynb #a4517cae
 class ProtectingAgent(Agent):

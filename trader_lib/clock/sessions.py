@@ -280,6 +280,16 @@ class TradingCalendar:
         """
         return self.bar_hours(index_ns, timeframe).expires
 
+    def nights_after(self, index_ns: NDArray[np.int64], timeframe: str) -> NDArray[np.float64]:
+        """Return for each bar stamped index_ns [time] the calendar days to the next session, at a session's last bar; else 0.
+
+        The next session is that of the next bar; after the last bar of all, the calendar's.
+        """
+        numbers = self._checked(index_ns, timeframe)
+        following = np.append(numbers[1:], np.minimum(numbers[-1:] + 1, len(self._dates) - 1))
+        nights = (self._days[following] - self._days[numbers]).astype(np.float64)
+        return np.where(self._last(index_ns, timeframe, numbers), nights, 0.0)
+
     def bar_hours(self, index_ns: NDArray[np.int64], timeframe: str) -> BarHours:
         """Return what the four methods above say, for bars stamped index_ns [time], at the cost of one."""
         numbers = self._checked(index_ns, timeframe)

@@ -316,7 +316,7 @@ class Floor:
         qty = fill_qty(order.remaining, volume, self._rates.volume_share, used[column], fractional)
         paid = fill_price(side.code, side.sign, price, self._rates.slippage_bps)
         if side.sign > 0 and self._ledger.multiplier == 1:
-            qty = affordable_qty(qty, paid, self._ledger.cash, self._rates, fractional)
+            qty = affordable_qty(qty, paid, self._ledger.spendable, self._rates, fractional)
         if qty > 0.0:
             used[column] = round_qty(used[column] + qty)
             self._execute(order, side, qty, paid, factor)

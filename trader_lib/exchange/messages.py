@@ -109,7 +109,7 @@ def account_json(state: AccountState, opened: datetime) -> Json:
         "last_equity": state.last_equity,
         "buying_power": state.buying_power,
         "regt_buying_power": state.buying_power,
-        "non_marginable_buying_power": min(max(state.cash, Decimal(0)), state.buying_power),
+        "non_marginable_buying_power": min(max(state.spendable, Decimal(0)), state.buying_power),
         "long_market_value": state.long_market_value,
         "short_market_value": -state.short_market_value,
         "initial_margin": state.initial_margin,

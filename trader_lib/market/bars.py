@@ -325,7 +325,7 @@ class Bars:
             "dividends": int((self.actions.dividend != 0.0).sum()),
         }
 
-    def run_actions(self, calendar: TradingCalendar, recovery: float = 1.0) -> RunActions:
+    def run_actions(self, calendar: TradingCalendar, recovery: float = 1.0, *, charged: bool = False) -> RunActions:
         """What a run over these bars takes of them; see `actions.run_actions`."""
         return run_actions(
             self.volume,
@@ -336,6 +336,7 @@ class Bars:
             self.actions,
             calendar,
             recovery,
+            charged=charged,
         )
 
     def sel(self, symbols: Iterable[str]) -> Self:

@@ -19,7 +19,7 @@ from ..errors.taxonomy import Misused, did_you_mean
 from ..journal.chain import Journal
 from ..market.bars import Bars
 from .divergence import Divergence, divergence, payload_document
-from .fresh import FreshAgents, session_agents, strategy_agents
+from .fresh import FreshAgents, carry_of, session_agents, strategy_agents
 from ..session.recorded import changed_sources, recorded_strategy
 from ..session.scripted import Published
 from ..session.spec import SessionSpec
@@ -251,8 +251,8 @@ class OtherVersion:
         self.progress.notes += [] if note is None else [note]
         self.published = fresh.bus.published
         own = [one for one in spec.assignments(built) if one.label == self.of]
-        fee = fee_of(spec, started)
-        return [*strategy_agents(fresh, self.progress.session_id, own, history, started.stage, fee)]
+        stage, costs = started.stage, (fee_of(spec, started), carry_of(spec, started.stage))
+        return [*strategy_agents(fresh, self.progress.session_id, own, history, stage, *costs)]
 
     def compare(self, event: Event) -> None:
         """Keep what the strategy that traded had decided."""

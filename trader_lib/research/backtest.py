@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from ..clock.sessions import NEW_YORK, TradingCalendar
 from ..errors.taxonomy import Misused, did_you_mean
 from ..exchange.costs import Costs
-from ..market.actions import RunActions, action_at, shares_in_last
+from ..market.actions import RunActions, action_at, reinvested, shares_in_last
 from ..market.bars import Bars, window
 from ..market.splits import check_splits
 from .engine import Simulation, run
@@ -150,12 +150,20 @@ class BacktestResult:
         shares = self._last_shares[table["bar"], table["symbol"]]
         return self.fills_frame.assign(qty=table["qty"] * shares, price=table["price"] / shares)
 
+    @property
+    def carried(self) -> dict[str, float]:
+        """What holding cost and what it brought, USD: interest and borrow fees paid, dividends received."""
+        run = self.simulation
+        return {"interest": run.interest, "borrow_fees": run.borrow_fees, "dividends": run.dividends}
+
     @cached_property
     def corporate_actions(self) -> tuple[str, ...]:
-        """Each split and delisting during the run in a sentence."""
+        """Each split and delisting during the run in a sentence; dividends are in `carried`."""
         sentences = []
         for row in np.flatnonzero(self.taken.changes[self.start :]) + self.start:
             for action in action_at(self.taken, self.bars.symbols, int(row)):
+                if action.kind == "dividend":
+                    continue
                 before = self._held_into_close(int(row), self.bars.symbols.index(action.symbol))
                 sentences.append(action.sentence(self.bars.day(int(row)), before))
         return tuple(sentences)
@@ -210,7 +218,8 @@ class BacktestResult:
         """The last close known at each bar [time × symbol], USD for a share as it is at the end."""
         if not self.taken.changes.any():
             return self._marks
-        return self.bars.frame("close").div(self._last_shares).ffill().to_numpy()[self.start :]
+        close = self.bars.frame("close").div(self._last_shares).ffill().to_numpy()
+        return np.asarray(close * reinvested(self.taken, self.bars.close))[self.start :]
 
     @cached_property
     def ruined_at(self) -> datetime | None:
@@ -307,6 +316,7 @@ class BacktestResult:
             orders=len(self.simulation.orders),
             refused=self.refused,
             calendar=self.calendar,
+            carried=self.carried,
         )
 
     def plot(self) -> Any:
@@ -363,6 +373,8 @@ def market_of(bars: Bars, calendar: TradingCalendar, taken: RunActions) -> Marke
         ratio=taken.ratio,
         last_row=taken.last_row,
         paid=taken.paid,
+        dividend=taken.dividend,
+        nights=taken.nights,
     )
 
 
@@ -447,6 +459,7 @@ class Terms:
             restricted=np.array([symbol in self.limits.restricted for symbol in symbols], dtype=np.bool_),
             allow_short=np.array([self.limits.of(symbol).allow_short for symbol in symbols], dtype=np.bool_),
             multiplier=float(self.multiplier),
+            carry=self.costs.carry(),
         )
 
     def without_calendar(self) -> "Terms":
@@ -456,7 +469,7 @@ class Terms:
     def market(self, cut: Bars) -> tuple[Market, RunActions, str]:
         """Bars as the engine takes them, what the run takes of corporate actions, and the calendar's name."""
         calendar = self.calendar or TradingCalendar()
-        taken = cut.run_actions(calendar, self.costs.delisting_recovery)
+        taken = cut.run_actions(calendar, self.costs.delisting_recovery, charged=self.costs.is_charged)
         return market_of(cut, calendar, taken), taken, calendar.name
 
 

@@ -101,6 +101,7 @@ def kernel_of(points: Any, symbols: int, state_size: int) -> Callable[..., None]
             cuda.local.array((n, TERM_COUNT), float64),
             cuda.local.array(n, float64),
             cuda.local.array((n, GUARD_COUNT), float64),
+            cuda.local.array(4, float64),
         )
         plan = Plan(
             cuda.local.array(n, float64),
@@ -137,6 +138,7 @@ def kernel_of(points: Any, symbols: int, state_size: int) -> Callable[..., None]
             shared.multiplier,
             shared.broken,
             shared.terms,
+            shared.carry,
         )
         course = Course(share.usable[k], share.places[k], share.parameters[k])
         stream(ground, series, course, rules, refusals, lane, share.raw[k])

@@ -13,14 +13,18 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..rules.actions import commission_as_traded, odd_shares, split_position
+from ..rules.actions import close_after, commission_as_traded, dividend_cash, odd_shares, split_position
+from ..rules.carry import borrow_fee, margin_interest, spendable, unsettled_flow
 from ..rules.matching import MARKET, affordable_qty, fill_price, fill_qty, match_oco, match_price
 from trader_lib.research.ledger import (
+    BORROW,
     CANCELED,
+    DIVIDENDS,
     EXPIRED,
     FILL_ROW,
     FILLED,
     FILLS,
+    INTEREST,
     OCO_LIMIT,
     ORDER_ROW,
     ORDERS,
@@ -28,6 +32,7 @@ from trader_lib.research.ledger import (
     REFUSALS,
     REFUSALS_KEPT,
     STATE,
+    UNSETTLED,
     WORKING,
     Book,
     Market,
@@ -105,12 +110,15 @@ def _match(t: int, cash: float, market: Market, rules: Rules, book: Book, orders
         leg = row + 1 if by_stop else row
         price = fill_price(orders[leg]["type"], side, price, rules.costs.slippage_bps)
         if side > 0 and rules.multiplier <= 1.0:
-            qty = affordable_qty(qty, price, cash, rules.costs, rules.sizing.fractional)
+            free = spendable(cash, book.money[UNSETTLED], rules.multiplier, rules.carry)
+            qty = affordable_qty(qty, price, free, rules.costs, rules.sizing.fractional)
         if qty <= 0.0:
             continue
         factor, costs = _factor_at(market, t, s), rules.costs
         fee = commission_as_traded(qty, price, factor, costs.per_share, costs.bps, costs.minimum)
-        cash = round_to(cash + cash_flow(side * qty, price, fee), CASH_DECIMALS)
+        flow = cash_flow(side * qty, price, fee)
+        cash = round_to(cash + flow, CASH_DECIMALS)
+        book.money[UNSETTLED] += unsettled_flow(flow, rules.multiplier)
         before = book.qty[s]
         book_fill(s, side * qty, price, orders[row]["exit"] != 0, book.qty, book.average, book.extreme, book.blocked)
         if len(rules.terms) > 0:
@@ -155,7 +163,9 @@ def _liquidate(
         paid = fill_price(MARKET, side, price[s], costs.slippage_bps)
         factor = _factor_at(market, t, s)
         fee = commission_as_traded(qty, paid, factor, costs.per_share, costs.bps, costs.minimum)
-        cash = round_to(cash + cash_flow(side * qty, paid, fee), CASH_DECIMALS)
+        flow = cash_flow(side * qty, paid, fee)
+        cash = round_to(cash + flow, CASH_DECIMALS)
+        book.money[UNSETTLED] += unsettled_flow(flow, rules.multiplier)
         book_fill(s, side * qty, paid, False, book.qty, book.average, book.extreme, book.blocked)
         if book.qty[s] == 0.0:
             book.guard[s] = math.nan
@@ -195,37 +205,79 @@ def _withdraw(book: Book, orders: Table) -> None:
 # %% ../../nbs/research/01_engine.ipynb #7d12d3cb
 @compiled_part
 def _change_shares(t: int, cash: float, market: Market, book: Book, orders: Table, fills: Table) -> float:
-    """Split and pay out positions at the close of bar t, where nothing rests any more; returns the cash afterwards."""
+    """Split, pay out and pay dividends at the close of bar t, where nothing rests any more; returns the cash afterwards."""
     for s in range(len(book.qty)):
         ratio = market.ratio[t, s] if len(market.ratio) > 0 else 1.0
+        dividend = market.dividend[t, s] if len(market.dividend) > 0 else 0.0
         gone = market.last_row[s] == t
-        if ratio == 1.0 and not gone:
+        if ratio == 1.0 and dividend == 0.0 and not gone:
             continue
-        for k in range(book.counts[WORKING]):
-            if orders[book.working[k]]["symbol"] == s:
-                end_order(orders, book.working[k], EXPIRED)
-        qty = book.qty[s]
+        if gone or ratio != 1.0:
+            for k in range(book.counts[WORKING]):
+                if orders[book.working[k]]["symbol"] == s:
+                    end_order(orders, book.working[k], EXPIRED)
         if gone:
-            book.mark[s] = math.nan
-            if qty != 0.0:
-                price = market.paid[s]
-                cash = round_to(cash + cash_flow(-qty, price, 0.0), CASH_DECIMALS)
-                book_fill(s, -qty, price, False, book.qty, book.average, book.extreme, book.blocked)
-                book.guard[s] = math.nan
-                _write_fill(t, -1, s, -1 if qty > 0.0 else 1, abs(qty), price, 0.0, book, fills)
+            cash = _pay_out(t, s, cash, market, book, fills)
         else:
-            price = market.close[t, s]
-            book.qty[s], book.average[s], paid = split_position(qty, book.average[s], ratio, price)
-            book.extreme[s] = book.extreme[s] / ratio if book.qty[s] != 0.0 else math.nan
-            book.guard[s, 0], book.guard[s, 1] = book.guard[s, 0] / ratio, book.guard[s, 1] / ratio
-            if book.qty[s] == 0.0:
-                book.guard[s] = math.nan
-            cash = round_to(cash + paid, CASH_DECIMALS)
-            odd = odd_shares(qty, ratio, book.qty[s])
-            if odd != 0.0:
-                _write_fill(t, -1, s, -1 if odd > 0.0 else 1, abs(odd), price * ratio, 0.0, book, fills)
+            cash = _split(t, s, ratio, dividend, cash, market, book, fills)
     sweep_ended(book, orders)
     return cash
+
+
+@compiled_part
+def _pay_out(t: int, s: int, cash: float, market: Market, book: Book, fills: Table) -> float:
+    """Close the position in a delisted symbol; returns the cash afterwards."""
+    qty, price = book.qty[s], market.paid[s]
+    book.mark[s] = math.nan
+    if qty != 0.0:
+        cash = round_to(cash + cash_flow(-qty, price, 0.0), CASH_DECIMALS)
+        book_fill(s, -qty, price, False, book.qty, book.average, book.extreme, book.blocked)
+        book.guard[s] = math.nan
+        _write_fill(t, -1, s, -1 if qty > 0.0 else 1, abs(qty), price, 0.0, book, fills)
+    return cash
+
+
+@compiled_part
+def _split(
+    t: int, s: int, ratio: float, dividend: float, cash: float, market: Market, book: Book, fills: Table
+) -> float:
+    """Split a position, and pay the dividend on what is held then; returns the cash afterwards."""
+    qty, mark = book.qty[s], book.mark[s]
+    if math.isnan(market.close[t, s]) and not math.isnan(mark):  # the symbol has no bar at t
+        book.mark[s] = close_after(mark, ratio, dividend)
+    if qty != 0.0 and ratio != 1.0:
+        price = mark / ratio if math.isnan(market.close[t, s]) else market.close[t, s] + dividend
+        book.qty[s], book.average[s], paid = split_position(qty, book.average[s], ratio, price)
+        book.extreme[s] = book.extreme[s] / ratio if book.qty[s] != 0.0 else math.nan
+        book.guard[s, 0], book.guard[s, 1] = book.guard[s, 0] / ratio, book.guard[s, 1] / ratio
+        if book.qty[s] == 0.0:
+            book.guard[s] = math.nan
+        cash = round_to(cash + paid, CASH_DECIMALS)
+        odd = odd_shares(qty, ratio, book.qty[s])
+        if odd != 0.0:
+            _write_fill(t, -1, s, -1 if odd > 0.0 else 1, abs(odd), price * ratio, 0.0, book, fills)
+    if dividend != 0.0:
+        paid = dividend_cash(book.qty[s], dividend)
+        cash = round_to(cash + paid, CASH_DECIMALS)
+        book.money[DIVIDENDS] = round_to(book.money[DIVIDENDS] + paid, CASH_DECIMALS)
+    return cash
+
+
+@compiled_part
+def _charges(t: int, market: Market) -> bool:
+    """Whether what is held over the night after bar t is charged for."""
+    return bool(len(market.nights) > 0 and market.ends_session[t])
+
+
+@compiled_part
+def _end_session(t: int, cash: float, market: Market, rules: Rules, book: Book) -> float:
+    """Charge for what is held until the next session, and let the session's trades settle; returns the cash afterwards."""
+    interest = margin_interest(cash, book.money[UNSETTLED], market.nights[t], rules.carry)
+    fee = borrow_fee(book.qty, book.mark, market.nights[t], rules.carry)
+    book.money[INTEREST] = round_to(book.money[INTEREST] + interest, CASH_DECIMALS)
+    book.money[BORROW] = round_to(book.money[BORROW] + fee, CASH_DECIMALS)
+    book.money[UNSETTLED] = 0.0
+    return round_to(cash - interest - fee, CASH_DECIMALS)
 
 
 @compiled_part
@@ -306,6 +358,9 @@ class Simulation(NamedTuple):
     equity: NDArray[np.float64]  # [time] USD at each close
     cash: NDArray[np.float64]  # [time] USD
     positions: NDArray[np.float64]  # [time × symbol] shares
+    interest: float = 0.0  # USD paid in all, as the next
+    borrow_fees: float = 0.0
+    dividends: float = 0.0  # USD received in all, less what was paid on short positions
 
 
 @compiled_owner
@@ -360,6 +415,7 @@ def new_book(n: int) -> Book:
         entry=plain_terms(1, n)[0],
         age=np.zeros(n),
         guard=np.full((n, GUARD_COUNT), math.nan),
+        money=np.zeros(4),
     )
 
 
@@ -458,6 +514,8 @@ def to_close(
     for s in range(n):
         if not math.isnan(close[t, s]):
             mark[s], book.mark_s[s] = close[t, s], market.closed_s[t]
+    if _charges(t, market):
+        cash = _end_session(t, cash, market, rules, book)
     if fixed.has_exits:
         update_extreme(qty, close[t], book.extreme)
     worth = equity_of(cash, qty, mark)
@@ -509,9 +567,10 @@ def from_close(
             plan.exit_limit,
         )
         decision = Decision(plan.cancel_exit, plan.cancel_working, plan.order_qty, plan.stop, plan.limit)
-        plan_orders(row, weights, rules.terms, held, close[t], cash, worth, sizing, rules.exits, decision)
+        free = spendable(cash, book.money[UNSETTLED], rules.multiplier, rules.carry)
+        plan_orders(row, weights, rules.terms, held, close[t], free, worth, sizing, rules.exits, decision)
         if _wanted(plan.cancel_exit, plan.cancel_working, plan.order_qty, plan.stop, plan.limit):
-            _act(t, cash, worth, day_start, peak, market, rules, book, plan, orders, refusals)
+            _act(t, free, worth, day_start, peak, market, rules, book, plan, orders, refusals)
             _refresh(book, plan, orders)
         if before != HALTED and counts[STATE] == HALTED:
             _withdraw(book, orders)
@@ -534,8 +593,8 @@ def step(
     refusals: Table,
 ) -> Between:
     """Run bar t, whose target weights are given [symbol]; the tables have room for it. Returns what the next one needs."""
-    cash = between.cash
-    if between.flat and book.counts[WORKING] == 0 and not market.changes[t] and cash > 0.0 and _wants_none(weights):
+    cash, alike = between.cash, between.flat and not market.changes[t] and not _charges(t, market)
+    if alike and book.counts[WORKING] == 0 and cash > 0.0 and _wants_none(weights):
         return Between(cash, cash if market.ends_session[t] else between.day_start, between.peak, cash, True)
     closed = to_close(t, between, fixed, market, rules, book, plan, orders, fills)
     return from_close(t, t, closed, fixed, market, weights, rules, book, plan, orders, refusals)
@@ -645,4 +704,5 @@ def run(
         equity,
         cash_after,
         positions,
+        *book.money[INTEREST:].tolist(),
     )

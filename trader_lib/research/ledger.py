@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['OPEN', 'FILLED', 'CANCELED', 'EXPIRED', 'SIMPLE', 'OCO_LIMIT', 'OCO_STOP', 'LIQUIDATION', 'REFUSALS_KEPT',
            'ORDER_ROW', 'FILL_ROW', 'REFUSAL_ROW', 'Table', 'LASTS', 'WORKING', 'ORDERS', 'FILLS', 'REFUSALS', 'STATE',
-           'Market', 'plain_market', 'capabilities', 'Rules', 'Book', 'Plan', 'Money', 'end_order', 'sweep_ended',
-           'target_order', 'exit_order', 'is_pair', 'submit', 'write_liquidation']
+           'UNSETTLED', 'INTEREST', 'BORROW', 'DIVIDENDS', 'Market', 'plain_market', 'capabilities', 'Rules', 'Book',
+           'Plan', 'Money', 'end_order', 'sweep_ended', 'target_order', 'exit_order', 'is_pair', 'submit',
+           'write_liquidation']
 
 # %% ../../nbs/research/00_ledger.ipynb #7179613a
 import math
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..rules.carry import NO_CARRY, Carry
 from ..rules.account import buying_power, may_short, order_cost, reserved_cost
 from ..rules.matching import LIMIT, MARKET, STOP, CostRates
 from ..rules.checks import limits_at
@@ -82,6 +84,8 @@ class Market(NamedTuple):
     ratio: NDArray[np.float64]  # shares after the bar's close for one in it; no rows where it is 1 throughout
     last_row: NDArray[np.int64]  # [symbol] at whose close the symbol is delisted; -1 for none
     paid: NDArray[np.float64]  # [symbol] for a delisted share, USD
+    dividend: NDArray[np.float64]  # USD for a share held after the bar's close; no rows where it is 0 throughout
+    nights: NDArray[np.float64]  # [time] days that are charged for at the bar's close; no rows where none is
 
 
 def plain_market(
@@ -97,9 +101,8 @@ def plain_market(
     rows, n = close.shape
     always, never, none = np.ones(rows, np.bool_), np.zeros(rows, np.bool_), np.empty((0, n))
     ends, paid = np.full(n, -1, np.int64), np.full(n, np.nan)
-    return Market(
-        open_, high, low, close, volume, closed_s, ends_session, always, ends_session, none, never, none, ends, paid
-    )
+    bars = open_, high, low, close, volume
+    return Market(*bars, closed_s, ends_session, always, ends_session, none, never, none, ends, paid, none, np.empty(0))
 
 
 LASTS = (TimeInForce.DAY, TimeInForce.GTC)  # by the code of an order's `lasts`
@@ -128,6 +131,7 @@ class Rules(NamedTuple):
     multiplier: float
     broken: NDArray[np.int64] = capabilities()  # by each kind of order, as `capabilities` has them
     terms: NDArray[np.float64] = NO_TERMS  # on which positions are opened [time × symbol × term]; no rows: plain ones
+    carry: Carry = NO_CARRY
 
 
 class Book(NamedTuple):
@@ -148,9 +152,11 @@ class Book(NamedTuple):
     entry: NDArray[np.float64]  # terms of the last target order [symbol × term]
     age: NDArray[np.float64]  # bars that it has worked
     guard: NDArray[np.float64]  # protection that came with the position's entry [symbol × 3]
+    money: NDArray[np.float64]  # [4] USD, indexed by the names below
 
 
 WORKING, ORDERS, FILLS, REFUSALS, STATE = 0, 1, 2, 3, 4
+UNSETTLED, INTEREST, BORROW, DIVIDENDS = 0, 1, 2, 3  # of this session's trades; paid in all; received in all
 
 
 class Plan(NamedTuple):

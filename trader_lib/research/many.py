@@ -91,6 +91,7 @@ def clear(book: Book, plan: Plan) -> None:
     book.blocked[:] = 0
     for whole in (book.target, book.resting):
         whole[:] = -1
+    book.money[:] = 0.0
     for whole in (book.working, book.counts, book.refused_by, plan.refused):
         whole[:] = 0
     for array in (plan.working_qty, plan.exit_qty, plan.order_qty, plan.observed, plan.bound):
@@ -188,6 +189,7 @@ def signal_runs(
             shared.multiplier,
             shared.broken,
             shared.terms,
+            shared.carry,
         )
         clear(book, room.plan)
         orders, fills = simulate(

@@ -212,6 +212,7 @@ class AgentsElsewhereProvider(Provider):
     def risk(self, inputs: SessionInputs, bus: InProcessBus, clock: Clock, history: History) -> RiskAgent:
         """Return the stand-in for the risk agent."""
         assert isinstance(bus, RedisHub)
-        agent = RiskElsewhere(bus, clock, inputs.spec.limits, history, bounds(inputs.assignments), inputs.commission)
+        shares, costs = bounds(inputs.assignments), (inputs.commission, inputs.carry)
+        agent = RiskElsewhere(bus, clock, inputs.spec.limits, history, shares, *costs)
         agent.hub = bus
         return agent

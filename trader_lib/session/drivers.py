@@ -312,7 +312,7 @@ class BarPlayer:
         """Publish the bars that were taken, and let what follows from them come to rest."""
         parts, correlation_id, before = self.parts, self.parts.ids.new(), self.count
         stamps = sorted(parts.market_data.state.waiting)  # nothing more will come
-        if any(parts.market_data.feed.actions_at(at) for at in stamps):
+        if any(parts.market_data.feed.moves_cash(at) for at in stamps):
             parts.gateway.mark_stale()
         await parts.gateway.report_account(correlation_id)
         for at in stamps:

@@ -34,7 +34,7 @@ from pydantic import (
 
 from ..config.masking import masked_bytes
 from ..errors.taxonomy import BadData, did_you_mean
-from ..rules.actions import split_position
+from ..rules.actions import close_after, split_position
 from ..rules.numbers import CASH_DECIMALS, to_decimal
 from .capability import Asset
 from .orders import Label, Number, Order, OrderRequest, ReplaceRequest, Utc
@@ -160,19 +160,21 @@ class CorporateAction(BaseModel):
     """What happens to the shares of a symbol at the close of a bar, before anything is decided at it.
 
     split: `ratio` shares are held after it for one before, and nothing rests any more. delisted: a share is paid with
-    `paid`, USD, and no longer traded.
+    `paid`, USD, and no longer traded. dividend: each share held is paid `paid`, USD, and closes lower by it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     symbol: str
-    kind: Literal["split", "delisted"]
+    kind: Literal["split", "delisted", "dividend"]
     ratio: Finite = 1.0
     paid: Finite = 0.0
 
     def close(self, close: float) -> float:
         """A bar's close, USD, in the shares that are held after it; NaN where none is traded any more."""
-        return close / self.ratio if self.kind == "split" else float("nan")
+        if self.kind == "delisted":
+            return float("nan")
+        return close_after(close, self.ratio, self.paid)
 
     def sentence(self, day: date, held: float | None = None) -> str:
         """What happened. day: of the bar's close, New York. held: shares before it, unsigned; None: not known."""
@@ -182,6 +184,8 @@ class CorporateAction(BaseModel):
                 return f"{what}."
             after, _, _ = split_position(held, 0.0, self.ratio, 0.0)
             return f"{what}: {held:,.9g} shares became {after:,.9g}."
+        if self.kind == "dividend":
+            return f"{self.symbol} paid {self.paid:g} USD a share to who held it at the close of {day}."
         what = f"{self.symbol} was delisted at the close of {day}, its last"
         if held is None:
             return f"{what}: a share is paid with {self.paid:g} USD."
@@ -201,6 +205,9 @@ class BarsClosed(Input):
         None, exclude_if=lambda known: known is None
     )  # the calendar's stamps before it at which nobody traded; None: not looked for, as in journals of before
     actions: Annotated[tuple[CorporateAction, ...], Field(exclude_if=lambda actions: not actions)] = ()
+    nights: Annotated[int, Field(exclude_if=lambda nights: not nights)] = (
+        0  # days to the next session, where holding is charged for at this close; 0 where it is not
+    )
 
 
 BarFigures = Annotated[tuple[Finite | None, ...], Field(fail_fast=True)]  # open … volume
@@ -443,6 +450,9 @@ class PortfolioChanged(Output):
     equity: Number | None = None
     positions: tuple[Position, ...] = ()
     strategies: Annotated[tuple[StrategyHoldings, ...], Field(exclude_if=lambda several: not several)] = ()
+    booked: FrozenMap[str, Number] = Field(
+        default_factory=dict, exclude_if=lambda booked: not booked
+    )  # USD, at this close and beside fills: INT, FEE and DIV as Alpaca names them, negative where it was charged
 
 
 class TradingStateChanged(Output):
