@@ -75,6 +75,7 @@ fmt: install ## format notebooks and tests, clean notebooks, export the library
 
 export: install ## clean the notebooks and export the library and the run templates from them
 	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_clean --fname trader_lib/course
 	$(BIN)/nbdev_export
 	$(BIN)/python -m tests.tools.sync_templates
 
@@ -86,7 +87,7 @@ $(DOCS_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev,docs]'
 	@touch $@
 
-docs: $(DOCS_INSTALLED) ## build the site into _docs; EXECUTE=1 runs the notebooks, so that pages show outputs
+docs: $(DOCS_INSTALLED) ## build the site into _docs, lessons with outputs; EXECUTE=1 runs the chapters as well
 	$(BIN)/python docs/site/pages.py build/site/pages $(if $(filter 1,$(EXECUTE)),--execute)
 	$(BIN)/python -m sphinx -q -W --keep-going -c docs/site -d build/site/doctrees build/site/pages build/site/html
 	@rm -rf _docs && cp -r build/site/html _docs

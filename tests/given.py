@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,15 +12,20 @@ from numpy.typing import NDArray
 from trader_lib.market.bars import Bars
 from trader_lib.strategy.contract import Strategy
 from trader_lib.strategy.exits import ProtectiveExits
+from trader_lib.strategy.intents import Intents
 
 ROOT = Path(__file__).parent.parent
 
 
 class Given(Strategy):
-    """Weights and exits that are given, whatever the bars say; the last row of weights goes on."""
+    """Weights and exits that are given, whatever the bars say; the last row of weights goes on.
+
+    terms: of `Intents`, by name: a word or number for all, or rows of them like the weights.
+    """
 
     weights: tuple[tuple[float, ...], ...]
     protection: ProtectiveExits | None = None
+    terms: dict[str, Any] | None = None
 
     @property
     def warmup(self) -> int:
@@ -29,9 +35,18 @@ class Given(Strategy):
     def exits(self) -> ProtectiveExits | None:
         return self.protection
 
-    def targets(self, bars: Bars) -> NDArray[np.float64]:
-        rows = [self.weights[min(row, len(self.weights) - 1)] for row in range(bars.n)]
-        return np.array(rows, dtype=np.float64)
+    def targets(self, bars: Bars) -> NDArray[np.float64] | Intents:
+        weights = self.stretched(self.weights, bars)
+        if self.terms is None:
+            return weights
+        given = {name: self.stretched(value, bars) for name, value in self.terms.items()}
+        return Intents(weights, **given)
+
+    def stretched(self, given: Any, bars: Bars) -> Any:
+        """Rows as many as there are bars; what is no rows as it is."""
+        if not isinstance(given, tuple | list):
+            return given
+        return np.array([given[min(row, len(given) - 1)] for row in range(bars.n)])
 
 
 def run_apart(module: str, *arguments: str, timeout_s: float) -> "subprocess.CompletedProcess[str]":

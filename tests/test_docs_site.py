@@ -54,7 +54,7 @@ def listed(sources: Path) -> Counter[str]:
 
 def test_each_page_is_in_one_table_of_contents(sources: Path) -> None:
     written = {path.relative_to(sources).with_suffix("").as_posix() for path in sources.rglob("*.*")}
-    written = {page for page in written if not page.startswith("docs/images/")}
+    written = {page for page in written if not page.startswith(("docs/images/", "trader_lib/course/"))}
     assert listed(sources) == Counter(dict.fromkeys(written - {"index"}, 1))
 
 
@@ -100,7 +100,7 @@ def test_links_lead_to_pages_or_to_the_repository() -> None:
     assert (
         pages.relinked(site, "![f](images/session-page.png)", "docs/x.md", "docs/x") == "![f](images/session-page.png)"
     )
-    assert site.copies == {"docs/images/session-page.png"}
+    assert site.copies - set(pages.lessons()) == {"docs/images/session-page.png"}
 
 
 def cell(source: str, *outputs: dict[str, Any]) -> dict[str, Any]:
@@ -131,6 +131,32 @@ def test_a_diagram_is_html_for_the_sites_own_script() -> None:
     shown = pages.with_diagrams(text)
     assert '```{raw} html\n<pre class="diagram">flowchart LR\n    a --&gt;|&lt;b&gt;| c</pre>\n```\nAfter.' in shown
     assert shown.endswith("```text\nmermaid\n```")
+
+
+def test_a_lesson_is_a_page_with_its_file_and_its_command(sources: Path) -> None:
+    text = (sources / "course/first_strategy.ipynb").read_text()
+    assert "{download}`Download this notebook </trader_lib/course/02_first_strategy.ipynb>`" in text
+    assert "`trader course first_strategy`" in text
+    for path in (ROOT / "trader_lib/course").glob("*.ipynb"):
+        assert (sources / "trader_lib/course" / path.name).read_bytes() == path.read_bytes()
+    index = (sources / "tutorials/index.md").read_text()
+    assert "| [2 · A first strategy](../course/first_strategy.ipynb) | A strategy is a class:" in index
+    site = pages.survey()
+    assert (
+        pages.at_home(site, f"[a]({site.home}docs/data.html#splits)", "course/own_data")
+        == "[a](../docs/data.md#splits)"
+    )
+    with pytest.raises(pages.SiteError, match=r"links to .*nowhere.*, which is no page"):
+        pages.at_home(site, f"[a]({site.home}nowhere.html)", "course/own_data")
+
+
+def test_long_sentences_are_broken_and_tables_are_not() -> None:
+    printed = {"output_type": "stream", "name": "stdout", "text": ["word " * 40]}
+    assert 'class="sentences"' in pages.shown_output(printed)["data"]["text/html"]
+    value = {"output_type": "execute_result", "metadata": {}, "data": {"text/plain": "<b>" + "word " * 40}}
+    assert "&lt;b&gt;" in pages.shown_output(value)["data"]["text/html"]
+    table = {"output_type": "stream", "name": "stdout", "text": "\x1b[1m│ a │" + " " * 90 + "│\x1b[0m\r\n"}
+    assert pages.shown_output(table)["text"] == "│ a │" + " " * 90 + "│\n"
 
 
 def test_what_has_no_place_is_refused_with_what_to_do(tmp_path: Path) -> None:

@@ -452,11 +452,15 @@ async def test_the_control_endpoint_jumps_and_is_near(live: Exchange) -> None:
         assert (await client.get("/v2/clock")).status_code == 200
 
 
-async def test_a_session_moves_bar_by_bar_and_takes_plain_orders(exchange: Exchange) -> None:
+async def test_a_session_moves_bar_by_bar_and_takes_the_same_orders(exchange: Exchange) -> None:
     async with client_of(exchange) as client:
         assert (await client.post("/simulation/step")).status_code == 409
-        assert (await client.post("/v2/orders", json=BRACKET)).status_code == 422
-        assert (await client.post("/v2/orders", json=MARKET | {"time_in_force": "ioc"})).status_code == 422
+        entry = (await client.post("/v2/orders", json=BRACKET)).json()
+        assert [leg["status"] for leg in entry["legs"]] == ["held", "held"]
+        at_once = (await client.post("/v2/orders", json=MARKET | {"time_in_force": "ioc"})).json()
+        await client.post("/simulation/advance")
+        assert [(await order_of(client, sent["id"]))["status"] for sent in (entry, at_once)] == ["filled", "filled"]
+        assert [leg["status"] for leg in (await order_of(client, entry["id"]))["legs"]] == ["new", "held"]
 
 
 # ---- whatever arrives, and in whatever order

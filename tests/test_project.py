@@ -33,7 +33,9 @@ ROOMS: list[set[str]] = [
     {"agents"},
     {"recovery", "steering"},
     {"session"},
-    {"replay", "observe"},
+    {"replay"},
+    {"evidence"},
+    {"observe"},
     {"runs", "app"},
 ]
 # Narrower than the order of the rows: what a room may import beside errors, clock, trading and its own.

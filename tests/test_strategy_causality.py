@@ -19,7 +19,7 @@ from trader_lib.research.backtest import LookAheadWarning, backtest
 from trader_lib.session.session import run_session
 from trader_lib.session.spec import SessionSpec
 from trader_lib.strategy.causality import LookAhead, check_causal, first_change
-from trader_lib.strategy.checks import check_strategy, checked_weights, ensure_checked
+from trader_lib.strategy.checks import check_strategy, checked_targets, ensure_checked
 from trader_lib.strategy.contract import Strategy, history_bars, needed_bars, target_weights
 from trader_lib.strategy.registry import build_strategy
 from trader_lib.strategy.sma_cross import SmaCross
@@ -290,7 +290,7 @@ def test_planted_look_ahead_is_found(cheat, three):
     with pytest.raises(LookAhead):
         check_causal(cheat(), three, fresh=False)
     if cheat is not OneSymbolOnly:  # a peek on Fridays can hide from the quick look, which says how much it looks at
-        assert checked_weights(cheat(), three)[1], "the quick look missed it"
+        assert checked_targets(cheat(), three)[1], "the quick look missed it"
 
 
 @pytest.mark.parametrize("cheat", [KeepsBySymbol, FittedOnce])
@@ -304,7 +304,7 @@ def test_what_is_kept_from_an_earlier_call_is_found_in_a_process_of_its_own(chea
 def test_honest_base_of_the_planted_ones_is_clean_in_every_check(three):
     found = check_strategy(Base(), three)
     assert found.ok and found.causality.fresh and found.causality.noise == 0.0 and found.causality.futures > 100
-    assert found.start.needed == 10 and checked_weights(Base(), three)[1] == ""
+    assert found.start.needed == 10 and checked_targets(Base(), three)[1] == ""
 
 
 def test_a_strategy_that_cannot_travel_is_checked_without_a_process_of_its_own(three):
@@ -355,7 +355,7 @@ def test_honest_strategies_never_fail(seed, length, window, kind):
     if bars.n <= window + 1:
         return
     assert check_causal(Drawn(), bars, rows=12, fresh=False).bars == bars.n
-    assert checked_weights(Drawn(), bars)[1] == ""
+    assert checked_targets(Drawn(), bars)[1] == ""
     ensure_checked(Drawn(), bars.symbols, Timeframe.DAY_1, bars)
 
 

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trader_lib.rules.entries import GUARD_COUNT, NO_TERMS, plain_terms
 from trader_lib.rules.exits import update_extreme
-from trader_lib.rules.sizing import SizingRules, plan_orders
+from trader_lib.rules.sizing import Decision, Situation, SizingRules, plan_orders
 from trader_lib.strategy.exits import ProtectiveExits
 from trader_lib.strategy.planner import Planner, book_fill
 
@@ -29,9 +30,21 @@ class Arrays:
     def decide(self, weights, close, cash, equity):
         update_extreme(self.positions, close, self.extreme)
         flags, numbers = [np.zeros(N, bool) for _ in range(2)], [np.zeros(N) for _ in range(3)]
-        held = [weights, self.blocked, self.positions, self.avg_entry, self.extreme]
-        rests = [self.working, self.exit_qty, self.stop, self.limit]
-        plan_orders(*held, *rests, close, cash, equity, self.rules, self.exits, *flags, *numbers)
+        held = Situation(
+            self.positions,
+            self.avg_entry,
+            self.extreme,
+            self.blocked,
+            self.working,
+            plain_terms(1, N)[0],
+            np.zeros(N),
+            np.full((N, GUARD_COUNT), math.nan),
+            self.exit_qty,
+            self.stop,
+            self.limit,
+        )
+        decision = Decision(*flags, *numbers)
+        plan_orders(0, weights, NO_TERMS, held, close, cash, equity, self.rules, self.exits, decision)
         return *flags, *numbers
 
     def fill(self, s, qty, price, is_exit):

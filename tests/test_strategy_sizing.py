@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trader_lib.rules.entries import GUARD_COUNT, NO_TERMS, TERM_COUNT, plain_terms
 from trader_lib.rules.exits import ExitRates
-from trader_lib.rules.sizing import SizingRules, plan_orders, size_orders
+from trader_lib.rules.sizing import Decision, Situation, SizingRules, plan_orders, size_orders
 
 N = 4
 RULES = st.builds(
@@ -121,8 +122,10 @@ def plan(weights, blocked, positions, working, resting, close, cash, rules, exit
     qty, stop, limit = (np.full(N, 7.0) for _ in range(3))
     blocked = blocked.copy()
     equity = cash + worth(positions, close)
-    before = [positions, entry, best, working, resting, *at, close]
-    plan_orders(weights, blocked, *before, cash, equity, rules, exits, cancel_exit, cancel_working, qty, stop, limit)
+    terms, guard = plain_terms(1, N)[0], np.full((N, GUARD_COUNT), math.nan)
+    held = Situation(positions, entry, best, blocked, working, terms, np.zeros(N), guard, resting, *at)
+    decision = Decision(cancel_exit, cancel_working, qty, stop, limit)
+    plan_orders(0, weights, NO_TERMS, held, close, cash, equity, rules, exits, decision)
     return {"cancel_exit": cancel_exit, "cancel_working": cancel_working, "qty": qty, "stop": stop, "limit": limit} | {
         "blocked": blocked
     }
@@ -187,27 +190,10 @@ def test_sizing_is_callable_from_another_compiled_function(weight):
     def kernel(weights, close, rules, exits, out):
         flat, block = np.zeros(1), np.zeros(1, np.int8)
         none, flags, other = np.full(1, np.nan), np.zeros(1, np.bool_), np.zeros(1, np.bool_)
-        plan_orders(
-            weights,
-            block,
-            flat,
-            flat,
-            none,
-            flat,
-            flat,
-            none,
-            none,
-            close,
-            1000.0,
-            1000.0,
-            rules,
-            exits,
-            flags,
-            other,
-            out,
-            np.zeros(1),
-            np.zeros(1),
-        )
+        terms, nothing, guard = np.zeros((1, TERM_COUNT)), np.zeros(1), np.full((1, GUARD_COUNT), np.nan)
+        held = Situation(flat, flat, none, block, nothing, terms, nothing, guard, flat, none, none)
+        decision = Decision(flags, other, out, np.zeros(1), np.zeros(1))
+        plan_orders(0, weights, np.zeros((0, 1, TERM_COUNT)), held, close, 1000.0, 1000.0, rules, exits, decision)
 
     out = np.zeros(1)
     kernel(np.array([weight]), np.array([10.0]), SizingRules(), ExitRates(), out)

@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     from .session.spec import SessionSpec
     from .strategy.causality import check_causal
     from .strategy.contract import Strategy
+    from .strategy.events import EventState, EventStrategy, Intent, View
     from .strategy.exits import ProtectiveExits
+    from .strategy.intents import Intents
     from .strategy.momentum import Momentum
+    from .strategy.pairs import Pairs
     from .strategy.registry import load_strategy, register
     from .strategy.rsi_reversion import RsiReversion
     from .strategy.sma_cross import SmaCross
@@ -38,8 +41,13 @@ HOMES = {
     "BarStore": "market.store",
     "Bars": "market.bars",
     "Costs": "exchange.costs",
+    "EventState": "strategy.events",
+    "EventStrategy": "strategy.events",
+    "Intent": "strategy.events",
+    "Intents": "strategy.intents",
     "Limits": "risk.limits",
     "Momentum": "strategy.momentum",
+    "Pairs": "strategy.pairs",
     "ProtectiveExits": "strategy.exits",
     "RsiReversion": "strategy.rsi_reversion",
     "SessionSpec": "session.spec",
@@ -48,6 +56,7 @@ HOMES = {
     "Strategy": "strategy.contract",
     "SweepResult": "research.sweep",
     "Verdict": "research.verdict",
+    "View": "strategy.events",
     "VolTarget": "strategy.vol_target",
     "WalkForward": "research.walkforward",
     "backtest": "research.backtest",

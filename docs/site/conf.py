@@ -19,6 +19,7 @@ settings = parser["DEFAULT"]
 project, release, version = settings["title"], settings["version"], settings["version"]
 project_copyright, author = settings["copyright"], settings["author"]
 extensions = ["myst_nb", "sphinx.ext.autodoc"]
+exclude_patterns = ["trader_lib/**"]  # notebooks that pages offer for download
 source_suffix = {".rst": "restructuredtext", ".md": "myst-nb", ".ipynb": "myst-nb"}
 
 nb_execution_mode = "off"  # pages.py runs the notebooks, once for each content

@@ -1,7 +1,8 @@
 """Prepare the pages of the site from the repository: `python docs/site/pages.py FOLDER [--execute]`, then Sphinx.
 
-Notebooks become chapters, `docs/` keeps its addresses, every module gets a page of its API, and a link that leads out
-of the pages goes to the repository's address. Nothing is written beside FOLDER and the cache of executed notebooks.
+Notebooks become chapters, lessons become the course, `docs/` keeps its addresses, every module gets a page of its API,
+and a link that leads out of the pages goes to the repository's address. Lessons always run; chapters run with
+--execute. Nothing is written beside FOLDER and the cache of executed notebooks.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ import posixpath
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 SITE = Path(__file__).parent
 CACHE = ROOT / ".jupyter_cache"
+COURSE = "trader_lib/course"  # of the repository, where the lessons ship with the package
 CELL_TIMEOUT_S = 300
 SHOWN_VALUE_MAX = 80  # characters; a longer constant is read in its source
 
@@ -41,7 +45,7 @@ ROOMS = {
     ),
     "trading": ("Trading", "Orders, fills, positions, events, and the order list with its hash."),
     "market": ("Market data", "Bars and where they come from: sample, synthetic, stored, Alpaca's."),
-    "strategy": ("Strategies", "What a strategy is, four of them, and the check for look-ahead."),
+    "strategy": ("Strategies", "What a strategy is, five of them, and the check for look-ahead."),
     "risk": ("Risk", "Limits as people set them, and what an order is refused for, in a sentence."),
     "exchange": ("Exchange", "An account, a book and a server that speaks Alpaca's protocol."),
     "research": (
@@ -56,29 +60,66 @@ ROOMS = {
     "steering": ("Steering", "What an operator does to a session from outside, and what the session's folder shows."),
     "session": ("Sessions", "How agents, a broker and a clock become a session, are driven, and reconciled."),
     "replay": ("Replay", "A session compared with itself, replayed, and with the backtest of the same strategy."),
+    "evidence": (
+        "Evidence",
+        "What a journal proves: why an order was sent, what it cost, and where a session differs from its backtest.",
+    ),
     "observe": ("Observation", "What looks at a session from beside it: metrics, health, pages, messages."),
     "runs": ("Runs", "Notebooks as runs: templates, parameters, results, comparisons."),
     "app": ("Application", "The command line, the demo and the scheduler."),
 }
 
+HOW_TO = (
+    "yfinance",
+    "own-strategy",
+    "fractions",
+    "cap-a-loss",
+    "compare-versions",
+    "journal-to-pandas",
+    "test-a-bot",
+    "several-accounts",
+    "cron",
+    "rotate-keys",
+)
+CONCEPTS = (
+    "order",
+    "time-and-bars",
+    "parity",
+    "agents-and-bus",
+    "journal",
+    "trading-states",
+    "account",
+    "recovery",
+    "determinism",
+    "provenance",
+)
+
 # Each page of docs/ is of one kind. A folder of docs/ is a section of a kind, opened by its README.
 KINDS = {
     "tutorials": (
         "Tutorials",
-        "Begin with the README. Then read [a backtest](../chapters/runs/backtest.ipynb), "
+        "Begin with the [README](../README.md), then take the course: each lesson is a page, a notebook to download, "
+        "and a copy by `trader course NAME`. What a run leaves is shown by "
+        "[a backtest](../chapters/runs/backtest.ipynb), "
         "[a sweep](../chapters/runs/sweep.ipynb), [a paper session](../chapters/runs/paper_session.ipynb) and "
-        "[a replay](../chapters/runs/replay.ipynb) as notebooks.",
-        ["README"],
+        "[a replay](../chapters/runs/replay.ipynb).",
+        ["README", "course/"],
     ),
     "how-to": (
         "How-to guides",
-        "One job each, for those who operate a session or work on the package.",
+        "One question each at first, then one job each: operating sessions, and working on the package.",
         [
+            *(f"docs/how-to/{page}" for page in HOW_TO),
             "docs/commands",
             "docs/data",
+            "docs/event-strategies",
+            "docs/timeframes",
+            "docs/indicators",
             "docs/sweeps",
             "docs/verdict",
             "docs/checks",
+            "docs/explain",
+            "docs/parity",
             "docs/operations",
             "docs/schedule",
             "docs/monitoring",
@@ -91,13 +132,20 @@ KINDS = {
     "concepts": (
         "Concepts",
         "How it works and why it is as it is.",
-        ["docs/degradation", "docs/simulation", "docs/security", "docs/decisions/"],
+        [
+            *(f"docs/concepts/{page}" for page in CONCEPTS),
+            "docs/degradation",
+            "docs/simulation",
+            "docs/security",
+            "docs/decisions/",
+        ],
     ),
     "reference": (
         "Reference",
         "What is there, complete and dry.",
         [
             "docs/glossary",
+            "docs/orders",
             "api/index",
             "docs/exchange",
             "docs/market-data",
@@ -109,6 +157,8 @@ KINDS = {
 }
 
 DROPPED_TYPES = re.compile(r"application/(vnd\.trader|vnd\.jupyter\.widget)")
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours and cursor of a terminal
+LINE_MAX = 80  # characters of a text output that a page shows in one line
 PLOTLY = "application/vnd.plotly.v1+json"
 DIAGRAM = re.compile(r"^```mermaid\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<=\])\((?!https?:|mailto:|#)([^()\s#]+)(#[^()\s]+)?\)")
@@ -125,6 +175,11 @@ class Site:
     root: Path = ROOT
     pages: dict[str, str] = field(default_factory=dict)
     copies: set[str] = field(default_factory=set)
+
+    @property
+    def home(self) -> str:
+        """The address under which the site is published."""
+        return f"{self.settings['doc_host']}{self.settings['doc_baseurl']}/"
 
     @property
     def settings(self) -> configparser.SectionProxy:
@@ -155,6 +210,16 @@ def notebooks(root: Path = ROOT) -> list[str]:
         if path.split("/")[1] not in ROOMS:
             raise SiteError(f"{path} is in a room without a title: add the room to ROOMS in docs/site/pages.py.")
     return sorted(found, key=lambda path: (order.index(path.split("/")[1]), path))
+
+
+def lessons(root: Path = ROOT) -> list[str]:
+    """Every notebook of the course, in order."""
+    return sorted(path.relative_to(root).as_posix() for path in (root / COURSE).glob("*.ipynb"))
+
+
+def lesson_name(path: str) -> str:
+    """What a lesson is called: its file without the number that only orders it."""
+    return re.sub(r"^[0-9]+_", "", Path(path).stem)
 
 
 def modules(root: Path = ROOT) -> dict[str, str]:
@@ -198,6 +263,9 @@ def survey(root: Path = ROOT) -> Site:
         if page in site.pages.values():
             raise SiteError(f"{path} would have the page of another notebook, {page}: rename one.")
         site.pages[path] = page
+    for path in lessons(root):
+        site.pages[path] = f"course/{lesson_name(path)}"
+        site.copies.add(path)
     for module in modules(root):
         site.pages[module.replace(".", "/") + ".py"] = api_name(module)
     return site
@@ -218,6 +286,18 @@ def relinked(site: Site, text: str, source: str, page: str) -> str:
         return f"({where(site, path, page, match[1])}{match[2] or ''})"
 
     return "".join(LINK.sub(target, part) if prose else part for prose, part in fenced(text))
+
+
+def at_home(site: Site, text: str, page: str) -> str:
+    """A lesson's links to the published site, which lead somewhere from a copy as well, as links between pages."""
+    files = {name: path for path, name in site.pages.items()}
+
+    def target(match: re.Match[str]) -> str:
+        if match[1] not in files:
+            raise SiteError(f"{page} links to {match[0]}, which is no page of the site: correct the link.")
+        return f"({where(site, files[match[1]], page, match[1])}{match[2] or ''})"
+
+    return re.sub(rf"\({re.escape(site.home)}([^()\s#]+)\.html(#[^()\s]+)?\)", target, text)
 
 
 def where(site: Site, path: str, page: str, written: str) -> str:
@@ -284,7 +364,7 @@ def chapter(site: Site, path: str, notebook: dict[str, Any], module: str | None)
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            cells.append({**cell, "source": with_diagrams(relinked(site, source, path, page))})
+            cells.append({**cell, "source": with_diagrams(at_home(site, relinked(site, source, path, page), page))})
         elif shown := shown_source(source):
             tags = [*cell["metadata"].get("tags", []), *(["hide-cell"] if only_imports(shown) else [])]
             outputs = [kept for output in cell.get("outputs", []) if (kept := shown_output(output))]
@@ -296,13 +376,15 @@ def chapter(site: Site, path: str, notebook: dict[str, Any], module: str | None)
     opening = {**cells[title], "source": f"{heading}\n\n{origin(site, path, module)}\n\n{rest}"}
     cells = [opening, *cells[:title], *cells[title + 1 :]]
     kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
-    kernel["language_info"] = {"name": "python", "pygments_lexer": "python3"}  # type: ignore[dict-item]
+    kernel["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}  # type: ignore[dict-item]
     return {**notebook, "cells": cells, "metadata": kernel}
 
 
 def origin(site: Site, path: str, module: str | None) -> str:
-    """The line under a chapter's title: its module's API and its source."""
+    """The line under a chapter's title: its module's API and its source; under a lesson's, how to have it."""
     links = [f"[Notebook]({site.address(path)})"]
+    if path in lessons(site.root):
+        links = [f"{{download}}`Download this notebook </{path}>`", f"`trader course {lesson_name(path)}`"]
     if module:
         api = posixpath.relpath(api_name(module), posixpath.dirname(site.pages[path]))
         links = [f"[API of `{module}`]({api}.rst)", *links]
@@ -312,9 +394,14 @@ def origin(site: Site, path: str, module: str | None) -> str:
 def shown_output(output: dict[str, Any]) -> dict[str, Any] | None:
     """An output as a page can show it: figures for the site's one plotly.js, nothing of the run's own types."""
     if output["output_type"] == "stream":
-        return output if output["name"] == "stdout" else None
+        if output["name"] != "stdout":
+            return None
+        text = ESCAPES.sub("", "".join(output["text"])).replace("\r\n", "\n")
+        return as_sentences(text) if is_prose(text) else {**output, "text": text}
     if "data" not in output:
         return output
+    if set(output["data"]) == {"text/plain"} and is_prose(text := "".join(output["data"]["text/plain"])):
+        return as_sentences(text)
     data = {kind: value for kind, value in output["data"].items() if not DROPPED_TYPES.match(kind)}
     if figure := data.pop(PLOTLY, None):
         told = json.dumps({"data": figure["data"], "layout": figure["layout"]}).replace("</", "<\\/")
@@ -322,14 +409,29 @@ def shown_output(output: dict[str, Any]) -> dict[str, Any] | None:
     return {**output, "data": data} if data else None
 
 
+def is_prose(text: str) -> bool:
+    """Whether a text has lines too long for a page and no columns that breaking them would destroy."""
+    return not re.search(r"[│┃]|\S {3,}\S", text) and any(len(line) > LINE_MAX for line in text.splitlines())
+
+
+def as_sentences(text: str) -> dict[str, Any]:
+    """A text as an output whose lines are broken where the page ends."""
+    shown = f'<pre class="sentences">{html.escape(text.strip())}</pre>'
+    return {"output_type": "display_data", "metadata": {}, "data": {"text/html": shown}}
+
+
 # Running notebooks, once for each content
 
 
 def executed(path: Path) -> dict[str, Any]:
-    """A notebook with its outputs: from the cache where these cells ran before, else from a run in its folder."""
+    """A notebook with its outputs: from the cache where these cells ran before, else from a run in its folder.
+
+    A lesson says what the package does, so it runs again whenever the package has changed.
+    """
     notebook = json.loads(path.read_text(encoding="utf-8"))
     cells = [cell["source"] for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    key = hashlib.sha256(json.dumps([sys.version_info[:2], str(path.relative_to(ROOT)), cells]).encode()).hexdigest()
+    of = [sys.version_info[:2], str(path.relative_to(ROOT)), cells, *([library_digest()] if is_lesson(path) else [])]
+    key = hashlib.sha256(json.dumps(of).encode()).hexdigest()
     kept = CACHE / f"{key}.json"
     if not kept.exists():
         ran = run_notebook(path)
@@ -343,17 +445,37 @@ def executed(path: Path) -> dict[str, Any]:
     return notebook  # type: ignore[no-any-return]
 
 
+def is_lesson(path: Path) -> bool:
+    return path.parent == ROOT / COURSE
+
+
+def is_source(path: Path) -> bool:
+    """Whether a file belongs to the package; what Python and numba keep beside it does not, nor do other lessons."""
+    return "__pycache__" not in path.parts and path.parent != ROOT / COURSE
+
+
+@cache
+def library_digest() -> str:
+    """What the package consists of, as one hash: its modules, data and templates."""
+    files = sorted(path for path in (ROOT / "trader_lib").rglob("*") if path.is_file() and is_source(path))
+    return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()
+
+
 def run_notebook(path: Path) -> dict[str, list[Any]]:
-    """The outputs of a notebook's cells, by cell id, from a kernel of its own that runs in the notebook's folder."""
+    """The outputs of a notebook's cells, by cell id, from a kernel of its own that runs in the notebook's folder.
+
+    A lesson runs in an empty folder, as with a reader, and finds the command `trader`.
+    """
     import nbclient
     import nbformat
 
     notebook = nbformat.read(path, as_version=4)
     os.environ["PLOTLY_RENDERER"] = "plotly_mimetype"
-    client = nbclient.NotebookClient(
-        notebook, timeout=CELL_TIMEOUT_S, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
-    )
-    client.execute()
+    os.environ["COLUMNS"] = "100"
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    with tempfile.TemporaryDirectory(prefix="trader-lesson-") as empty:
+        place = {"metadata": {"path": empty if is_lesson(path) else str(path.parent)}}
+        nbclient.NotebookClient(notebook, timeout=CELL_TIMEOUT_S, kernel_name="python3", resources=place).execute()
     return {cell["id"]: cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code"}
 
 
@@ -398,9 +520,21 @@ def index_pages(site: Site) -> dict[str, str]:
     made["api/index.md"] = room_list("API", lead + top_level(site), "api", apis)
     for kind, (title, sentence, members) in KINDS.items():
         pages = [member + "README" if member.endswith("/") else member for member in members]
-        pages = [page for page in pages if page in site.pages.values() or page == "api/index"]
-        made[f"{kind}/index.md"] = f"# {title}\n{sentence}\n\n{toctree(pages)}"
+        course = [site.pages[path] for path in lessons(site.root)] if "course/" in members else []
+        pages = [page for page in pages if page in site.pages.values() or page == "api/index"] + course
+        tree = toctree(pages).replace(":maxdepth: 1", ":hidden:") if course else toctree(pages)
+        made[f"{kind}/index.md"] = f"# {title}\n{sentence}\n\n{lesson_table(site) if course else ''}{tree}"
     return made | {"index.md": front_page(site)}
+
+
+def lesson_table(site: Site) -> str:
+    """The lessons of the course, each with what it says of itself."""
+    rows = ["| lesson | what it shows |", "| --- | --- |"]
+    for path in lessons(site.root):
+        first = json.loads((site.root / path).read_text(encoding="utf-8"))["cells"][0]["source"]
+        title, summary = (line.strip().lstrip("#> ") for line in first[:2])
+        rows.append(f"| [{title}](../{site.pages[path]}.ipynb) | {summary} |")
+    return "\n".join(rows) + "\n\n"
 
 
 def room_page(room: str, members: list[str], *, api: bool = False) -> str:
@@ -487,13 +621,13 @@ def prepare(folder: Path, load: Callable[[Path], dict[str, Any]] | None = None) 
     for path, page in site.pages.items():
         source = site.root / path
         if path.endswith(".md"):
-            text = relinked(site, source.read_text(encoding="utf-8"), path, page)
+            text = with_diagrams(relinked(site, source.read_text(encoding="utf-8"), path, page))
             if page.startswith("docs/") and page.endswith("/README"):
                 section = [name for name in site.pages.values() if posixpath.dirname(name) == posixpath.dirname(page)]
                 text += "\n" + toctree(sorted(set(section) - {page})).replace(":maxdepth: 1", ":hidden:")
             written[f"{page}.md"] = text
         elif path.endswith(".ipynb"):
-            read = load(source) if load else json.loads(source.read_text(encoding="utf-8"))
+            read = (load or as_stored)(source)
             written[f"{page}.ipynb"] = json.dumps(chapter(site, path, read, module_of.get(path)), indent=1)
     for module, notebook in modules().items():
         written[f"{api_name(module)}.rst"] = api_page(site, module, notebook)
@@ -504,9 +638,14 @@ def prepare(folder: Path, load: Callable[[Path], dict[str, Any]] | None = None) 
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(site.root / name, folder / name)
     for old in [*folder.rglob("*.md"), *folder.rglob("*.ipynb"), *folder.rglob("*.rst")]:
-        if old.relative_to(folder).as_posix() not in written:
+        if old.relative_to(folder).as_posix() not in written | dict.fromkeys(site.copies):
             old.unlink()
     return site
+
+
+def as_stored(path: Path) -> dict[str, Any]:
+    """A notebook as it lies in the repository, without outputs."""
+    return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
 def write(path: Path, text: str) -> None:
@@ -522,16 +661,15 @@ def main(words: list[str]) -> int:
     if not words or set(words[1:]) - {"--execute"}:
         sys.stderr.write("Use: python docs/site/pages.py FOLDER [--execute]\n")
         return 2
-    failures: list[str] = []
-    if "--execute" in words:
-        paths = [ROOT / path for path in notebooks()]
-        failures = asyncio.run(execute_all(paths, at_once=max(2, (os.cpu_count() or 2) // 2)))
+    whole = "--execute" in words
+    paths = [ROOT / path for path in [*(notebooks() if whole else []), *lessons()]]
+    failures = asyncio.run(execute_all(paths, at_once=max(2, (os.cpu_count() or 2) // 2)))
     for failure in failures:
         sys.stderr.write(f"{failure}\n")
     if failures:
         sys.stderr.write(f"{len(failures)} notebooks failed; the site is not built.\n")
         return 5
-    site = prepare(Path(words[0]), executed if "--execute" in words else None)
+    site = prepare(Path(words[0]), lambda path: executed(path) if whole or is_lesson(path) else as_stored(path))
     sys.stdout.write(f"{len(site.pages)} pages are prepared in {words[0]}.\n")
     return 0
 

@@ -117,6 +117,51 @@ def weights(rng: np.random.Generator, rows: int, n: int) -> tuple[tuple[float, .
     return tuple(tuple(row) for row in table.tolist())
 
 
+KINDS = ("market", "limit", "stop", "stop_limit")
+
+
+def terms(rng: np.random.Generator, bars: Bars, fractional: bool) -> dict[str, Any]:
+    """How positions are entered and protected: kinds, prices near the close or missing, one for all or by row."""
+    shape = bars.close.shape
+    kinds = rng.choice(KINDS, shape) if rng.random() < 0.5 else np.full(shape, pick(rng, *KINDS))
+    near = pick(rng, 0.003, 0.01, 0.04)
+
+    def around(share: float, missing: float) -> tuple[tuple[float, ...], ...]:
+        prices = np.round(bars.close * (1.0 + share * rng.uniform(-1.0, 1.0, shape)), 3)
+        prices = np.where((rng.random(shape) < missing) | ~(prices > 0.0), math.nan, prices)
+        return tuple(tuple(row) for row in prices.tolist())
+
+    lasts = "day" if fractional else pick(rng, "day", "gtc", None)
+    drawn: dict[str, Any] = {
+        "enter": tuple(tuple(row) for row in kinds.tolist()),
+        "limit_price": around(near, pick(rng, 0.0, 0.5)),
+        "stop_price": around(near, pick(rng, 0.0, 0.5)),
+        "good_for": pick(rng, None, 1, 2, 5),
+        "time_in_force": lasts,
+        "follow": bool(rng.random() < 0.4),
+    }
+    if fractional and drawn["good_for"] is not None:
+        drawn["time_in_force"] = "day"
+    if not fractional and rng.random() < 0.6:
+        drawn |= {
+            "stop_loss": around(0.05, 0.3),
+            "take_profit": around(0.08, 0.5),
+            "trailing": pick(rng, None, 0.03),
+        }
+    return {name: value for name, value in drawn.items() if value is not None}
+
+
+def carried(rng: np.random.Generator) -> dict[str, Any]:
+    """What holding costs, and whether a cash account waits for settlement: nothing in half of the configurations."""
+    if rng.random() < 0.5:
+        return {}
+    return {
+        "margin_rate": pick(rng, 0.0, 0.0625, 0.9),
+        "borrow_rate": pick(rng, 0.0, 0.03, 3.0),
+        "settlement_days": pick(rng, 0, 1),
+    }
+
+
 def configuration(seed: int) -> Configuration:
     """The configuration of a seed."""
     rng = np.random.default_rng(seed)
@@ -125,6 +170,7 @@ def configuration(seed: int) -> Configuration:
     guarded = rng.random() < 0.35 and (stop or target or trail)
     exits = ProtectiveExits(stop_loss=stop, take_profit=target, trailing_stop=trail) if guarded else None
     costs = Costs(
+        **carried(np.random.default_rng([seed, 98])),
         commission_per_share=pick(rng, 0.0, 0.005),
         commission_bps=pick(rng, 0.0, 3.0),
         commission_minimum=pick(rng, 0.0, 1.0),
@@ -147,11 +193,14 @@ def configuration(seed: int) -> Configuration:
         "multiplier": pick(rng, 1, 2, 2, 4),
     }
     strategy = Given(weights=weights(rng, bars.n, len(bars.symbols)), protection=exits)
-    return Configuration(bars, strategy, pick(rng, *CASH), sizing, account)
+    cash = pick(rng, *CASH)
+    if rng.random() < 0.6:
+        strategy = strategy.model_copy(update={"terms": terms(rng, bars, fractional)})
+    return Configuration(bars, strategy, cash, sizing, account)
 
 
-async def both(drawn: Configuration) -> tuple[BacktestResult, SessionResult]:
-    """The configuration in both engines."""
+async def both(drawn: Configuration, transport: str = "in_process") -> tuple[BacktestResult, SessionResult]:
+    """The configuration in both engines. transport: of the session's broker."""
     sizing = drawn.sizing
     result = backtest(drawn.strategy, drawn.bars, cash=drawn.cash, sizing=sizing, check=False, **drawn.account)
     spec = SessionSpec(
@@ -163,7 +212,7 @@ async def both(drawn: Configuration) -> tuple[BacktestResult, SessionResult]:
         leverage=sizing.leverage,
         **drawn.account,
     )
-    wire = load_settings(environ={}, env_file=None)
+    wire = load_settings(environ={}, env_file=None, overrides={"broker": {"transport": transport}})
     return result, await run_session(spec, wire, bars=drawn.bars, strategy=drawn.strategy)
 
 
@@ -207,6 +256,19 @@ def seen_in(drawn: Configuration, result: BacktestResult) -> Counter[str]:
         "cash accounts": result.multiplier == 1,
         "refusals": result.refused > 0,
         "protective exits": bool((table["exit"] == 1).any()),
+        **{
+            f"{name} entries": bool(((table["exit"] == 0) & (table["type"] == kind)).any())
+            for kind, name in enumerate(KINDS)
+        },
+        "entries till canceled": bool(((table["exit"] == 0) & (table["lasts"] == 1)).any()),
+        "entries that waited and filled": bool(
+            ((table["exit"] == 0) & (table["type"] > 0) & (table["filled"] > 0)).any()
+        ),
+        "entries taken back": bool(((table["exit"] == 0) & (table["type"] > 0) & (table["status"] == 2)).any()),
+        "protection that came with an entry": "stop_loss" in (drawn.strategy.terms or {}),
+        "interest": result.simulation.interest > 0.0,
+        "fees for borrowed shares": result.simulation.borrow_fees > 0.0,
+        "settlement waited for": result.multiplier == 1 and drawn.account["costs"].settlement_days > 0,
     }
     return Counter({name: 1 for name, held in facts.items() if held} | {"orders": len(table)})
 

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['REPLACEMENTS_MAX', 'DUPLICATE_CODE', 'NOT_CANCELED', 'Overtaken', 'ExecutionState', 'Commit', 'AskHalted',
-           'BrokerEffect', 'Submit', 'Cancel', 'FindOrder', 'GetOrder', 'ListOpenOrders', 'Patience', 'confirmed',
-           'adopted', 'recorded', 'look_up', 'refresh', 'not_sent', 'cancel', 'ask_for_cancel', 'resolve', 'send',
-           'submit', 'on_refusal', 'refusal_to_send', 'has_pending_cancel', 'has_unknown_position', 'on_decision',
-           'on_cancel_proposed', 'reported_qty', 'on_trade_update', 'is_unexpected', 'catch_up', 'on_report', 'on_tick',
-           'check_order', 'has_more_filled', 'repair', 'closing_order', 'closing_orders', 'on_trading_state',
+           'BrokerEffect', 'Submit', 'Cancel', 'Replace', 'FindOrder', 'GetOrder', 'ListOpenOrders', 'Patience',
+           'confirmed', 'mentioned', 'adopted', 'recorded', 'look_up', 'refresh', 'not_sent', 'cancel',
+           'ask_for_cancel', 'cancel_group', 'resolve', 'send', 'submit', 'on_refusal', 'refusal_to_send',
+           'has_pending_cancel', 'has_unknown_position', 'on_decision', 'on_cancel_proposed', 'reported_qty',
+           'refusal_to_replace', 'on_replace_proposed', 'replace_order', 'take_replacement', 'find_replacement',
+           'recognize', 'on_trade_update', 'is_unexpected', 'catch_up', 'on_report', 'on_tick', 'check_order',
+           'listed_as', 'has_more_filled', 'repair', 'closing_order', 'closing_orders', 'on_trading_state',
            'on_command', 'flatten', 'on_fill', 'ask_broker', 'BrokerAgent', 'ExecutionAgent']
 
 # %% ../../nbs/agents/05_execution.ipynb #7743ab27
@@ -27,6 +29,7 @@ from trader_lib.agents.tracking import (
     OrderBook,
     OrderTrack,
     admit_fill,
+    entry_of,
     is_settled,
     is_unresolved,
     known_as,
@@ -39,7 +42,16 @@ from ..bus.bus import Bus
 from ..clock.clock import Clock
 from ..errors.taxonomy import OutcomeUnknown, Rejected, Retryable, TraderError
 from ..telemetry.tracing import span
-from ..trading.orders import SIDE_SIGN, Order, OrderRequest, OrderSide, OrderStatus, decimal_text
+from trader_lib.trading.orders import (
+    SIDE_SIGN,
+    Order,
+    OrderClass,
+    OrderRequest,
+    OrderSide,
+    OrderStatus,
+    ReplaceRequest,
+    decimal_text,
+)
 from ..trading.portfolio import Fill, Position
 
 # %% ../../nbs/agents/05_execution.ipynb #f02131b1
@@ -56,6 +68,8 @@ from trader_lib.trading.events import (
     OrderIntended,
     OrdersReported,
     Payload,
+    ReplaceIntended,
+    ReplaceProposed,
     RiskDecided,
     TradeUpdated,
     TradingState,
@@ -114,6 +128,14 @@ class Cancel(BrokerEffect):
 
     order_id: str  # the broker's
 
+
+@dataclass(frozen=True, slots=True)
+class Replace(BrokerEffect):
+    """Ask for another order in the place of an open one; the outcome is the broker's record of the new one."""
+
+    order_id: str  # the broker's, of the one that is open
+    request: ReplaceRequest
+
 # %% ../../nbs/agents/05_execution.ipynb #e85ff553
 @dataclass(frozen=True, slots=True)
 class FindOrder(BrokerEffect):
@@ -156,6 +178,15 @@ def confirmed(track: OrderTrack, order: Order) -> OrderAcknowledged:
     return OrderAcknowledged(client_order_id=known_as(track), order=order, settled=is_settled(track))
 
 
+def mentioned(track: OrderTrack, order: Order) -> OrderAcknowledged | OrderFailed:
+    """Return what a record of a replacement says: how the order stands now, or that it has stayed what it was."""
+    before = track.predecessor
+    if order.status is OrderStatus.REJECTED and before is not None and before.state is not OrderStatus.REPLACED:
+        reason = "the broker has given up the replacement"
+        return OrderFailed(client_order_id=order.client_order_id, reason=reason, outcome="rejected")
+    return confirmed(track, order)
+
+
 def adopted(track: OrderTrack, order: Order) -> OrderAdopted:
     """Return how an order of somebody else's stands, for whoever counts exposure."""
     remaining = None if order.qty is None else order.qty - track.filled_qty
@@ -181,6 +212,7 @@ def recorded(
         timestamp=timestamp,
         purpose=track.purpose,
         strategy=track.strategy,
+        parent=entry_of(track),
     )
     return FillRecorded(fill=fill)
 
@@ -254,6 +286,15 @@ def ask_for_cancel(patience: Patience, track: OrderTrack) -> Steps[None]:
             return
         except (Retryable, OutcomeUnknown):
             yield patience.pause(attempt)
+
+# %% ../../nbs/agents/05_execution.ipynb #2e58bb75
+def cancel_group(state: ExecutionState, patience: Patience, track: OrderTrack, event: Event) -> Steps[None]:
+    """Cancel an order that is open, and the exits that an entry has left."""
+    if track.is_open:
+        yield from cancel(state, patience, track, event)
+    for leg in track.legs:
+        if leg.is_open and leg.purpose != track.purpose:
+            yield from cancel(state, patience, leg, event)
 
 # %% ../../nbs/agents/05_execution.ipynb #7d3a1f4d
 def resolve(state: ExecutionState, patience: Patience, track: OrderTrack, event: Event, reason: str) -> Steps[None]:
@@ -393,11 +434,102 @@ def reported_qty(track: OrderTrack) -> Decimal:
     """Return the shares that the broker reports filled, over an order, its legs and what replaced it."""
     return sum((member.reported_qty for member in track.family()), Decimal(0))
 
+# %% ../../nbs/agents/05_execution.ipynb #3a1037cb
+def refusal_to_replace(state: ExecutionState, track: OrderTrack | None, request: ReplaceRequest) -> Steps[str]:
+    """Return why an order is not replaced; "" where it may be."""
+    if track is None or track.purpose != "exit" or request.qty is not None:
+        return "only the price of an exit of ours can be moved"
+    if track.cancel_wanted or not track.is_open or track.current.order_id is None:
+        return "the exit is over, or is not known to the broker yet"
+    if (state.halted and not state.exits_pass) or (yield AskHalted()):
+        return "trading is halted"
+    return ""
+
+# %% ../../nbs/agents/05_execution.ipynb #72abca39
+def on_replace_proposed(
+    state: ExecutionState, patience: Patience, proposal: ReplaceProposed, event: Event
+) -> Steps[None]:
+    """Move an exit, once, or report why it stays where it is."""
+    request = proposal.request
+    track = state.book.get(proposal.client_order_id)
+    reason = yield from refusal_to_replace(state, track, request)
+    if reason or track is None:
+        yield not_sent(request.client_order_id, reason)
+        return
+    yield ReplaceIntended(client_order_id=proposal.client_order_id, request=request, decided_at=proposal.decided_at)
+    yield Commit()
+    yield from replace_order(state, patience, track, request, event)
+
+# %% ../../nbs/agents/05_execution.ipynb #9e4571fa
+def replace_order(
+    state: ExecutionState, patience: Patience, track: OrderTrack, request: ReplaceRequest, event: Event
+) -> Steps[None]:
+    """Ask for a replacement that is written down, again only where the broker is known not to have taken it."""
+    reason, name = "", request.client_order_id
+    for attempt in range(patience.attempts):
+        try:
+            order = yield Replace(track.current.order_id or "", request)
+        except Rejected as refusal:
+            if refusal.code != DUPLICATE_CODE or "client_order_id" not in refusal.reason:
+                yield OrderFailed(client_order_id=name, reason=refusal.reason, code=refusal.code, outcome="rejected")
+                yield from refresh(state, patience, track, event)  # it may have filled, or somebody has replaced it
+                return
+            yield from find_replacement(state, patience, request, event, refusal.reason)
+            return
+        except Retryable as error:  # the port's promise: the broker did not take it
+            reason = str(error)
+            yield patience.pause(attempt, error.retry_after)
+        except OutcomeUnknown as error:
+            yield from find_replacement(state, patience, request, event, str(error))
+            return
+        else:
+            yield from take_replacement(state, order, event)
+            return
+    yield not_sent(name, reason)
+
+# %% ../../nbs/agents/05_execution.ipynb #c86e6c5b
+def take_replacement(state: ExecutionState, order: Order, event: Event) -> Steps[None]:
+    """Take in the record of what is to replace an order of ours."""
+    track = state.book.follow(order)
+    if track is not None:
+        state.book.observe(track, order, event.recorded_at)
+        yield mentioned(track, order)
+
+
+def find_replacement(
+    state: ExecutionState, patience: Patience, request: ReplaceRequest, event: Event, reason: str
+) -> Steps[None]:
+    """Report that the outcome of a replacement is unknown, then find out; it is never asked for again."""
+    name, absent = request.client_order_id, 0
+    yield OrderFailed(client_order_id=name, reason=reason, outcome="unknown")
+    for attempt in range(patience.attempts):
+        yield patience.pause(attempt)
+        try:
+            order = yield FindOrder(name)
+        except TraderError:
+            continue
+        if order is not None:
+            yield from take_replacement(state, order, event)
+            return
+        absent += 1
+    if absent == patience.attempts:
+        yield not_sent(name, f"the broker has no such order ({reason})")
+
+# %% ../../nbs/agents/05_execution.ipynb #73790881
+def recognize(state: ExecutionState, patience: Patience, order: Order, event: Event) -> Steps[OrderTrack | None]:
+    """Find which order a record is about, None for one that is not ours; look groups up whose leg it may be."""
+    track = state.book.follow(order)
+    if track is not None or order.order_class is OrderClass.SIMPLE:
+        return track
+    for group in state.book.without_legs(order.symbol):
+        yield from refresh(state, patience, group, event)
+    return state.book.follow(order)
+
 # %% ../../nbs/agents/05_execution.ipynb #968e56d8
 def on_trade_update(state: ExecutionState, patience: Patience, update: TradeUpdated, event: Event) -> Steps[None]:
     """Take in a message of the broker's stream."""
     order, now = update.order, event.recorded_at
-    track = state.book.follow(order)
+    track = yield from recognize(state, patience, order, event)
     if track is None:
         track = state.book.adopt(order, event.correlation_id)
     unexpected = is_unexpected(track)
@@ -409,7 +541,7 @@ def on_trade_update(state: ExecutionState, patience: Patience, update: TradeUpda
     if track.external:
         yield adopted(track, order)
     elif track.predecessor is not None:
-        yield confirmed(track, order)
+        yield mentioned(track, order)
     if unexpected and track.is_open:
         yield from cancel(state, patience, track, event)
 
@@ -436,7 +568,7 @@ def on_report(state: ExecutionState, patience: Patience, report: OrdersReported,
     """Take in what a reconciliation found at the broker: fills that were missed, orders that are not ours."""
     book, now = state.book, event.recorded_at
     for order in report.orders:
-        track = book.follow(order)
+        track = yield from recognize(state, patience, order, event)
         if track is None:
             track = book.adopt(order, event.correlation_id, now=now if report.counted else None)
         unexpected = is_unexpected(track)
@@ -466,7 +598,7 @@ def on_tick(state: ExecutionState, patience: Patience, event: Event) -> Steps[No
         return  # the next tick asks again
     listed = {order.id: order for order in orders}
     for track in working:
-        yield from check_order(state, patience, track, listed.get(track.current.order_id or ""), event)
+        yield from check_order(state, patience, track, listed_as(track, listed), event)
 
 # %% ../../nbs/agents/05_execution.ipynb #03a1cef3
 def check_order(
@@ -482,6 +614,13 @@ def check_order(
             yield from repair(state, member, event)
     if track.cancel_wanted and track.is_open:
         yield from cancel(state, patience, track, event)
+
+# %% ../../nbs/agents/05_execution.ipynb #fba3aa9b
+def listed_as(track: OrderTrack, listed: Mapping[str, Order]) -> Order | None:
+    """Return the broker's record of an open order, or of a leg that it has left there; None where neither is open."""
+    members = (track.current, *(leg.current for leg in track.legs))
+    found = (listed.get(member.order_id or "") for member in members)
+    return next((order for order in found if order is not None), None)
 
 # %% ../../nbs/agents/05_execution.ipynb #868e2331
 def has_more_filled(track: OrderTrack, order: Order) -> bool:
@@ -556,8 +695,7 @@ def on_command(state: ExecutionState, patience: Patience, command: OperatorComma
         state.halted, state.exits_pass = True, False
     if command.action in {"cancel_all", "halt", "flatten"}:
         for track in state.book.working():
-            if track.is_open:
-                yield from cancel(state, patience, track, event)
+            yield from cancel_group(state, patience, track, event)
     if command.action == "flatten":
         for position in command.positions:
             yield from flatten(state, patience, position, event)
@@ -587,6 +725,9 @@ async def ask_broker(broker: Broker, effect: BrokerEffect) -> Any:
                 return await broker.submit(request)
         case Cancel(order_id=order_id):
             return await broker.cancel(order_id)
+        case Replace(order_id=order_id, request=replacement):
+            with span("replace"):
+                return await broker.replace(order_id, replacement)
         case FindOrder(client_order_id=client_order_id):
             return await broker.order_by_client_id(client_order_id)
         case GetOrder(order_id=order_id):
@@ -634,7 +775,7 @@ class ExecutionAgent(BrokerAgent):
     """Turns approved decisions into orders at the broker, and the broker's messages into fills."""
 
     name = "execution"
-    emits = (OrderIntended, CancelIntended, OrderAcknowledged, OrderFailed, FillRecorded, OrderAdopted)
+    emits = (OrderIntended, CancelIntended, ReplaceIntended, OrderAcknowledged, OrderFailed, FillRecorded, OrderAdopted)
     state_kind = TypeAdapter(ExecutionState)
     state: ExecutionState
 
@@ -660,6 +801,7 @@ class ExecutionAgent(BrokerAgent):
         return {
             RiskDecided: lambda event: on_decision(self.state, self.patience, event.payload, event),
             CancelProposed: lambda event: on_cancel_proposed(self.state, self.patience, event.payload, event),
+            ReplaceProposed: lambda event: on_replace_proposed(self.state, self.patience, event.payload, event),
             TradeUpdated: lambda event: on_trade_update(self.state, self.patience, event.payload, event),
             OrdersReported: lambda event: on_report(self.state, self.patience, event.payload, event),
             TradingStateChanged: lambda event: on_trading_state(self.state, self.patience, event.payload, event),

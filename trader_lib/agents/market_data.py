@@ -60,6 +60,9 @@ class Feed:
         default_factory=dict
     )  # what happens to shares at the close of which bars, by their stamps
     names_quiet: bool = False  # the feed leaves out bars without a trade: stamps at which nobody traded are named
+    nights: Mapping[datetime, int] = field(
+        default_factory=dict
+    )  # days to the next session, at the closes at which holding is charged for, by their bars' stamps
 
     def closed_at(self, at: datetime) -> datetime:
         """Return when the bar stamped `at` is complete, UTC."""
@@ -70,6 +73,10 @@ class Feed:
     def actions_at(self, at: datetime) -> tuple[CorporateAction, ...]:
         """Return what happens to shares at the close of the bars stamped `at`."""
         return self.actions.get(at, ())
+
+    def moves_cash(self, at: datetime) -> bool:
+        """Return whether cash may move at the close of the bars stamped `at` beside fills."""
+        return at in self.actions or at in self.nights
 
 # %% ../../nbs/agents/01_market_data.ipynb #5a81daf9
 def ready(feed: Feed, state: MarketDataState, now: datetime) -> list[datetime]:
@@ -107,6 +114,7 @@ def release(feed: Feed, state: MarketDataState, at: datetime, *, last: bool = Fa
         late=state.act_from is not None and at < state.act_from,
         quiet=quiet,
         actions=feed.actions_at(at),
+        nights=feed.nights.get(at, 0),
     )
 
 # %% ../../nbs/agents/01_market_data.ipynb #5b0e6a15
@@ -128,7 +136,7 @@ def act_on_latest_only(state: MarketDataState) -> None:
 class MarketDataAgent(Agent):
     """Assembles closed bars into one event a stamp.
 
-    patience_s: how long a stamp waits for missing symbols, seconds. actions, names_quiet: as in `Feed`.
+    patience_s: how long a stamp waits for missing symbols, seconds. actions, names_quiet, nights: as in `Feed`.
     """
 
     name = "market_data"
@@ -147,10 +155,11 @@ class MarketDataAgent(Agent):
         actions: Mapping[datetime, tuple[CorporateAction, ...]] = MappingProxyType({}),
         *,
         names_quiet: bool = False,
+        nights: Mapping[datetime, int] = MappingProxyType({}),
     ) -> None:
         super().__init__(bus, clock)
         patience = timedelta(seconds=patience_s)
-        self.feed = Feed(calendar, tuple(symbols), timeframe, patience, actions, names_quiet)
+        self.feed = Feed(calendar, tuple(symbols), timeframe, patience, actions, names_quiet, nights)
         self.state = MarketDataState()
 
     def reactions(self) -> Mapping[type[Payload], Reaction]:

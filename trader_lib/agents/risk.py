@@ -8,9 +8,9 @@ __all__ = ['ACCOUNT', 'SEVERITY', 'VITAL', 'ApprovedOrder', 'OpenOrder', 'open_o
            'washes_with', 'facts', 'set_state', 'tighten', 'breach', 'on_command', 'on_agent_failure',
            'on_reconciliation', 'owners_of', 'judge', 'approve', 'on_proposal', 'start_cancel', 'end_order',
            'end_short', 'book_fill', 'worst_price', 'remaining_shares', 'adopt_order', 'column_of', 'on_positions',
-           'on_fill', 'on_account', 'value', 'on_action', 'change_shares', 'on_bars', 'on_slice', 'observe_order',
-           'on_acknowledgement', 'on_failure', 'on_cancel', 'on_adoption', 'on_trade_update', 'on_assets',
-           'end_everywhere', 'RiskAgent']
+           'on_fill', 'on_account', 'value', 'on_action', 'change_shares', 'end_session', 'on_bars', 'on_slice',
+           'observe_order', 'observe_move', 'on_acknowledgement', 'on_failure', 'on_cancel', 'on_adoption',
+           'on_trade_update', 'on_assets', 'end_everywhere', 'RiskAgent']
 
 # %% ../../nbs/agents/03_risk.ipynb #064ead82
 import math
@@ -25,7 +25,7 @@ import numpy as np
 from pydantic import ConfigDict, TypeAdapter
 
 from .contract import WITH_NAN, Agent, FloatArray, Reaction, Steps
-from .strategy import cash_after, last_closes
+from .strategy import flow_of, last_closes
 
 # %% ../../nbs/agents/03_risk.ipynb #6e30b314
 from ..bus.bus import Bus
@@ -41,7 +41,8 @@ from ..risk.checks import About, RecentOrders, decide, describe
 from ..risk.limits import Limits
 from ..risk.netting import netting
 from ..rules import account, folding
-from ..rules.actions import split_position
+from ..rules.actions import dividend_cash, split_position
+from ..rules.carry import NO_CARRY, Carry, borrow_fee, margin_interest, spendable, unsettled_flow
 from trader_lib.rules.checks import (
     HALTED,
     Check,
@@ -53,7 +54,16 @@ from trader_lib.rules.checks import (
     sells_short,
     state_after_close,
 )
-from ..rules.numbers import CASH_DECIMALS, qty_left, round_qty, round_to, to_float, to_shares
+from trader_lib.rules.numbers import (
+    CASH_DECIMALS,
+    PRICE_DECIMALS,
+    qty_left,
+    round_qty,
+    round_to,
+    to_decimal,
+    to_float,
+    to_shares,
+)
 from ..rules.wash import would_wash
 
 # %% ../../nbs/agents/03_risk.ipynb #1cbc5a14
@@ -82,13 +92,12 @@ from trader_lib.trading.events import (
 )
 from trader_lib.trading.orders import (
     ENDED_SHORT,
-    ORDER_TYPE_CODE,
     SIDE_SIGN,
     Order,
-    OrderClass,
     OrderRequest,
     OrderSide,
-    OrderType,
+    is_exempt,
+    order_type_code,
 )
 
 # %% ../../nbs/agents/03_risk.ipynb #fbc2d824
@@ -114,7 +123,7 @@ class OpenOrder:
 
     column: int  # of its symbol, in all arrays
     side_sign: int  # 1 buys, -1 sells
-    order_type: int  # a code of ORDER_TYPE_CODE, -1 for others
+    order_type: int  # a code of ORDER_TYPE_CODE
     limit_price: float  # USD, NaN for none
     exempt: bool  # part of a pair or a bracket, or trailing
     remaining: float  # shares
@@ -125,9 +134,9 @@ def open_order(order: OrderRequest | Order, column: int, remaining: float) -> Op
     return OpenOrder(
         column,
         SIDE_SIGN[order.side],
-        ORDER_TYPE_CODE.get(order.type, -1),
+        order_type_code(order.type),
         to_float(order.limit_price),
-        order.order_class is not OrderClass.SIMPLE or order.type is OrderType.TRAILING_STOP,
+        is_exempt(order),
         remaining,
     )
 
@@ -141,6 +150,7 @@ class RiskBook:
     qty: FloatArray  # shares, signed [symbol]
     recent: RecentOrders  # approved in the last seconds
     cash: float = math.nan  # USD
+    unsettled: float = 0.0  # of this session's trades, USD
     equity: float = math.nan  # USD, at the last close
     day_start: float = math.nan  # the day's first equity, USD
     peak: float = math.nan  # highest equity since the start or the last resume, USD
@@ -186,6 +196,7 @@ class BookRules:
     limits: Limits
     is_account: bool = True  # its cash is what the broker reports
     is_sum: bool = False  # an account of several strategies, in which one's exit may add to another's position
+    carry: Carry = NO_CARRY  # what holding costs, as far as it is foreseen
 
 # %% ../../nbs/agents/03_risk.ipynb #7c748ef6
 @dataclass(frozen=True, slots=True)
@@ -245,11 +256,11 @@ def open_qty(book: RiskBook, column: int, sign: int) -> float:
 
 def washes_with(book: RiskBook, request: OrderRequest, column: int) -> str:
     """Return the client order id of the open order that a new one could trade with, or nothing."""
-    sign, kind = SIDE_SIGN[request.side], ORDER_TYPE_CODE[request.type]
-    limit, pair = to_float(request.limit_price), request.order_class is not OrderClass.SIMPLE
+    sign, kind = SIDE_SIGN[request.side], order_type_code(request.type)
+    limit, exempt = to_float(request.limit_price), is_exempt(request)
     for order_id, other in book.open.items():
         if other.column == column and would_wash(
-            sign, kind, limit, pair, other.side_sign, other.order_type, other.limit_price, other.exempt
+            sign, kind, limit, exempt, other.side_sign, other.order_type, other.limit_price, other.exempt
         ):
             return order_id
     return ""
@@ -270,8 +281,10 @@ def facts(
         short=sells_short(sign, shares, position, pending.qty),
         minute=local.hour * 60 + local.minute,
         asset=market.assets.get(request.symbol),
+        last=None if math.isnan(reference) else to_decimal(reference, PRICE_DECIMALS),
     )
     own, multiplier = rules.limits.of(request.symbol), market.multiplier
+    free = spendable(book.cash, book.unsettled, multiplier, rules.carry)
     return RiskFacts(
         state=SEVERITY.index(book.state),
         exits_pass=book.exits_pass,
@@ -287,7 +300,7 @@ def facts(
         pending_qty=pending.qty,
         gross_exposure=pending.gross,
         margin_used=pending.margin,
-        buying_power=account.buying_power(book.cash, book.equity, long, short, pending.reserved, multiplier),
+        buying_power=account.buying_power(free, book.equity, long, short, pending.reserved, multiplier),
         order_cost=account.order_cost(sign, shares, position, reference, to_float(request.limit_price)),
         equity=book.equity,
         day_start_equity=book.day_start,
@@ -437,11 +450,13 @@ def end_short(book: RiskBook, client_order_id: str, filled_qty: float) -> None:
         book.working[client_order_id] = ApprovedOrder(order.column, order.side_sign, filled_qty, unrecorded, cost)
 
 # %% ../../nbs/agents/03_risk.ipynb #53d0a168
-def book_fill(rules: BookRules, book: RiskBook, fill: Fill, column: int, fee: Decimal) -> None:
-    """Move position, cash and what remains of an order. fee: its commission, USD."""
+def book_fill(rules: BookRules, book: RiskBook, fill: Fill, column: int, fee: Decimal, multiplier: float = 2.0) -> None:
+    """Move position, cash and what remains of an order. fee: its commission, USD. multiplier: the account's."""
     book.qty[column] = round_qty(book.qty[column] + to_float(fill.signed_qty))
+    flow = flow_of(fill, fee)
+    book.unsettled += unsettled_flow(flow, multiplier)
     if not rules.is_account:
-        book.cash = cash_after(book.cash, fill, fee)
+        book.cash = round_to(book.cash + flow, CASH_DECIMALS)
     for orders in _orders(book):
         order = orders.get(fill.client_order_id)
         if order is not None:
@@ -514,7 +529,8 @@ def on_fill(rules: RiskRules, state: RiskState, fill: Fill) -> None:
     if column >= rules.traded:
         state.market.mark[column] = to_float(fill.price)
     for owner in owners_of(fill.strategy):
-        book_fill(rules.books[owner], state.books[owner], fill, column, rules.commission(fill))
+        fee, multiplier = rules.commission(fill), state.market.multiplier
+        book_fill(rules.books[owner], state.books[owner], fill, column, fee, multiplier)
 
 
 def on_account(state: RiskState, report: AccountReported) -> None:
@@ -534,7 +550,7 @@ def value(book: RiskBook, market: Market, *, is_new_day: bool) -> None:
 
 # %% ../../nbs/agents/03_risk.ipynb #3c0e6a12
 def on_action(rules: RiskRules, state: RiskState, action: CorporateAction) -> None:
-    """Split what every owner holds, or pay it out, and carry the mark over."""
+    """Split what every owner holds, pay it a dividend, or pay it out, and carry the mark over."""
     column, mark = state.columns[action.symbol], state.market.mark
     mark[column] = action.close(float(mark[column]))
     for owner, book in state.books.items():
@@ -542,16 +558,27 @@ def on_action(rules: RiskRules, state: RiskState, action: CorporateAction) -> No
 
 
 def change_shares(rules: BookRules, book: RiskBook, action: CorporateAction, column: int, price: float) -> None:
-    """Split what one owner holds, or pay it out. price: USD a share after it."""
+    """Split what one owner holds, pay it a dividend, or pay it out. price: USD a share after it."""
     held = float(book.qty[column])
     if action.kind == "split":
         book.qty[column], _, paid = split_position(held, 0.0, action.ratio, price)
+    elif action.kind == "dividend":
+        paid = dividend_cash(held, action.paid)
     else:
         book.qty[column], paid = 0.0, folding.cash_flow(-held, action.paid, 0.0)
     if not rules.is_account:
         book.cash = round_to(book.cash + paid, CASH_DECIMALS)
 
 # %% ../../nbs/agents/03_risk.ipynb #81c59c21
+def end_session(rules: BookRules, book: RiskBook, market: Market, nights: int) -> None:
+    """Charge a capital of its own for what it holds over so many days, and let the session's trades settle."""
+    if not rules.is_account:
+        interest = margin_interest(book.cash, book.unsettled, float(nights), rules.carry)
+        fee = borrow_fee(book.qty, market.mark, float(nights), rules.carry)
+        book.cash = round_to(book.cash - interest - fee, CASH_DECIMALS)
+    book.unsettled = 0.0
+
+
 def on_bars(rules: RiskRules, state: RiskState, closed: BarsClosed) -> Steps[None]:
     """Take the closes of a bar, and tighten the trading state of who has lost too much."""
     day = closed.closed_at.astimezone(NEW_YORK).date()
@@ -563,6 +590,8 @@ def on_bars(rules: RiskRules, state: RiskState, closed: BarsClosed) -> Steps[Non
     for action in closed.actions:
         on_action(rules, state, action)
     for owner, book in state.books.items():
+        if closed.nights:
+            end_session(rules.books[owner], book, state.market, closed.nights)
         value(book, state.market, is_new_day=is_new_day)
         if not math.isnan(book.equity):
             becomes, reason = breach(rules.books[owner], book)
@@ -585,9 +614,19 @@ def observe_order(state: RiskState, client_order_id: str, order: Order) -> None:
             end_short(book, client_order_id, to_float(order.filled_qty))
 
 
+def observe_move(state: RiskState, client_order_id: str, order: Order) -> None:
+    """Take in the price to which an open order was moved."""
+    for book in state.books.values():
+        known = book.open.get(client_order_id)
+        if known is not None:
+            book.open[client_order_id] = open_order(order, known.column, known.remaining)
+
+
 def on_acknowledgement(state: RiskState, acknowledged: OrderAcknowledged) -> None:
     """Take in the broker's answer."""
     observe_order(state, acknowledged.client_order_id, acknowledged.order)
+    if acknowledged.order.replaces is not None:
+        observe_move(state, acknowledged.client_order_id, acknowledged.order)
     if acknowledged.settled:
         end_everywhere(state, acknowledged.client_order_id)
 
@@ -629,7 +668,8 @@ class RiskAgent(Agent):
     """Decides on every proposed order.
 
     limits: the account's bounds. history: the bars before the session's first, for the last closes. shares: the limits
-    and the capital (USD) of each of several strategies. commission: what a fill costs, as far as it is foreseen, USD.
+    and the capital (USD) of each of several strategies. commission, carry: what a fill and what holding costs, as far as
+    it is foreseen.
     """
 
     name = "risk"
@@ -645,10 +685,11 @@ class RiskAgent(Agent):
         history: Bars,
         shares: Mapping[str, tuple[Limits, Decimal]] = MappingProxyType({}),
         commission: Commission = no_commission,
+        carry: Carry = NO_CARRY,
     ) -> None:
         super().__init__(bus, clock)
-        own = {label: BookRules(bounds, is_account=False) for label, (bounds, _) in shares.items()}
-        books = {"": BookRules(limits, is_sum=bool(shares))} | own
+        own = {label: BookRules(bounds, is_account=False, carry=carry) for label, (bounds, _) in shares.items()}
+        books = {"": BookRules(limits, is_sum=bool(shares), carry=carry)} | own
         self.rules = RiskRules(books, len(history.symbols), commission)
         self.state = new_state(self.rules, history, {label: float(stake) for label, (_, stake) in shares.items()})
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OrderState', 'REPAIR', 'RANK', 'FAMILIES', 'LocalState', 'next_state', 'OrderTrack', 'is_unresolved', 'known_as',
-           'root_of', 'carried_qty', 'unrecorded_qty', 'mark_behind', 'is_settled', 'observe_record', 'leg_of',
-           'enter_successor', 'admit_fill', 'missing_fill', 'OrderIndex', 'link_family', 'has_life', 'WorkingOrders',
-           'IncomingOrders', 'OrderBook']
+           'leg_purpose', 'root_of', 'entry_of', 'carried_qty', 'unrecorded_qty', 'mark_behind', 'is_settled',
+           'observe_record', 'leg_of', 'enter_successor', 'admit_fill', 'missing_fill', 'own_legs', 'OrderIndex',
+           'link_family', 'has_life', 'WorkingOrders', 'IncomingOrders', 'OrderBook']
 
 # %% ../../nbs/agents/04_tracking.ipynb #3f3af5ac
 from collections import defaultdict
@@ -20,7 +20,7 @@ from typing import Annotated
 from pydantic import Field, PlainSerializer, TypeAdapter
 
 from ..rules.numbers import AVERAGE_PRICE_DECIMALS
-from ..trading.orders import TERMINAL, Order, OrderRequest, OrderSide, OrderStatus, Purpose
+from ..trading.orders import TERMINAL, Order, OrderClass, OrderRequest, OrderSide, OrderStatus, Purpose
 
 # %% ../../nbs/agents/04_tracking.ipynb #afc95503
 class LocalState(StrEnum):
@@ -93,6 +93,7 @@ class OrderTrack:
     successor: "OrderTrack | None" = field(default=None, repr=False)
     carries: bool = True  # whether the broker's cumulative figures go on from the predecessor's
     parent: Annotated["OrderTrack | None", Field(exclude=True)] = field(default=None, repr=False)  # of a leg
+    brings_legs: bool = False  # it was asked for with legs, which the broker names
 
     @property
     def is_open(self) -> bool:
@@ -126,10 +127,21 @@ def known_as(track: OrderTrack) -> str:
     return track.client_order_id if track.predecessor is None else known_as(track.predecessor)
 
 # %% ../../nbs/agents/04_tracking.ipynb #288521e1
+def leg_purpose(track: OrderTrack) -> Purpose:
+    """Return what the legs of an order of ours are for: the exits of an entry, or the other half of an exit."""
+    return track.purpose if track.external else "exit"
+
+
 def root_of(track: OrderTrack) -> OrderTrack:
     """Return the order that one belongs to: itself, unless it is a leg or has replaced another."""
     above = track.predecessor or track.parent
     return track if above is None else root_of(above)
+
+
+def entry_of(track: OrderTrack) -> str:
+    """Return the client order id of the entry whose exit an order is, in a bracket; "" for any other order."""
+    root = root_of(track)
+    return root.client_order_id if track.purpose != root.purpose else ""
 
 # %% ../../nbs/agents/04_tracking.ipynb #7e4639e5
 def carried_qty(track: OrderTrack) -> Decimal:
@@ -182,13 +194,15 @@ def observe_record(track: OrderTrack, order: Order, now: datetime) -> None:
 # %% ../../nbs/agents/04_tracking.ipynb #2a712184
 def leg_of(track: OrderTrack, order: Order) -> OrderTrack:
     """Return the leg that a record is about, entered where it is new."""
-    known = {member.order_id: member for member in track.family()}
+    known = {
+        member.order_id: member for member in root_of(track).family()
+    }  # a broker may show a pair of legs as nested
     if order.id in known:
         return known[order.id]
     if order.replaces in known:
         return enter_successor(known[order.replaces], order)
     leg = _related(track, order)
-    leg.external, leg.parent = track.external, track
+    leg.external, leg.parent, leg.purpose = track.external, track, leg_purpose(track)
     track.legs.append(leg)
     return leg
 
@@ -253,6 +267,12 @@ def missing_fill(track: OrderTrack, order: Order) -> tuple[Decimal, Decimal] | N
 FAMILIES: TypeAdapter[list[OrderTrack]] = TypeAdapter(list[OrderTrack])  # each with its legs and successors
 
 
+def own_legs(track: OrderTrack) -> Iterator[tuple[str, OrderTrack]]:
+    """Yield the legs of an order of ours, each by its client order id, and what has replaced them."""
+    if not track.external:
+        yield from ((member.client_order_id, member) for leg in track.legs for member in leg.family())
+
+
 class OrderIndex:
     """Orders by client order id and by the broker's id."""
 
@@ -260,6 +280,7 @@ class OrderIndex:
         self.ours: dict[str, OrderTrack] = {}  # by client order id
         self.adopted: dict[str, OrderTrack] = {}  # somebody else's, by the broker's id
         self.by_id: dict[str, OrderTrack] = {}  # all, legs and successors too, by the broker's id
+        self.legs: dict[str, OrderTrack] = {}  # of ours, by client order id
         self.touched: dict[OrderTrack, None] = {}  # since `changed` was asked last
 
     def __len__(self) -> int:
@@ -269,8 +290,8 @@ class OrderIndex:
         return client_order_id in self.ours
 
     def get(self, client_order_id: str) -> OrderTrack | None:
-        """Return the order under one of our ids."""
-        track = self.ours.get(client_order_id)
+        """Return the order, or the leg of one, under one of our ids."""
+        track = self.ours.get(client_order_id) or self.legs.get(client_order_id)
         return None if track is None else self.touch(track)
 
     def find(self, order: Order) -> OrderTrack | None:
@@ -341,6 +362,10 @@ class WorkingOrders(OrderIndex):
         alive = [self.touch(track) for key in tuple(self.alive) for track in self.working_in(*key)]
         return sorted(alive, key=lambda track: track.number)
 
+    def without_legs(self, symbol: str) -> list[OrderTrack]:
+        """Return orders of ours in a symbol whose legs are not known, in the order of planning."""
+        return [track for track in self.working() if track.symbol == symbol and track.brings_legs and not track.legs]
+
     def externals(self) -> list[OrderTrack]:
         """Return orders of others that may still fill."""
         return [self.touch(track) for track in self.adopted.values() if track.is_open]
@@ -385,6 +410,7 @@ class IncomingOrders(WorkingOrders):
             correlation_id,
             strategy=request.strategy,
             number=len(self.ours),
+            brings_legs=request.order_class is not OrderClass.SIMPLE,
         )
         self.ours[track.client_order_id] = track
         self.enter(track)
@@ -418,17 +444,18 @@ class IncomingOrders(WorkingOrders):
         """Take in a record about an order and remember the ids that it brings."""
         for leg in order.legs:
             early = self.by_id.get(leg.id)
-            if early is not None and early not in track.family():
+            if early is not None and early not in root_of(track).family():
                 self._join(track, early, leg.id)
         observe_record(track, order, now)
         self.by_id.update((member.order_id, member) for member in track.family() if member.order_id is not None)
-        ours = self.ours.get(known_as(track))
+        self.legs.update(own_legs(track))
+        ours = self.ours.get(root_of(track).client_order_id)
         if ours is not None:
             self.enter(ours)
 
     def _join(self, track: OrderTrack, early: OrderTrack, order_id: str) -> None:
         """Make a leg of what was adopted before its order was known."""
-        early.purpose, early.strategy, early.external = track.purpose, track.strategy, track.external
+        early.purpose, early.strategy, early.external = leg_purpose(track), track.strategy, track.external
         self.adopted.pop(order_id, None)
         track.legs.append(early)
         early.parent = track
@@ -445,6 +472,7 @@ class OrderBook(IncomingOrders):
             else:
                 self.ours[root.client_order_id] = root
             link_family(root, self.by_id)
+            self.legs.update(own_legs(root))
         self.adopted = {key: track for key, track in self.adopted.items() if self.by_id[key] is track}
         self.alive.clear()
         for track in self.ours.values():

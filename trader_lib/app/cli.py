@@ -28,8 +28,11 @@ from rich.console import Console
 from .. import __version__
 from .agents import agent
 from .check import check
+from .course import course
 from .data import data
+from .evidence import explain, parity
 from .journal import journal, replay
+from .new import new
 from .notify import announce_death, notify, summary
 from trader_lib.app.options import (
     WHAT,
@@ -90,7 +93,11 @@ app.command(schedule)
 app.command(agent)
 app.command(data)
 app.command(check)
+app.command(course)
+app.command(new)
 app.command(replay)
+app.command(explain)
+app.command(parity)
 app.command(notify)
 app.command(summary)
 app.command(watch)
@@ -840,6 +847,7 @@ def strategies(*, json: Json = False) -> int:
     Example: trader strategies --json
     """
     from trader_lib.app.console import print_json, print_table
+    from trader_lib.strategy.events import EventStrategy
     from trader_lib.strategy.registry import load_strategy, strategy_names
 
     kinds = [load_strategy(name) for name in strategy_names()]
@@ -847,6 +855,7 @@ def strategies(*, json: Json = False) -> int:
         {
             "name": kind.name,
             "told": (kind.__doc__ or "").strip().partition("\n")[0],
+            "decides": "step by step" if issubclass(kind, EventStrategy) else "by weights",
             "parameters": {
                 name: field.get_default(call_default_factory=True) for name, field in kind.model_fields.items()
             },
@@ -859,8 +868,8 @@ def strategies(*, json: Json = False) -> int:
         from trader_lib.research.report import figure_text
 
         print_table(
-            ("Strategy", "What it does", "Parameters"),
-            [(row["name"], row["told"], figure_text("params", row["parameters"])) for row in rows],
+            ("Strategy", "What it does", "Decides", "Parameters"),
+            [(row["name"], row["told"], row["decides"], figure_text("params", row["parameters"])) for row in rows],
         )
     return 0
 

@@ -91,6 +91,9 @@ class CostOptions:
     slippage_bps: Annotated[float | None, _told(Costs, "slippage_bps", ACCOUNT)] = None
     volume_share: Annotated[float | None, _told(Costs, "volume_share", ACCOUNT)] = None
     delisting_recovery: Annotated[float | None, _told(Costs, "delisting_recovery", ACCOUNT)] = None
+    margin_rate: Annotated[float | None, _told(Costs, "margin_rate", ACCOUNT)] = None
+    borrow_rate: Annotated[float | None, _told(Costs, "borrow_rate", ACCOUNT)] = None
+    settlement_days: Annotated[int | None, _told(Costs, "settlement_days", ACCOUNT)] = None
 
 # %% ../../nbs/app/01_options.ipynb #f30f4d82
 @Parameter(name="*")

@@ -99,13 +99,18 @@ class SweepOptions:
         Literal["auto", "cpu", "cuda"] | None,
         Parameter(group=SWEEP, help="Processor, graphics card, or a card where it is worth it. [auto]"),
     ] = None
+    cluster: Annotated[
+        str | None,
+        Parameter(group=SWEEP, help="tcp://host:port of a Dask scheduler, or a number of workers of its own."),
+    ] = None
     combinations_max: Annotated[int | None, Parameter(group=SWEEP, help="A larger grid is refused. [1000000]")] = None
 
 
 def sweep_parameters(options: SweepOptions | None) -> dict[str, object]:
     """The options that were given, by the names of `SweepParameters`."""
     chosen = options or SweepOptions()
-    named = {name: getattr(chosen, name) for name in ("by", "workers", "memory_mb", "device", "combinations_max")}
+    names = ("by", "workers", "memory_mb", "device", "cluster", "combinations_max")
+    named = {name: getattr(chosen, name) for name in names}
     return {"grid": read_grid(chosen.grid), **{name: value for name, value in named.items() if value is not None}}
 
 # %% ../../nbs/app/18_research.ipynb #734f7faa
@@ -127,6 +132,7 @@ def check_research(asked: "RunParameters", settings: "Settings", resume: "RunFol
     asked.check(settings)
     if isinstance(asked, SweepParameters):
         asked.check_device()
+        asked.check_cluster()
     if isinstance(asked, WalkForwardParameters) and asked.source != "alpaca":
         asked.folds(asked.load_bars(settings))
     if isinstance(asked, SearchParameters):
@@ -182,7 +188,13 @@ def run_research(
     return 0
 
 # %% ../../nbs/app/18_research.ipynb #41fa16d4
-def resume_research(kind: Research, which: str, how: HowOptions | None, trust: bool | str) -> int:
+def resume_research(
+    kind: Research,
+    which: str,
+    how: HowOptions | None,
+    trust: bool | str,
+    anew: Mapping[str, object] | None = None,  # parameters that change no row, such as where it runs
+) -> int:
     """Find a sweep or a search that ended early, and do the rest in its folder."""
     from trader_lib.config.settings import load_settings
     from trader_lib.runs.store import RunStore
@@ -201,7 +213,7 @@ def resume_research(kind: Research, which: str, how: HowOptions | None, trust: b
         raise Misused(f"{run.name} has every {'row' if kind == 'sweep' else 'trial'} already: {run.report} shows them.")
     profile = chosen.profile or cast("Literal['research', 'paper', 'live'] | None", given.get("profile"))
     named = read_trust(trust, (*strange_folders(run.params), store.path))
-    return run_research(kind, given, replace(chosen, profile=profile), resume=run, trust=named)
+    return run_research(kind, {**given, **(anew or {})}, replace(chosen, profile=profile), resume=run, trust=named)
 
 # %% ../../nbs/app/18_research.ipynb #0b48bd2a
 @Parameter(name="*")
@@ -263,8 +275,8 @@ def sweep(
 ) -> int:
     r"""Run a strategy with every combination of some parameters, each on the terms of a backtest, and leave a report.
 
-    Ctrl-C keeps the rows that are done, and so does `kill -9`; --resume RUN does the rest. The rows lie in the run's folder
-    as sweep/sweep.parquet.
+    Ctrl-C keeps the rows that are done, and so does `kill -9`; --resume RUN does the rest, where --cluster says (none: here).
+    The rows lie in the run's folder as sweep/sweep.parquet.
 
     Example: trader sweep --grid fast=5:40:5 --grid slow=20:200:20 \
         --symbols AAPL,IBM,MSFT --start 2005-01-03 --end 2012-12-31
@@ -273,8 +285,9 @@ def sweep(
     if resume is None:
         ensure_no_trust("sweep", trust)
         return run_research("sweep", {**given, **sweep_parameters(options)}, how)
-    ensure_nothing_else("sweep", "grid", given, options not in (None, SweepOptions()))
-    return resume_research("sweep", resume, how, trust)
+    where = None if options is None else options.cluster
+    ensure_nothing_else("sweep", "grid", given, options not in (None, SweepOptions(cluster=where)))
+    return resume_research("sweep", resume, how, trust, {} if where is None else {"cluster": where, "workers": None})
 
 
 def walkforward(

@@ -57,6 +57,8 @@ def made_again(run: "RunFolder", asked: "RunParameters", settings: "Settings") -
     from trader_lib.runs.sweeps import SweepParameters, WalkForwardParameters, run_sweep, run_walk_forward
 
     bars = asked.load_bars(settings)
+    if isinstance(asked, SweepParameters):
+        asked = asked.model_copy(update={"cluster": None})  # the rows are there, and the folds the same here
     if isinstance(asked, WalkForwardParameters):
         return run_walk_forward(asked, bars, trials=False, shown=False)
     if isinstance(asked, SweepParameters):

@@ -23,6 +23,7 @@ from alpaca.trading.models import Order as AlpacaOrder
 from alpaca.trading.models import TradeUpdate
 from alpaca.trading.requests import GetOrderByIdRequest, GetOrdersRequest
 from alpaca.trading.requests import OrderRequest as AlpacaOrderRequest
+from alpaca.trading.requests import ReplaceOrderRequest as AlpacaReplaceRequest
 
 from .connection import AlpacaAccess
 from .inbox import Inbox
@@ -39,6 +40,7 @@ from trader_lib.broker.translation import (
     bar_arrived,
     order_to_alpaca,
     position_from_alpaca,
+    replacement_to_alpaca,
     trade_updated,
 )
 from ..clock.clock import Clock, WallClock
@@ -54,7 +56,7 @@ from ..resilience.rate_limit import RateLimiter
 from ..telemetry.log import get_logger
 from ..telemetry.tracing import carried
 from ..trading.events import AccountReported
-from ..trading.orders import Order, OrderRequest
+from ..trading.orders import Order, OrderClass, OrderRequest, ReplaceRequest
 from ..trading.portfolio import Position
 
 T = TypeVar("T")
@@ -278,11 +280,14 @@ class AlpacaBroker:
         return tuple(Order.from_alpaca(order) for order in await self._read(self._client.get_orders, asked))
 
     async def order_by_client_id(self, client_order_id: str) -> Order | None:
-        """The order of that client_order_id, or None where Alpaca has none."""
+        """The order of that client_order_id, legs included, or None where Alpaca has none."""
         try:
-            return Order.from_alpaca(await self._read(self._client.get_order_by_client_id, client_order_id))
+            order = Order.from_alpaca(await self._read(self._client.get_order_by_client_id, client_order_id))
         except NotFound:
             return None
+        if order.order_class is OrderClass.SIMPLE or order.legs:
+            return order
+        return await self.order(order.id)  # by its own id, Alpaca can be asked for the legs, too
 
     async def order(self, order_id: str) -> Order | None:
         """The order of that id, legs included, or None where Alpaca has none."""
@@ -319,6 +324,23 @@ class AlpacaBroker:
             await self.guards.cancels.call(lambda: self._call(self._client.cancel_order_by_id, order_id))
         finally:
             self.cache.invalidate("account", "positions")
+
+    async def replace(self, order_id: str, request: ReplaceRequest) -> Order:
+        """Ask for another order in the place of an open one, once; raises as `submit`, and NotFound."""
+        await self._ensure_account()
+        sent = replacement_to_alpaca(request)
+        try:
+            order: Order = await self.guards.orders.call(
+                lambda: self._call(self._replace, order_id, sent, order_post=True), urgent=True
+            )
+            return order
+        finally:
+            self.cache.invalidate("account", "positions")
+
+    def _replace(self, order_id: str, request: AlpacaReplaceRequest) -> Order:
+        order = self._client.replace_order_by_id(order_id, request)
+        assert isinstance(order, AlpacaOrder)
+        return Order.from_alpaca(order)
 
     async def market_clock(self) -> MarketClock:
         """Alpaca's own clock, carried on by ours until it is read anew: after a while, or when the market opens or closes."""

@@ -21,7 +21,7 @@ from ..clock.clock import Clock
 from ..errors.taxonomy import OutcomeUnknown, RateLimited, Rejected, Retryable, TraderError
 from ..market.bars import Bars
 from ..trading.events import AccountReported, TradeUpdated
-from ..trading.orders import Order, OrderRequest
+from ..trading.orders import Order, OrderRequest, ReplaceRequest
 from ..trading.portfolio import Position
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ class Faults:
 
     submit_lost: the order never arrives. submit_late: it arrives after its sender has given up. answer_lost: it arrives,
     its answer does not. submit_limited: refused with a wish to wait. submit_slow: the answer takes its time.
-    cancel_lost, cancel_answer_lost: likewise of a cancel. read_fails: a question gets no answer. update_lost,
+    cancel_lost, cancel_answer_lost, replace_lost, replace_answer_lost: likewise of a cancel or a replacement. read_fails: a question gets no answer. update_lost,
     update_late, update_doubled: of a trade update; what is late is overtaken. mute: at a trade update the stream falls
     silent, and what it would have said is lost. read_slow: an answer comes late, and tells what was true when it was
     asked for. bar_lost: a symbol's bar never comes. bars_mute: at a bar, the stream of bars falls silent. late_s, mute_s,
@@ -48,6 +48,8 @@ class Faults:
     submit_slow: float = 0.0
     cancel_lost: float = 0.0
     cancel_answer_lost: float = 0.0
+    replace_lost: float = 0.0
+    replace_answer_lost: float = 0.0
     read_fails: float = 0.0
     update_lost: float = 0.0
     update_late: float = 0.0
@@ -223,6 +225,15 @@ class FaultyBroker:
         await self._broker.cancel(order_id)
         if self._strikes("cancel_answer_lost", self.faults.cancel_answer_lost):
             raise OutcomeUnknown("The answer was lost. Look the order up.")
+
+    async def replace(self, order_id: str, request: ReplaceRequest) -> Order:
+        """Ask for another order in the place of an open one; raises NotFound, Rejected or OutcomeUnknown."""
+        if self._strikes("replace_lost", self.faults.replace_lost):
+            raise OutcomeUnknown("The connection broke. Look the order up by its client_order_id.")
+        order = await self._broker.replace(order_id, request)
+        if self._strikes("replace_answer_lost", self.faults.replace_answer_lost):
+            raise OutcomeUnknown("The answer was lost. Look the order up by its client_order_id.")
+        return order
 
     async def _submit_late(self, request: OrderRequest, seconds: float) -> None:
         await self._clock.sleep(seconds)

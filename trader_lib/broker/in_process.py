@@ -25,7 +25,7 @@ from ..exchange.refusals import asset_not_found, refusal_body, refusal_status
 from ..market.bars import Bars, BarValues
 from ..market.stamps import from_ns, midnight_ns
 from ..trading.events import AccountReported, BarRow, TradeUpdated
-from ..trading.orders import Order, OrderRequest
+from ..trading.orders import Order, OrderRequest, ReplaceRequest
 from ..trading.portfolio import Position
 
 
@@ -139,6 +139,12 @@ class InProcessBroker:
         """End an order; raises NotFound, or Rejected where it has ended."""
         self._require_connection()
         self._asked(lambda: self._exchange.cancel(order_id))
+
+    async def replace(self, order_id: str, request: ReplaceRequest) -> Order:
+        """Put another order in the place of an open one; raises NotFound, Rejected or OutcomeUnknown, as `submit`."""
+        self._require_connection()
+        changes = {**request.changes(), "client_order_id": request.client_order_id}
+        return self._asked(lambda: self._exchange.replace(order_id, changes), order_post=True)
 
     async def market_clock(self) -> MarketClock:
         """The exchange's own time."""

@@ -16,7 +16,7 @@ from ..exchange.book import Counts, Step
 from ..market.bars import Bars
 from ..trading.capability import Asset
 from ..trading.events import AccountReported
-from ..trading.orders import Order, OrderRequest
+from ..trading.orders import Order, OrderRequest, ReplaceRequest
 from ..trading.portfolio import Position
 
 OrderFilter = Literal["open", "closed", "all"]
@@ -96,6 +96,10 @@ class Broker(Protocol):
 
     async def cancel(self, order_id: str) -> None:
         """Ask for the end of an order; raises NotFound, or Rejected where it has ended."""
+        ...
+
+    async def replace(self, order_id: str, request: ReplaceRequest) -> Order:
+        """Ask for another order in the place of an open one, once; raises NotFound, Rejected or OutcomeUnknown."""
         ...
 
     async def market_clock(self) -> MarketClock:

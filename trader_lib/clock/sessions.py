@@ -311,6 +311,15 @@ class SessionNumbers(Sessions):
         """Return the date of the session that each bar stamped index_ns [time] belongs to; raise as `session_numbers`."""
         return self._days[self.session_numbers(index_ns)]
 
+    def first_opens(self, midnights_ns: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the open of the first session dated at or after each midnight in New York, ns UTC [time]."""
+        opens = self.schedule.opens
+        return opens[np.minimum(np.searchsorted(self.schedule.stamps, midnights_ns), len(opens) - 1)]
+
+    def last_closes(self, midnights_ns: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the close of the last session dated before each midnight in New York, ns UTC [time]."""
+        return self.schedule.closes[np.maximum(np.searchsorted(self.schedule.stamps, midnights_ns) - 1, 0)]
+
     def _checked(self, index_ns: NDArray[np.int64], timeframe: str) -> NDArray[np.int64]:
         _seconds(timeframe)
         numbers = self.session_numbers(index_ns)
@@ -357,6 +366,16 @@ class TradingCalendar(SessionNumbers):
         At its close, orders for the day expire. For the last bar of all, the session's close decides.
         """
         return self.bar_hours(index_ns, timeframe).expires
+
+    def nights_after(self, index_ns: NDArray[np.int64], timeframe: str) -> NDArray[np.float64]:
+        """Return for each bar stamped index_ns [time] the calendar days to the next session, at a session's last bar; else 0.
+
+        The next session is that of the next bar; after the last bar of all, the calendar's.
+        """
+        numbers = self._checked(index_ns, timeframe)
+        following = np.append(numbers[1:], np.minimum(numbers[-1:] + 1, len(self._dates) - 1))
+        nights = (self._days[following] - self._days[numbers]).astype(np.float64)
+        return np.where(without_later(self.schedule, index_ns, timeframe, numbers), nights, 0.0)
 
     def bar_hours(self, index_ns: NDArray[np.int64], timeframe: str) -> BarHours:
         """Return the four answers above together, for bars stamped index_ns [time], at the cost of one."""

@@ -172,6 +172,11 @@ class ExchangeSettings(Section):
     slippage_bps: NotNegative = Field(0.0, description="basis points against market and stop orders")
     volume_share: float = Field(0.1, ge=0, le=1, description="share of a bar's volume that may fill; 0: unlimited")
     delisting_recovery: float = Field(1.0, ge=0, le=1, description="share of its last price that a delisted stock pays")
+    margin_rate: float = Field(0.0, ge=0, le=1, description="interest on borrowed cash, a fraction a year: 0.0625")
+    borrow_rate: float = Field(0.0, ge=0, le=10, description="fee for what is held short, a fraction of it a year")
+    settlement_days: int = Field(
+        0, ge=0, le=1, description="sessions until a cash account may use the proceeds of a sale"
+    )
 
     @field_validator("multiplier")
     @classmethod

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
+    from trader_lib.rules.carry import Carry
     from trader_lib.rules.matching import CostRates
 
 
 class Costs(BaseModel):
-    """Commission, slippage, the share of a bar's volume that may fill, and what a delisting leaves.
+    """Commission, slippage, the share of a bar's volume that may fill, what a delisting leaves, and what holding costs.
 
     Raises ValidationError out of range.
     """
@@ -34,6 +35,27 @@ class Costs(BaseModel):
         description="fraction of the last price that a delisted share is paid with",
         exclude_if=lambda fraction: fraction == 1.0,
     )
+    margin_rate: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="interest on borrowed cash, a fraction a year",
+        exclude_if=lambda rate: rate == 0.0,
+    )
+    borrow_rate: float = Field(
+        default=0.0,
+        ge=0,
+        le=10,
+        description="fee for what is held short, a fraction of its value a year",
+        exclude_if=lambda rate: rate == 0.0,
+    )
+    settlement_days: int = Field(
+        default=0,
+        ge=0,
+        le=1,
+        description="sessions until a cash account may use the proceeds of a sale",
+        exclude_if=lambda days: days == 0,
+    )
 
     @classmethod
     def none(cls) -> Self:
@@ -51,3 +73,14 @@ class Costs(BaseModel):
             slippage_bps=self.slippage_bps,
             volume_share=self.volume_share,
         )
+
+    @property
+    def is_charged(self) -> bool:
+        """Whether the end of a session means something: a charge, or cash that becomes free."""
+        return bool(self.margin_rate or self.borrow_rate or self.settlement_days)
+
+    def carry(self) -> "Carry":
+        """What holding costs, as the compiled rules take it."""
+        from trader_lib.rules.carry import Carry
+
+        return Carry(self.margin_rate, self.borrow_rate, self.settlement_days > 0)

@@ -165,6 +165,7 @@ class Desk:
         self._base = exchange.equity
         self._watchlists = Watchlists(exchange.symbols, ids)
         exchange.on_order_event(self._records.on_order_event)
+        exchange.on_booking(self._records.on_booking)
         exchange.on_bars(lambda at, rows: self._records.on_close(exchange.now, exchange.equity))
 
     def operations(self) -> list[Operation]:
@@ -267,7 +268,7 @@ class Desk:
             page_size=requests.parse_limit(asked.get("page_size"), ACTIVITY_PAGE_MAX, ACTIVITY_PAGE_MAX),
             page_token=asked.get("page_token"),
         )
-        return 200, activities(self._records.fills, query)
+        return 200, activities(self._records, query)
 
     async def announcements(self, request: Request) -> Answer:
         """GET /v2/corporate_actions/announcements"""

@@ -25,15 +25,14 @@ from ..clock.ids import Ids
 from ..errors.taxonomy import Misused, Rejected
 from . import messages, refusals, requests
 from .desk import Answer, Desk, Operation, json_body, settled_days
-from .book import Terms
 from .engine import Exchange
 from .faults import Faults, parse_rules
 from .listing import listed_orders, order_query
-from .placing import base_price_refusal, parse_client_order
+from .placing import parse_client_order
 from .quota import Quota, quota_headers, spend
 from .streams import Keys
 from ..resilience.http_server import trust_caller
-from ..trading.orders import SIDE_SIGN, Order, OrderSide, OrderType
+from ..trading.orders import Order, OrderSide, OrderType
 
 CALENDAR_BEGIN = date(1990, 1, 2)  # nothing is known before
 
@@ -192,17 +191,13 @@ class Endpoints:
     async def submit(self, request: Request) -> Answer:
         """POST /v2/orders"""
         exchange, body = self._exchange, await json_body(request)
-        terms: Terms | None = None
+        intent: str | None = None
         if exchange.continuous:
-            order, terms = parse_client_order(body, self._ids, exchange.now)
+            order, intent = parse_client_order(body, self._ids)
         else:
             order = requests.parse_order(body, self._ids)
         self._desk.check(order)
-        if terms is not None and terms.stop_loss is not None and order.limit_price is None and order.stop_price is None:
-            refusal = base_price_refusal(SIDE_SIGN[order.side], exchange.mark(order.symbol), terms.stop_loss)
-            if refusal:
-                raise refusals.unprocessable(refusal)
-        return 200, self._order_json(exchange.submit(order, terms))
+        return 200, self._order_json(exchange.submit(order, intent))
 
     async def orders(self, request: Request) -> Answer:
         """GET /v2/orders"""
@@ -214,8 +209,11 @@ class Endpoints:
 
     def _order_json(self, order: Order, *, nested: bool = True) -> messages.Json:
         replaced_at = self._exchange.replaced_at(order.id)
-        shown = messages.order_json(order, nested=nested, replaced_at=replaced_at)
-        return shown | messages.terms_json(self._exchange.terms(order.id))
+        shown, intent = (
+            messages.order_json(order, nested=nested, replaced_at=replaced_at),
+            self._exchange.position_intent(order.id),
+        )
+        return shown | ({"position_intent": intent} if intent else {})
 
     async def order(self, request: Request) -> Answer:
         """GET /v2/orders/{order_id}"""

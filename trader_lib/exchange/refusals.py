@@ -130,7 +130,10 @@ def _not_found(reason: str, **fields: object) -> NotFound:
     return error
 
 # %% ../../nbs/exchange/01_refusals.ipynb #feba9490
-UNPROCESSABLE_WORDS = ("sub-penny", "fractional", "decimal places", "not supported", "oco")
+UNPROCESSABLE_WORDS = (
+    *("sub-penny", "fractional", "decimal places", "not supported", "extended hours"),
+    *("oco", "oto", "bracket", "take_profit", "stop_loss", "trail"),
+)
 
 
 def refusal_of(error: ValidationError) -> Rejected:

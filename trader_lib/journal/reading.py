@@ -33,6 +33,8 @@ from trader_lib.trading.events import (
     PortfolioChanged,
     PositionsReported,
     Reconciled,
+    ReplaceIntended,
+    ReplaceProposed,
     RiskDecided,
     SessionEnded,
     SessionStarted,
@@ -41,7 +43,7 @@ from trader_lib.trading.events import (
     TradeUpdated,
     TradingStateChanged,
 )
-from ..trading.orders import Order, OrderRequest, decimal_text
+from ..trading.orders import Order, OrderRequest, ReplaceRequest, decimal_text
 from ..trading.portfolio import Position
 
 # %% ../../nbs/journal/02_reading.ipynb #cb38531d
@@ -101,6 +103,10 @@ def told(payload: Payload) -> str:
             return f"{order_id} ({reason})"
         case CancelIntended(client_order_id=order_id):
             return order_id
+        case ReplaceProposed(client_order_id=order_id, request=change, reason=reason):
+            return f"{order_id} {_change(change)} ({reason})"
+        case ReplaceIntended(client_order_id=order_id, request=change):
+            return f"{order_id} {_change(change)}"
         case AccountReported(cash=cash, equity=equity):
             return f"cash {cash:,.2f}, equity {equity:,.2f}"
         case PositionsReported(positions=positions):
@@ -122,6 +128,11 @@ def told(payload: Payload) -> str:
             worth = "" if equity is None else f"; equity {equity:,.2f}"
             return f"{reason}{worth}{f'. Degraded: {degraded}' if degraded else ''}"
     return payload.to_json().decode()
+
+# %% ../../nbs/journal/02_reading.ipynb #6563ce6e
+def _change(change: ReplaceRequest) -> str:
+    figures = ", ".join(f"{name} {decimal_text(value)}" for name, value in change.changes().items())
+    return f"becomes {change.client_order_id}: {figures}"
 
 
 def _request(request: OrderRequest) -> str:

@@ -38,6 +38,7 @@ from trader_lib.market.actions import (
     run_actions,
 )
 from .stamps import Timeframe, from_ns, midnight_ns, to_date, to_ns
+from .resample import BarLength, LongerBars, longer_bars
 from trader_lib.market.validity import (
     FIELDS,
     BarLike,
@@ -324,7 +325,7 @@ class Bars:
             "dividends": int((self.actions.dividend != 0.0).sum()),
         }
 
-    def run_actions(self, calendar: TradingCalendar, recovery: float = 1.0) -> RunActions:
+    def run_actions(self, calendar: TradingCalendar, recovery: float = 1.0, *, charged: bool = False) -> RunActions:
         """What a run over these bars takes of them; see `actions.run_actions`."""
         return run_actions(
             self.volume,
@@ -335,6 +336,7 @@ class Bars:
             self.actions,
             calendar,
             recovery,
+            charged=charged,
         )
 
     def sel(self, symbols: Iterable[str]) -> Self:
@@ -354,6 +356,31 @@ class Bars:
     def between(self, start: date | str | None = None, end: date | str | None = None, warmup: int = 0) -> "Bars":
         """The bars of start to end, both included, New York dates, after up to `warmup` earlier ones; see `window`."""
         return window(self, start, end, warmup)[0]
+
+    def closed(self, length: str, calendar: TradingCalendar | str = "XNYS") -> LongerBars:
+        """The complete bars of a longer time frame, with what was known of them at each of these bars' closes.
+
+        length: as Alpaca names it, such as 1Hour, 1Day, 1Week or 3Month; see `resample.longer_bars`. Raises Misused where
+        these bars do not divide it.
+        """
+        hours = TradingCalendar(calendar) if isinstance(calendar, str) else calendar
+        return longer_bars(self._block, self.times_ns, self.symbols, self.timeframe, BarLength.parse(length), hours)
+
+    def resample(self, timeframe: Timeframe | str, calendar: TradingCalendar | str = "XNYS") -> Self:
+        """Bars of a longer time frame, complete ones alone, without corporate actions; to run a strategy on.
+
+        Raises Misused where these bars do not divide it, or where splits or dividends are known of them: resample first,
+        then say `with_actions`.
+        """
+        frame = Timeframe.parse(timeframe)
+        if self.actions is not None:
+            raise Misused(
+                "These bars know splits and dividends, which a longer bar cannot place. Say `bars.without_actions()` first, "
+                "and `with_actions` afterwards."
+            )
+        longer = self.closed(frame.value, calendar)
+        origin = replace(self._origin, timeframe=frame, repaired=0)
+        return self._trusted(longer.block, longer.times_ns, self.symbols, origin)
 
     def append(self, at: datetime, rows: Mapping[str, BarLike], *, carry: bool = False) -> Self:
         """These bars and one more row, without corporate actions; this object stays as it is. Amortised constant time.

@@ -29,6 +29,7 @@ from trader_lib.trading.events import (
     OrderIntended,
     PortfolioChanged,
     Reconciled,
+    ReplaceIntended,
     SessionEnded,
     SessionStarted,
     TradingStateChanged,
@@ -164,9 +165,11 @@ def _add_order_event(summary: Summary, event: Event) -> None:
     match event.payload:
         case FillRecorded(fill=fill) if event.source == SESSION:
             summary.openings.add(fill.execution_id)
-        case OrderIntended(request=request):
+        case OrderIntended(request=request) | ReplaceIntended(request=request):
             summary.unanswered.add(request.client_order_id)
-        case OrderAcknowledged(client_order_id=order_id) | OrderFailed(client_order_id=order_id):
+        case OrderAcknowledged(client_order_id=order_id, order=order):
+            summary.unanswered -= {order_id, order.client_order_id}
+        case OrderFailed(client_order_id=order_id):
             summary.unanswered.discard(order_id)
         case OperatorCommand(action="cancel_all", by="session") as command if event.source == SESSION:
             summary.ending, summary.latest["ending"] = command, event

@@ -19,13 +19,21 @@ from ..errors.taxonomy import Misused, did_you_mean
 from ..journal.chain import Journal
 from ..market.bars import Bars
 from .divergence import Divergence, divergence, payload_document
-from .fresh import FreshAgents, session_agents, strategy_agents
+from .fresh import FreshAgents, carry_of, session_agents, strategy_agents
 from ..session.recorded import changed_sources, recorded_strategy
 from ..session.scripted import Published
 from ..session.spec import SessionSpec
 from ..strategy.contract import Strategy
 from ..strategy.trust import Trust
-from ..trading.events import AgentFailed, CancelProposed, Event, OrderProposed, Payload, SessionStarted
+from trader_lib.trading.events import (
+    AgentFailed,
+    CancelProposed,
+    Event,
+    OrderProposed,
+    Payload,
+    ReplaceProposed,
+    SessionStarted,
+)
 from ..trading.portfolio import Commission, no_commission
 
 Strategies = Strategy | Mapping[str, Strategy]
@@ -160,7 +168,7 @@ def decision_subject(payload: Payload) -> tuple[str, ...]:
     match payload:
         case OrderProposed(request=request):
             return payload.type, request.symbol, request.purpose
-        case CancelProposed(client_order_id=order_id):
+        case CancelProposed(client_order_id=order_id) | ReplaceProposed(client_order_id=order_id):
             return payload.type, order_id
     return (payload.type,)
 
@@ -243,8 +251,8 @@ class OtherVersion:
         self.progress.notes += [] if note is None else [note]
         self.published = fresh.bus.published
         own = [one for one in spec.assignments(built) if one.label == self.of]
-        fee = fee_of(spec, started)
-        return [*strategy_agents(fresh, self.progress.session_id, own, history, started.stage, fee)]
+        stage, costs = started.stage, (fee_of(spec, started), carry_of(spec, started.stage))
+        return [*strategy_agents(fresh, self.progress.session_id, own, history, stage, *costs)]
 
     def compare(self, event: Event) -> None:
         """Keep what the strategy that traded had decided."""

@@ -25,6 +25,7 @@ from .many import Ground, Runner, SeriesKey, series_of
 from .measures import MEASURES
 from .streaming import DONE, FAULT, RAW, Course, Lane, finish, lane_rows, streaming
 from ..rules.checks import CHECK_COUNT
+from ..rules.entries import GUARD_COUNT, TERM_COUNT
 from ..rules.exits import NO_EXITS, ExitRates
 from ..rules.numbers import compiled_part
 from ..strategy.contract import Strategy
@@ -97,6 +98,10 @@ def kernel_of(points: Any, symbols: int, state_size: int) -> Callable[..., None]
             cuda.local.array(pairs, int64),
             cuda.local.array(5, int64),
             cuda.local.array(checks, int64),
+            cuda.local.array((n, TERM_COUNT), float64),
+            cuda.local.array(n, float64),
+            cuda.local.array((n, GUARD_COUNT), float64),
+            cuda.local.array(4, float64),
         )
         plan = Plan(
             cuda.local.array(n, float64),
@@ -132,6 +137,8 @@ def kernel_of(points: Any, symbols: int, state_size: int) -> Callable[..., None]
             shared.allow_short,
             shared.multiplier,
             shared.broken,
+            shared.terms,
+            shared.carry,
         )
         course = Course(share.usable[k], share.places[k], share.parameters[k])
         stream(ground, series, course, rules, refusals, lane, share.raw[k])

@@ -85,6 +85,13 @@ ACTIVITY: dict[str, Figure] = {
     "time_in_market": Figure("Activity and costs", "fraction", "Bars at whose close a position was held."),
     "turnover": Figure("Activity and costs", "ratio", "Bought and sold in a year, as a multiple of mean equity."),
     "fees": Figure("Activity and costs", "USD", "Commission; slippage is in the prices of fills."),
+    "interest": Figure(
+        "Activity and costs", "USD", "Interest that was paid on borrowed cash; left out where none was."
+    ),
+    "borrow_fees": Figure("Activity and costs", "USD", "Fees that were paid for shares held short; left out likewise."),
+    "dividends": Figure(
+        "Activity and costs", "USD", "Received on raw prices, less what short positions paid; left out likewise."
+    ),
     "fills": Figure("Activity and costs", "count", "Executions; an order may have several."),
     "orders": Figure("Activity and costs", "count", "Orders that were sent."),
     "refused": Figure("Activity and costs", "count", "Orders that risk refused."),

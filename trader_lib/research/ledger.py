@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['OPEN', 'FILLED', 'CANCELED', 'EXPIRED', 'SIMPLE', 'OCO_LIMIT', 'OCO_STOP', 'LIQUIDATION', 'REFUSALS_KEPT',
-           'ORDER_ROW', 'FILL_ROW', 'REFUSAL_ROW', 'Table', 'WORKING', 'ORDERS', 'FILLS', 'REFUSALS', 'STATE', 'Market',
-           'plain_market', 'capabilities', 'Rules', 'Book', 'Plan', 'Money', 'end_order', 'sweep_ended', 'submit',
+           'ORDER_ROW', 'FILL_ROW', 'REFUSAL_ROW', 'Table', 'LASTS', 'WORKING', 'ORDERS', 'FILLS', 'REFUSALS', 'STATE',
+           'UNSETTLED', 'INTEREST', 'BORROW', 'DIVIDENDS', 'Market', 'plain_market', 'capabilities', 'Rules', 'Book',
+           'Plan', 'Money', 'end_order', 'sweep_ended', 'target_order', 'exit_order', 'is_pair', 'submit',
            'write_liquidation']
 
 # %% ../../nbs/research/00_ledger.ipynb #7179613a
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..rules.carry import NO_CARRY, Carry
 from ..rules.account import buying_power, may_short, order_cost, reserved_cost
 from ..rules.matching import LIMIT, MARKET, STOP, CostRates
 from ..rules.checks import limits_at
@@ -28,6 +30,7 @@ from trader_lib.rules.checks import (
     pending_margin,
     sells_short,
 )
+from ..rules.entries import DAY, GTC, NO_TERMS, EntryTerms
 from ..rules.exits import ExitRates
 from ..rules.sizing import SizingRules
 from ..rules.numbers import AVERAGE_PRICE_DECIMALS, CASH_DECIMALS, compiled_part, round_to
@@ -41,7 +44,7 @@ SIMPLE, OCO_LIMIT, OCO_STOP = 0, 1, 2
 LIQUIDATION = 2  # in the column `exit`, beside 0 for a target and 1 for an exit
 REFUSALS_KEPT = 10_000
 
-_ASKED = [(name, np.int64) for name in ("decided", "symbol", "side", "type", "leg", "exit")] + [
+_ASKED = [(name, np.int64) for name in ("decided", "symbol", "side", "type", "leg", "exit", "lasts")] + [
     (name, np.float64) for name in ("qty", "limit", "stop")
 ]
 ORDER_ROW = np.dtype(
@@ -81,6 +84,8 @@ class Market(NamedTuple):
     ratio: NDArray[np.float64]  # shares after the bar's close for one in it; no rows where it is 1 throughout
     last_row: NDArray[np.int64]  # [symbol] at whose close the symbol is delisted; -1 for none
     paid: NDArray[np.float64]  # [symbol] for a delisted share, USD
+    dividend: NDArray[np.float64]  # USD for a share held after the bar's close; no rows where it is 0 throughout
+    nights: NDArray[np.float64]  # [time] days that are charged for at the bar's close; no rows where none is
 
 
 def plain_market(
@@ -96,24 +101,21 @@ def plain_market(
     rows, n = close.shape
     always, never, none = np.ones(rows, np.bool_), np.zeros(rows, np.bool_), np.empty((0, n))
     ends, paid = np.full(n, -1, np.int64), np.full(n, np.nan)
-    return Market(
-        open_, high, low, close, volume, closed_s, ends_session, always, ends_session, none, never, none, ends, paid
-    )
+    bars = open_, high, low, close, volume
+    return Market(*bars, closed_s, ends_session, always, ends_session, none, never, none, ends, paid, none, np.empty(0))
+
+
+LASTS = (TimeInForce.DAY, TimeInForce.GTC)  # by the code of an order's `lasts`
 
 
 def capabilities() -> NDArray[np.int64]:
-    """Which rule of the table of capabilities each kind of order breaks, 0 for none [type × pair × fractional × short].
-
-    Targets are market orders for the day; limits, stops and pairs are exits, good till canceled.
-    """
-    broken = np.zeros((len(ORDER_TYPE_CODE), 2, 2, 2), np.int64)
+    """Which rule of the table of capabilities each kind of order breaks, 0 for none [type × lasts × pair × fractional × short]."""
+    broken = np.zeros((len(ORDER_TYPE_CODE), len(LASTS), 2, 2, 2), np.int64)
     for kind, code in ORDER_TYPE_CODE.items():
-        lasts = TimeInForce.DAY if code == MARKET else TimeInForce.GTC
-        for pair, fractional, short in np.ndindex(2, 2, 2):
+        for lasts, pair, fractional, short in np.ndindex(len(LASTS), 2, 2, 2):
             form = OrderClass.OCO if pair else OrderClass.SIMPLE
-            broken[code, pair, fractional, short] = capability(
-                Asked(kind, lasts, form, bool(fractional), short=bool(short))
-            )
+            asked = Asked(kind, LASTS[lasts], form, bool(fractional), short=bool(short))
+            broken[code, lasts, pair, fractional, short] = capability(asked)
     return broken
 
 
@@ -128,6 +130,8 @@ class Rules(NamedTuple):
     allow_short: NDArray[np.bool_]  # [symbol]
     multiplier: float
     broken: NDArray[np.int64] = capabilities()  # by each kind of order, as `capabilities` has them
+    terms: NDArray[np.float64] = NO_TERMS  # on which positions are opened [time × symbol × term]; no rows: plain ones
+    carry: Carry = NO_CARRY
 
 
 class Book(NamedTuple):
@@ -145,9 +149,14 @@ class Book(NamedTuple):
     working: NDArray[np.int64]  # rows of all working orders in submission order [2 × symbol]
     counts: NDArray[np.int64]  # [5], indexed by the names below
     refused_by: NDArray[np.int64]  # [check]
+    entry: NDArray[np.float64]  # terms of the last target order [symbol × term]
+    age: NDArray[np.float64]  # bars that it has worked
+    guard: NDArray[np.float64]  # protection that came with the position's entry [symbol × 3]
+    money: NDArray[np.float64]  # [4] USD, indexed by the names below
 
 
 WORKING, ORDERS, FILLS, REFUSALS, STATE = 0, 1, 2, 3, 4
+UNSETTLED, INTEREST, BORROW, DIVIDENDS = 0, 1, 2, 3  # of this session's trades; paid in all; received in all
 
 
 class Plan(NamedTuple):
@@ -245,10 +254,10 @@ def _same(a: float, b: float) -> bool:
 
 @compiled_part
 def _facts(
-    t: int, s: int, order: OrderFacts, money: Money, market: Market, rules: Rules, book: Book, orders: Table
+    t: int, s: int, order: OrderFacts, lasts: int, money: Money, market: Market, rules: Rules, book: Book, orders: Table
 ) -> RiskFacts:
     gross, margin, reserved, pending, wash = money.gross, money.margin, 0.0, 0.0, False
-    pair = order.order_type == LIMIT and not math.isnan(order.stop_price)
+    pair = is_pair(order)
     for k in range(book.counts[WORKING]):
         row = book.working[k]
         other, side, left = orders[row]["symbol"], orders[row]["side"], orders[row]["remaining"]
@@ -272,7 +281,7 @@ def _facts(
         True,
         rules.restricted[s],
         rules.allow_short[s] and may_short(money.equity, rules.multiplier),
-        rules.broken[order.order_type, 1 if pair else 0, fractional, short],
+        rules.broken[order.order_type, lasts, 1 if pair else 0, fractional, short],
         wash,
         age,
         recent,
@@ -291,12 +300,31 @@ def _facts(
 
 # %% ../../nbs/research/00_ledger.ipynb #4e6260bd
 @compiled_part
+def target_order(signed_qty: float, terms: EntryTerms) -> OrderFacts:
+    """An order that brings a position to its target, on its terms. signed_qty: shares."""
+    side = 1 if signed_qty > 0.0 else -1
+    return OrderFacts(side, abs(signed_qty), terms.kind, terms.limit_price, terms.stop_price, False)
+
+
+@compiled_part
+def exit_order(position: float, limit: float, stop: float) -> OrderFacts:
+    """The exit of a position: a limit order, a stop order, or where both prices are given a pair of them."""
+    side = -1 if position > 0.0 else 1
+    return OrderFacts(side, abs(position), STOP if math.isnan(limit) else LIMIT, limit, stop, True)
+
+
+@compiled_part
+def is_pair(order: OrderFacts) -> bool:
+    """Whether an order is a limit with a stop leg, one of which cancels the other."""
+    return order.order_type == LIMIT and not math.isnan(order.stop_price)
+
+
+@compiled_part
 def submit(
     t: int,
     s: int,
-    signed_qty: float,
-    limit: float,
-    stop: float,
+    identity: OrderFacts,
+    lasts: int,
     money: Money,
     market: Market,
     rules: Rules,
@@ -305,25 +333,20 @@ def submit(
     orders: Table,
     refusals: Table,
 ) -> bool:
-    """Check one order and, if it passes, submit it; says whether it passed.
-
-    Targets are market orders: an order with a limit or a stop is an exit.
-    """
-    side = 1 if signed_qty > 0.0 else -1
-    is_oco = not math.isnan(limit) and not math.isnan(stop)
-    is_exit = not math.isnan(limit) or not math.isnan(stop)
-    kind = LIMIT if not math.isnan(limit) else MARKET if math.isnan(stop) else STOP
-    identity = OrderFacts(side, abs(signed_qty), kind, limit, stop, is_exit)
-    facts = _facts(t, s, identity, money, market, rules, book, orders)
-    order = OrderFacts(side, abs(signed_qty), kind, limit, math.nan, is_exit) if is_oco else identity
+    """Check one order and, if it passes, submit it; says whether it passed. lasts: how long it is good, DAY or GTC."""
+    is_oco, is_exit = is_pair(identity), identity.protective
+    facts = _facts(t, s, identity, lasts, money, market, rules, book, orders)
+    order = identity
+    if is_oco:
+        order = OrderFacts(identity.side_sign, identity.qty, LIMIT, identity.limit_price, math.nan, is_exit)
     approved = check_order(order, facts, limits_at(rules.limits, s), plan.passed, plan.observed, plan.bound)
     if not approved:
-        _refuse(t, s, identity, facts, is_oco, is_exit, book, plan, refusals)
+        _refuse(t, s, identity, lasts, facts, book, plan, refusals)
         return False
     row = book.counts[ORDERS]
     legs = 2 if is_oco else 1
     for leg in range(legs):
-        _write_order(t, s, identity, is_oco, leg, is_exit, orders, row + leg)
+        _write_order(t, s, identity, lasts, leg, orders, row + leg)
     orders[row]["cost"] = facts.order_cost
     book.counts[ORDERS] += legs
     book.working[book.counts[WORKING]] = row
@@ -336,13 +359,12 @@ def submit(
 
 
 @compiled_part
-def _write_order(
-    t: int, s: int, order: OrderFacts, is_oco: bool, leg: int, is_exit: bool, table: Table, row: int
-) -> None:
+def _write_order(t: int, s: int, order: OrderFacts, lasts: int, leg: int, table: Table, row: int) -> None:
+    is_oco = is_pair(order)
     table[row]["decided"], table[row]["symbol"], table[row]["side"] = t, s, order.side_sign
     table[row]["type"] = STOP if leg == 1 else order.order_type
     table[row]["leg"] = leg + 1 if is_oco else SIMPLE
-    table[row]["exit"] = 1 if is_exit else 0
+    table[row]["exit"], table[row]["lasts"] = 1 if order.protective else 0, lasts
     table[row]["qty"] = order.qty
     table[row]["limit"] = math.nan if leg == 1 else order.limit_price
     table[row]["stop"] = math.nan if is_oco and leg == 0 else order.stop_price
@@ -356,7 +378,7 @@ def write_liquidation(t: int, s: int, side: int, qty: float, price: float, book:
     """Enter what the broker closed on a margin call, as an order that is filled; gives its row."""
     row = int(book.counts[ORDERS])
     book.counts[ORDERS] += 1
-    _write_order(t, s, OrderFacts(side, qty, MARKET, math.nan, math.nan), False, 0, False, orders, row)
+    _write_order(t, s, OrderFacts(side, qty, MARKET, math.nan, math.nan, False), DAY, 0, orders, row)
     orders[row]["exit"], orders[row]["status"], orders[row]["remaining"] = LIQUIDATION, FILLED, 0.0
     orders[row]["filled"], orders[row]["average"] = qty, round_to(price, AVERAGE_PRICE_DECIMALS)
     return row
@@ -367,9 +389,8 @@ def _refuse(
     t: int,
     s: int,
     order: OrderFacts,
+    lasts: int,
     facts: RiskFacts,
-    is_oco: bool,
-    is_exit: bool,
     book: Book,
     plan: Plan,
     refusals: Table,
@@ -382,8 +403,8 @@ def _refuse(
     if n >= len(refusals):
         return
     refusals[n]["decided"], refusals[n]["symbol"], refusals[n]["side"] = t, s, order.side_sign
-    refusals[n]["type"], refusals[n]["leg"] = order.order_type, OCO_LIMIT if is_oco else SIMPLE
-    refusals[n]["exit"] = 1 if is_exit else 0
+    refusals[n]["type"], refusals[n]["leg"] = order.order_type, OCO_LIMIT if is_pair(order) else SIMPLE
+    refusals[n]["exit"], refusals[n]["lasts"] = 1 if order.protective else 0, lasts
     refusals[n]["qty"], refusals[n]["limit"], refusals[n]["stop"] = order.qty, order.limit_price, order.stop_price
     refusals[n]["state"], refusals[n]["restricted"] = facts.state, facts.restricted
     refusals[n]["exits_pass"], refusals[n]["capability"] = facts.exits_pass, facts.capability

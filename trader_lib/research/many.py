@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors.taxonomy import BadData, TraderError
+from ..errors.taxonomy import BadData, Misused, TraderError
 from ..market.actions import shares_in_last
 from ..market.bars import Bars
 from .combinations import Combinations
-from .backtest import Terms
+from .backtest import Terms, run_terms
 from .engine import new_book, new_plan, simulate
+from .event_loop import event_targets
 from trader_lib.research.ledger import (
     FILL_ROW,
     FILLS,
@@ -36,9 +37,13 @@ from trader_lib.research.ledger import (
 )
 from .measures import MEASURES, day_ends, measure
 from .ratios import calendar_of, sessions_a_year
+from ..rules.entries import NO_TERMS, terms_at, write_terms
 from ..rules.exits import NO_EXITS, ExitRates
 from ..rules.numbers import compiled_owner, compiled_part
-from ..strategy.contract import Strategy, history_bars, target_weights
+from ..strategy.contract import Strategy, evaluate, history_bars
+from ..strategy.events import EventStrategy
+from ..strategy.intents import Targets
+from ..strategy.planner import ensure_terms_placeable
 from ..strategy.signals import CompiledSignal, PointSignal, Signal, SignalFunction, series_pointer
 
 # %% ../../nbs/research/15_many.ipynb #13735d1e
@@ -86,6 +91,7 @@ def clear(book: Book, plan: Plan) -> None:
     book.blocked[:] = 0
     for whole in (book.target, book.resting):
         whole[:] = -1
+    book.money[:] = 0.0
     for whole in (book.working, book.counts, book.refused_by, plan.refused):
         whole[:] = 0
     for array in (plan.working_qty, plan.exit_qty, plan.order_qty, plan.observed, plan.bound):
@@ -94,6 +100,11 @@ def clear(book: Book, plan: Plan) -> None:
         array[:] = nan
     for flags in (plan.cancel_exit, plan.cancel_working, plan.passed):
         flags[:] = False
+    book.age[:] = 0.0
+    book.guard[:] = nan
+    plain = terms_at(NO_TERMS, 0, 0)
+    for s in range(len(book.qty)):
+        write_terms(plain, book.entry[s])
 
 # %% ../../nbs/research/15_many.ipynb #e369306a
 class Ground(NamedTuple):
@@ -177,6 +188,8 @@ def signal_runs(
             shared.allow_short,
             shared.multiplier,
             shared.broken,
+            shared.terms,
+            shared.carry,
         )
         clear(book, room.plan)
         orders, fills = simulate(
@@ -301,6 +314,7 @@ class Runner:
     def __init__(self, grid: Combinations, bars: Bars, start: int, terms: Terms, *, compiled: bool = True) -> None:
         self.grid, self.bars, self.terms, self.compiled = grid, bars, terms, compiled
         market, taken, name = terms.market(bars)
+        self.calendar = name
         close, volume = np.ascontiguousarray(bars.close), np.ascontiguousarray(bars.volume)
         shares = shares_in_last(taken, bars.close.shape) if len(taken.ratio) else np.empty((0, len(bars.symbols)))
         numbers = calendar_of(name).session_numbers(bars.times_ns)
@@ -434,16 +448,34 @@ class Runner:
                 at = self.bars.at(int(faults[k]))
                 reasons[place] = f"The compiled weights of {one.name!r} are infinite: see {at}."
 
+    def _targets(self, one: Strategy, first: int) -> Targets:
+        """What a strategy asks for from the row on at which its history begins."""
+        ground, bars = self.ground, self.bars
+        if not isinstance(one, EventStrategy):
+            return evaluate(one, bars.rows_between(first, bars.n))
+        rules, cash, name = self.terms.rules(bars.symbols, one.exits), ground.starting_cash, self.calendar
+        found = event_targets(
+            one, bars, ground.market, rules, start=ground.start, cash=cash, calendar=name, begin=first
+        )
+        return found.rows(first, bars.n)
+
     def _by_targets(
         self, one: Strategy, out: NDArray[np.float64], place: int, reasons: dict[int, str], room: Room
     ) -> None:
         first = self.first_row(one)
         try:
-            room.weights[first:] = target_weights(one, self.bars.rows_between(first, self.bars.n))
-        except BadData as error:
+            targets = self._targets(one, first)
+            ensure_terms_placeable(self.terms.sizing, targets.terms)
+        except (BadData, Misused) as error:
             reasons[place] = error.message
             return
-        self._fused(GIVEN, {place: one}, out, reasons, room)
+        room.weights[first:] = targets.weights
+        plain = self.shared
+        self.shared = plain._replace(terms=run_terms(targets.terms, self.ground.market, first))
+        try:
+            self._fused(GIVEN, {place: one}, out, reasons, room)
+        finally:
+            self.shared = plain
 
 
 def offered(strategy: Strategy) -> Signal:

@@ -32,7 +32,7 @@ from .many import Runner
 from .measures import LOWER_IS_BETTER, MEASURES
 from .sweep import fingerprint
 from .trials import TrialLedger, days_of, enter
-from ..strategy.checks import checked_weights
+from ..strategy.checks import checked_targets
 from ..strategy.contract import Strategy
 
 if TYPE_CHECKING:
@@ -385,7 +385,7 @@ def search(
 def _look_ahead(some: Combinations, bars: Bars, terms: Terms) -> str:
     """Where the first combination that is not refused uses later bars, as a sentence; warns of it."""
     example, _ = some.first_built()
-    found = "" if example is None else checked_weights(example, cut_for(bars, terms, len(bars))[0])[1]
+    found = "" if example is None else checked_targets(example, cut_for(bars, terms, len(bars))[0])[1]
     if found:
         warnings.warn(LookAheadWarning(f"{found} {WORTHLESS}"), stacklevel=3)
     return found

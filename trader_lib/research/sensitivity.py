@@ -16,8 +16,11 @@ import pandas as pd
 
 from ..errors.taxonomy import BadData, Misused
 from ..exchange.costs import Costs
-from .backtest import BacktestResult, Terms
+from ..rules.entries import plain_terms
+from .backtest import BacktestResult, Terms, run_terms
 from .engine import run
+from .event_loop import event_targets
+from ..strategy.events import EventStrategy
 from .ratios import VARIES_MIN, calendar_of, sessions_of
 
 SLIPPAGE_MAX = float(next(rule.le for rule in Costs.model_fields["slippage_bps"].metadata if hasattr(rule, "le")))
@@ -29,7 +32,10 @@ def rerun(
     costs: Costs | None = None,  # those of the result unless given
     delay: int = 0,  # bars by which every decision comes later
 ) -> BacktestResult:
-    """Run the weights of a backtest again on other terms; raises Misused for a delay below 0."""
+    """Run the weights of a backtest again on other terms; raises Misused for a delay below 0.
+
+    A strategy that decides step by step is asked again, since its decisions depend on its fills.
+    """
     if delay < 0:
         raise Misused(f"A decision can come later, not {-delay} bars earlier.")
     costs = result.costs if costs is None else costs
@@ -44,14 +50,22 @@ def rerun(
         result.seed,
         calendar_of(result.calendar),
     )
-    weights = result.weights
-    if delay:
-        weights = np.zeros_like(weights)
-        weights[delay:] = result.weights[:-delay]
     market, taken, _ = terms.market(result.bars)
     rules = terms.rules(result.bars.symbols, result.strategy.exits)
+    weights, own = result.weights, result.terms
+    if isinstance(result.strategy, EventStrategy):
+        start, cash, name = result.start, result.starting_cash, result.calendar
+        asked = event_targets(result.strategy, result.bars, market, rules, start=start, cash=cash, calendar=name)
+        weights, own = asked
+    if delay:
+        decided, weights = weights, np.zeros_like(weights)
+        weights[delay:] = decided[:-delay]
+    if delay and len(own):
+        agreed, own = own, plain_terms(*weights.shape)
+        own[delay:] = agreed[:-delay]
+    rules = rules._replace(terms=run_terms(own, market))
     simulation = run(market, weights, rules, start=result.start, starting_cash=result.starting_cash)
-    return replace(result, costs=costs, simulation=simulation, taken=taken, weights=weights)
+    return replace(result, costs=costs, simulation=simulation, taken=taken, weights=weights, terms=own)
 
 
 def dearer(costs: Costs, bps: float) -> Costs:

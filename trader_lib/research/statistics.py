@@ -9,6 +9,7 @@ __all__ = ['FILL_COLUMNS', 'TRADE_COLUMNS', 'FOLDED', 'RETURN_FIGURES', 'fills_o
 # %% ../../nbs/research/05_statistics.ipynb #a3d2a165
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -215,12 +216,14 @@ def statistics(
     orders: int = 0,
     refused: int = 0,
     calendar: str = "XNYS",
+    carried: Mapping[str, float] = MappingProxyType({}),
 ) -> Statistics:
     """Return what a run was worth.
 
     starting_cash: USD. equity: USD by bar, UTC. exposure: gross, multiple of equity, by bar. fills: as `fills_of`
     returns them. close: USD [time × symbol], NaN before a symbol's first bar only, for buy and hold. benchmark: any price
-    [time]; buy and hold unless given. orders, refused: how many there were. calendar: an ISO 10383 code.
+    [time]; buy and hold unless given. orders, refused: how many there were. calendar: an ISO 10383 code. carried: interest,
+    borrow_fees and dividends, USD.
     """
     times, curve = pd.DatetimeIndex(equity.index).as_unit("ns").asi8, equity.to_numpy(dtype=np.float64)
     sessions = sessions_of(times, curve, starting_cash, calendar)
@@ -246,6 +249,7 @@ def statistics(
         "fills": len(fills),
         "orders": orders,
         "refused": refused,
+        **{name: usd for name, usd in carried.items() if usd},
     }
     if lost:
         return Statistics(figures | dict.fromkeys(RETURN_FIGURES, lost))

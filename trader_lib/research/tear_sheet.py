@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MONTHS', 'ROLLING', 'TRADES_SHOWN', 'HEADLINE', 'Compared', 'compared_figure', 'monthly_returns', 'months_piece',
            'rolling_figures', 'rolling_figure', 'distribution_figure', 'quantile_table', 'worst_drawdowns',
-           'drawdowns_piece', 'cost_breakdown', 'trades_piece', 'tear_sheet']
+           'drawdowns_piece', 'cost_breakdown', 'carried_costs', 'trades_piece', 'tear_sheet']
 
 # %% ../../nbs/research/31_tear_sheet.ipynb #409b010f
 import math
@@ -260,9 +260,9 @@ def _day(when: Any) -> str:
 
 # %% ../../nbs/research/31_tear_sheet.ipynb #819b9d72
 def cost_breakdown(result: BacktestResult) -> dict[str, float]:
-    """Commission and slippage in USD, both as shares of what was traded and of the profit before them.
+    """Commission, slippage, interest and borrow fees in USD, as shares of what was traded and of the profit before them.
 
-    Slippage is an estimate: the basis points of the costs on all fills of market and stop orders.
+    Interest and fees are there where they are charged. Slippage is an estimate: the basis points of the costs on all fills of market and stop orders.
     """
     fills, orders = result.simulation.fills, result.simulation.orders
     kept = fills[fills["order"] >= 0]
@@ -270,14 +270,24 @@ def cost_breakdown(result: BacktestResult) -> dict[str, float]:
     limits = np.isin(orders["type"][kept["order"]], [code for code, kind in _types().items() if kind == "limit"])
     slipped = float((kept["qty"] * kept["price"])[~limits].sum()) * result.costs.slippage_bps / 1e4
     profit = float(result.simulation.equity[-1]) - result.starting_cash
-    before = profit + paid + slipped
+    held = carried_costs(result)
+    cost = paid + slipped + sum(held.values())
+    before = profit + cost
     return {
         "traded": traded,
         "commission_usd": paid,
         "slippage_usd": slipped,
-        "cost_bps_of_traded": (paid + slipped) / traded * 1e4 if traded else 0.0,
-        "share_of_profit": (paid + slipped) / before if before > 0.0 else math.nan,
+        **held,
+        "cost_bps_of_traded": cost / traded * 1e4 if traded else 0.0,
+        "share_of_profit": cost / before if before > 0.0 else math.nan,
     }
+
+
+def carried_costs(result: BacktestResult) -> dict[str, float]:
+    """Interest and borrow fees in USD, those that the costs state a rate for."""
+    costs, carried = result.costs, result.carried
+    stated = {"interest": costs.margin_rate, "borrow_fees": costs.borrow_rate}
+    return {f"{name}_usd": carried[name] for name, rate in stated.items() if rate}
 
 
 def _types() -> dict[int, str]:

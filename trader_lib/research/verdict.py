@@ -42,7 +42,7 @@ from .surfaces import plateaus
 from .sweep import SweepResult
 from .trials import TrialLedger, counted
 from .walkforward import WalkForward
-from ..strategy.checks import checked_weights
+from ..strategy.checks import checked_targets
 
 Colour = Literal["green", "yellow", "red", "grey"]
 Part: TypeAlias = BacktestResult | SweepResult | WalkForward
@@ -299,7 +299,7 @@ def of_trades(case: Case) -> Light:
 def of_look_ahead(case: Case) -> Light:
     """Whether the strategy was seen to use later bars."""
     result = case.result
-    found = result.look_ahead or checked_weights(result.strategy, result.bars)[1]
+    found = result.look_ahead or checked_targets(result.strategy, result.bars)[1]
     if found:
         return Light(
             "Look-ahead",

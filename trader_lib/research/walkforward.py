@@ -20,10 +20,11 @@ from ..errors.taxonomy import BadData, Misused
 from ..market.bars import Bars, window
 from ..market.stamps import to_date
 from .backtest import WORTHLESS, BacktestResult, agreed, run_on
+from .cluster import AskedCluster, joined
 from .combinations import Grid, Samples, combinations
 from .measures import MEASURES
 from .statistics import statistics
-from .sweep import sweep
+from .sweep import check_place, sweep
 from .trials import TrialLedger, days_of, enter
 from ..strategy.contract import Strategy
 from ..strategy.registry import build_strategy
@@ -186,7 +187,8 @@ def walk_forward(
     end: date | str | None = None,  # last day of the last test window
     workers: int | None = None,
     memory_mb: float = 1024.0,
-    device: str = "auto",  # as of `sweep`
+    device: str = "auto",  # this and cluster as of `sweep`
+    cluster: AskedCluster = None,
     check: bool = True,  # look for look-ahead, with the first combination on the first training window
     report: Callable[[int, int], None] = lambda done, total: None,
     trials: TrialLedger | bool = True,  # where the trials are counted: beside the runs; False: nowhere
@@ -195,8 +197,9 @@ def walk_forward(
     """Choose parameters on each training window alone, and trade them on the test window that follows.
 
     over: as of `sweep`. Ctrl-C ends it with the folds that are done. Raises Misused for arguments that cannot be meant,
-    BadData where the bars do not reach.
+    BadData where the bars do not reach, Misconfigured and RunFailed as `sweep` for a cluster.
     """
+    check_place(device, cluster, workers)
     if by not in MEASURES:
         raise Misused(f"A fold cannot be judged by {by!r}: choose one of {', '.join(MEASURES)}.")
     agreement, grid = agreed(start=start, end=end, **terms), combinations(strategy, over)
@@ -207,35 +210,37 @@ def walk_forward(
     results: list[BacktestResult | None] = []
     cash, look_ahead = agreement.starting_cash, ""
     try:
-        for number, fold in enumerate(folds):
-            inside = sweep(
-                strategy,
-                over,
-                bars,
-                start=fold.train_start,
-                end=fold.train_end,
-                workers=workers,
-                memory_mb=memory_mb,
-                device=device,
-                check=check and number == 0,
-                progress=False,
-                trials=False,
-                **{**terms, "cash": cash},
-            )
-            look_ahead = look_ahead or inside.look_ahead
-            if not inside.complete:
-                raise KeyboardInterrupt
-            chosen = inside.best(by) if inside.frame[by].notna().any() else None
-            result = None
-            if chosen is not None:
-                ours = replace(agreement, start=fold.test_start, end=fold.test_end, starting_cash=cash)
-                result = run_on(build_strategy(grid.strategy, {**grid.base, **chosen}), bars, ours)
-                cash = float(result.equity_end)
-            results.append(result)
-            rows.append(_row(fold, by, grid.names, chosen, inside.ranked(by).iloc[0] if chosen else None, result))
-            report(number + 1, len(folds))
-            if not cash > 0.0:
-                break
+        with joined(cluster) as there:
+            for number, fold in enumerate(folds):
+                inside = sweep(
+                    strategy,
+                    over,
+                    bars,
+                    start=fold.train_start,
+                    end=fold.train_end,
+                    workers=workers,
+                    memory_mb=memory_mb,
+                    device=device,
+                    cluster=there,
+                    check=check and number == 0,
+                    progress=False,
+                    trials=False,
+                    **{**terms, "cash": cash},
+                )
+                look_ahead = look_ahead or inside.look_ahead
+                if not inside.complete:
+                    raise KeyboardInterrupt
+                chosen = inside.best(by) if inside.frame[by].notna().any() else None
+                result = None
+                if chosen is not None:
+                    ours = replace(agreement, start=fold.test_start, end=fold.test_end, starting_cash=cash)
+                    result = run_on(build_strategy(grid.strategy, {**grid.base, **chosen}), bars, ours)
+                    cash = float(result.equity_end)
+                results.append(result)
+                rows.append(_row(fold, by, grid.names, chosen, inside.ranked(by).iloc[0] if chosen else None, result))
+                report(number + 1, len(folds))
+                if not cash > 0.0:
+                    break
     except KeyboardInterrupt:
         pass
     if not any(results):

@@ -25,7 +25,7 @@ from ..rules.checks import CHECK_COUNT, HALTED, Check, OrderFacts, RiskFacts, ch
 from ..trading.capability import capability_reason
 from ..trading.events import CheckOutcome
 from ..rules.numbers import to_float
-from ..trading.orders import ORDER_TYPE_CODE, SIDE_SIGN, OrderRequest, OrderSide, OrderType
+from ..trading.orders import SIDE_SIGN, OrderRequest, OrderSide, OrderType, order_type_code
 
 STATE_NAMES = ("ACTIVE", "REDUCING", "HALTED")
 OUTCOMES_KEPT = 4_096  # checks that passed, in words
@@ -236,7 +236,7 @@ def order_facts(request: OrderRequest, reference_price: float) -> OrderFacts:
     return OrderFacts(
         side_sign=SIDE_SIGN[request.side],
         qty=qty,
-        order_type=ORDER_TYPE_CODE[request.type],
+        order_type=order_type_code(request.type),
         limit_price=to_float(request.limit_price),
         stop_price=to_float(request.stop_price),
         protective=request.purpose == "exit",

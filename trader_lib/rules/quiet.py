@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from .account import is_ruined
 from .checks import LimitValues, state_after_close
+from .entries import GUARD_COUNT, NO_TERMS, TERM_COUNT
 from .exits import ExitRates, update_extreme
 from .folding import equity
 from .numbers import compiled
-from .sizing import SizingRules, plan_orders
+from .sizing import Decision, Situation, SizingRules, plan_orders
 
 # %% ../../nbs/rules/11_quiet.ipynb #ae7bfd6f
 class Held(NamedTuple):
@@ -52,6 +53,9 @@ class Scratch(NamedTuple):
     extreme: NDArray[np.float64]  # this and the next two: as they were before a bar
     blocked_sign: NDArray[np.int8]
     mark: NDArray[np.float64]
+    entry: NDArray[np.float64]  # of orders that would go out [symbol × term]
+    guard: NDArray[np.float64]  # of positions: none has protection of its own [symbol × 3]
+    terms: NDArray[np.float64]  # no rows: market orders for the day
 
     @classmethod
     def room(cls, n: int) -> "Scratch":
@@ -67,6 +71,9 @@ class Scratch(NamedTuple):
             extreme=np.zeros(n),
             blocked_sign=np.zeros(n, np.int8),
             mark=np.zeros(n),
+            entry=np.zeros((n, TERM_COUNT)),
+            guard=np.full((n, GUARD_COUNT), math.nan),
+            terms=NO_TERMS,
         )
 
 
@@ -92,27 +99,22 @@ def _has_plan(
     exits: ExitRates,
     room: Scratch,
 ) -> bool:
-    plan_orders(
-        weights,
-        held.blocked_sign,
+    nothing, none = room.nothing, room.no_price
+    situation = Situation(
         held.positions,
         held.avg_entry,
         held.extreme,
-        room.nothing,
-        room.nothing,
-        room.no_price,
-        room.no_price,
-        close,
-        cash,
-        worth,
-        rules,
-        exits,
-        room.cancel_exit,
-        room.cancel_working,
-        room.qty,
-        room.stop,
-        room.limit,
+        held.blocked_sign,
+        nothing,
+        room.entry,
+        nothing,
+        room.guard,
+        nothing,
+        none,
+        none,
     )
+    out = Decision(room.cancel_exit, room.cancel_working, room.qty, room.stop, room.limit)
+    plan_orders(0, weights, room.terms, situation, close, cash, worth, rules, exits, out)
     found = False
     for s in range(len(weights)):
         found = found or room.qty[s] != 0.0 or not (math.isnan(room.stop[s]) and math.isnan(room.limit[s]))

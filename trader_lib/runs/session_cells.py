@@ -129,6 +129,8 @@ def with_actions(
     """
     closes = closes.copy()
     for at, action in actions:
+        if action.kind == "dividend":
+            continue
         until = closes.index <= at
         close = float(closes.loc[until, action.symbol].to_numpy(dtype=np.float64)[-1])
         mine = (fills["symbol"] == action.symbol) & (fills["bar"] <= at)
@@ -171,6 +173,7 @@ def session_fills(result: SessionResult, bars: Bars) -> tuple[pd.DataFrame, pd.D
     actions = [(one.at, action) for one in closed if isinstance(one, BarsClosed) for action in one.actions]
     if result.data is not None and result.spec.costs.commission_per_share and len(fills):
         cash = result.curve["cash"].groupby(level=0).last()
+        cash -= result.booked.sum(axis=1).groupby(level=0).sum().reindex(cash.index).fillna(0.0).cumsum()
         shown = charged(fills, cash, float(result.spec.cash))["fee"]
         fills["fee"] = shown.where(~fills["bar"].isin([at for at, _ in actions]), fills["fee"])
     return with_actions(fills, bars.frame("close").ffill(), actions)
@@ -203,9 +206,10 @@ def session_statistics(result: SessionResult, bars: Bars | None) -> Statistics:
         close=closes.reindex(equity.index, method="ffill").to_numpy(dtype=np.float64),
         orders=orders,
         refused=refused,
+        carried=result.carried,
     )
 
-
+# %% ../../nbs/runs/09_session_cells.ipynb #e5c855fb
 def _closes(result: SessionResult, label: str) -> list[dict[str, Any]]:
     """The targets, closes, positions, equity and cash at each closed bar that decided, from the session's journal.
 
@@ -237,7 +241,7 @@ def _holdings(changed: PortfolioChanged, label: str) -> dict[str, Any]:
             return {"positions": positions, "equity": float(one.equity), "cash": float(one.cash)}
     return {}
 
-
+# %% ../../nbs/runs/09_session_cells.ipynb #8ccb60f8
 def _seen(
     result: SessionResult, label: str, symbols: tuple[str, ...], sizing: SizingRules, rows: list[dict[str, Any]]
 ) -> Seen:

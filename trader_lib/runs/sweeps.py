@@ -14,14 +14,16 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from ..errors.extras import require_extra
 from ..errors.taxonomy import BadData, Misused, TraderError
 from ..market.bars import Bars
+from ..research.cluster import check_cluster, joined, read_cluster
 from ..research.combinations import COMBINATIONS_MAX, Combinations, combinations
 from ..research.critique import critique_sweep
 from ..research.measures import COUNTS, MEASURES
 from ..research.overfitting import deflate, probability_of_overfitting
 from ..research.report import Piece
-from ..research.sweep import ABOUT, SweepProgress, SweepResult, runs_on_card, sweep
+from ..research.sweep import ABOUT, SweepProgress, SweepResult, check_place, runs_on_card, sweep
 from ..research.walkforward import WalkForward, folds_of, period, walk_forward
 from . import cells
 from .parameters import RunParameters
@@ -36,6 +38,7 @@ class SweepParameters(RunParameters):
     workers: int | None = Field(None, ge=1, description="at most so many; none: one a core")
     memory_mb: float = Field(1024.0, gt=0, description="memory beyond the bars, MB")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="processor, graphics card, or what suits")
+    cluster: str | int | None = Field(None, description="tcp://host:port of a Dask scheduler, or workers of its own")
     combinations_max: int = Field(COMBINATIONS_MAX, ge=1, description="a larger grid is refused")
 
     @field_validator("by")
@@ -44,6 +47,16 @@ class SweepParameters(RunParameters):
         if value not in MEASURES:
             raise ValueError(f"{value!r} is none of {', '.join(MEASURES)}")
         return value
+
+    @field_validator("cluster", mode="before")
+    @classmethod
+    def _reachable(cls, value: Any) -> Any:
+        try:
+            found = read_cluster(value) if isinstance(value, str) else value
+            check_cluster(found)
+        except TraderError as error:
+            raise ValueError(error.message) from None
+        return found
 
     @cached_property
     def combinations(self) -> Combinations:
@@ -75,6 +88,15 @@ class SweepParameters(RunParameters):
         if self.device == "cuda":
             runs_on_card(self.device, self.build_strategy(), True, 0, len(self.symbols))
 
+    def check_cluster(self) -> None:
+        """Refuse a cluster that is not there or cannot be used; raises Misused and Misconfigured."""
+        check_place(self.device, self.cluster, self.workers)
+        if isinstance(self.cluster, str):
+            with joined(self.cluster):
+                pass
+        elif self.cluster is not None:
+            require_extra("cluster", "A sweep on a cluster")
+
     def terms(self) -> dict[str, Any]:
         """What `sweep` takes beside strategy, grid and bars."""
         return {
@@ -89,6 +111,7 @@ class SweepParameters(RunParameters):
             "workers": self.workers,
             "memory_mb": self.memory_mb,
             "device": self.device,
+            "cluster": self.cluster,
             "check": self.check_strategy,
         }
 

@@ -44,6 +44,7 @@ from ..steering.control import ControlFile
 from ..strategy.trust import Trust
 from ..telemetry.log import bind_session, get_logger
 from ..trading.events import Event, HistoryLoaded, SessionStarted
+from ..rules.carry import NO_CARRY
 from ..trading.portfolio import no_commission
 
 # %% ../../nbs/session/10_agent_process.ipynb #c815c49e
@@ -100,8 +101,10 @@ def build_agent(parts: AgentParts) -> tuple[Agent, AlpacaBroker | None]:
     strategy = recorded_strategy(parts.started, parts.spec, parts.trust)
     assignments = parts.spec.assignments(strategy)
     fee = parts.spec.fees(parts.started.factors) if parts.is_simulated else no_commission
+    carry = parts.spec.costs.carry() if parts.is_simulated else NO_CARRY
     if parts.name == RiskAgent.name:
-        return RiskAgent(parts.member, parts.clock, parts.spec.limits, parts.history, bounds(assignments), fee), None
+        limits, shares = parts.spec.limits, bounds(assignments)
+        return RiskAgent(parts.member, parts.clock, limits, parts.history, shares, fee, carry), None
     if parts.name == ExecutionAgent.name:
         return execution_agent(parts)
     for one in assignments:
@@ -115,6 +118,7 @@ def build_agent(parts: AgentParts) -> tuple[Agent, AlpacaBroker | None]:
                 session_id,
                 forward_fill=not parts.is_simulated,
                 commission=fee,
+                carry=carry,
             )
             return agent, None
     raise Misused(f"There is no agent {parts.name!r} in this session.")

@@ -30,7 +30,7 @@ from ..journal.chain import Journal
 from .scripted import SCRIPTED, NotingBus, RecordedClock, RecordEnds, ScriptedBroker
 from .wiring import History, SessionInputs, StrategyAgents, bounds, build_strategy_agent
 from ..steering.control import ControlFile
-from ..trading.events import CancelIntended, Event, OrderIntended
+from ..trading.events import CancelIntended, Event, OrderIntended, ReplaceIntended
 
 # %% ../../nbs/session/09_distributed.ipynb #a49334d1
 JOIN_S = 120.0  # how long a session waits for its agents, and they for it, real seconds
@@ -166,7 +166,7 @@ class DistributedProvider(Provider):
                 facts=facts,
                 refuses=lambda name, about: stage_refusal(name, about, facts),
                 in_turns=inputs.is_simulated,
-                commit_for=(OrderIntended, CancelIntended),
+                commit_for=(OrderIntended, CancelIntended, ReplaceIntended),
                 is_halted=control.is_halted,
                 at_rest=follower.follow,
                 absent_s=JOIN_S,
@@ -212,6 +212,7 @@ class AgentsElsewhereProvider(Provider):
     def risk(self, inputs: SessionInputs, bus: InProcessBus, clock: Clock, history: History) -> RiskAgent:
         """Return the stand-in for the risk agent."""
         assert isinstance(bus, RedisHub)
-        agent = RiskElsewhere(bus, clock, inputs.spec.limits, history, bounds(inputs.assignments), inputs.commission)
+        shares, costs = bounds(inputs.assignments), (inputs.commission, inputs.carry)
+        agent = RiskElsewhere(bus, clock, inputs.spec.limits, history, shares, *costs)
         agent.hub = bus
         return agent

@@ -38,6 +38,7 @@ from trader_lib.trading.events import (
     BarRow,
     BarsSlice,
     CancelIntended,
+    ReplaceIntended,
     ClockTicked,
     Event,
     FillRecorded,
@@ -80,11 +81,11 @@ class Gateway:
     def start(self) -> None:
         """Subscribe to orders, cancels, fills and account reports."""
         kinds: list[type[Payload]] = [OrderIntended, OrderAcknowledged, CancelIntended, FillRecorded, AccountReported]
-        self._bus.subscribe(SOURCE, kinds, self._on_event)
+        self._bus.subscribe(SOURCE, [*kinds, ReplaceIntended], self._on_event)
 
     def _on_event(self, event: Event) -> None:
         match event.payload:
-            case OrderIntended(request=request):
+            case OrderIntended(request=request) | ReplaceIntended(request=request):
                 self.sent += 1
                 self._correlations[request.client_order_id] = event.correlation_id
             case OrderAcknowledged(order=order):
@@ -311,7 +312,7 @@ class BarPlayer:
         """Publish the bars that were taken, and let what follows from them come to rest."""
         parts, correlation_id, before = self.parts, self.parts.ids.new(), self.count
         stamps = sorted(parts.market_data.state.waiting)  # nothing more will come
-        if any(parts.market_data.feed.actions_at(at) for at in stamps):
+        if any(parts.market_data.feed.moves_cash(at) for at in stamps):
             parts.gateway.mark_stale()
         await parts.gateway.report_account(correlation_id)
         for at in stamps:

@@ -36,9 +36,16 @@ from ..trading.events import BarRows, BarsSlice
 def rests(strategy: StrategyState, risk: RiskState, portfolio: PortfolioState) -> bool:
     """Return whether no order of one book is on its way and nobody has to be asked."""
     book, held = risk.books[""], strategy.holdings
-    waits = strategy.working or strategy.uncovered or strategy.protects_only or strategy.refused is not None
+    waits = (
+        strategy.unsettled
+        or strategy.working
+        or strategy.uncovered
+        or strategy.protects_only
+        or strategy.refused is not None
+    )
     orders = book.working or book.canceling or book.open or held.working_qty.any() or held.exit_qty.any()
-    return not (waits or orders or portfolio.books or portfolio.reported is None or len(risk.books) > 1)
+    guarded = not np.isnan(held.guard).all()  # what came with an entry goes on being looked at
+    return not (waits or guarded or orders or portfolio.books or portfolio.reported is None or len(risk.books) > 1)
 
 
 def agree(symbols: tuple[str, ...], strategy: StrategyState, risk: RiskState, portfolio: PortfolioState) -> bool:

@@ -104,7 +104,8 @@ def _unlisted(book: OrderBook, listed: set[str], *, at_rest: bool) -> list[Findi
     found = []
     for track in (*book.working(), *book.externals()):
         known = {member.order_id for member in track.family()}
-        if track.is_open and not listed & known and (at_rest or not is_unresolved(track)):
+        is_open = any(member.is_open for member in track.family())  # an entry that has filled leaves its exits
+        if is_open and not listed & known and (at_rest or not is_unresolved(track)):
             sentence = (
                 f"missing order: we believe {track.client_order_id} in {track.symbol} to be open, the broker does not"
             )
@@ -226,6 +227,7 @@ class Sides:
     symbols: those that the session trades. foresees_cash: whether every change of cash follows from fills, as at the embedded
     exchange, where nobody pays fees, dividends or transfers that are not in them. coming: splits and delistings that the
     broker has booked and our books have not, since their bars are yet to be let out; each with the price after it.
+    is_charged_ahead: whether it may have charged for holding at such bars; cash is then compared the next time.
     """
 
     broker: Broker
@@ -234,6 +236,7 @@ class Sides:
     symbols: Collection[str]
     foresees_cash: bool
     coming: Callable[[], Iterable[tuple[CorporateAction, float]]] = tuple
+    is_charged_ahead: Callable[[], bool] = lambda: False
 
     async def findings(
         self, drift: Decimal, *, opening: bool, at_rest: bool
@@ -244,7 +247,7 @@ class Sides:
         """
         self.broker.refresh()
         positions, orders = await self.broker.positions(), await self.broker.orders()
-        cash = None if opening else (await self.broker.account()).cash
+        cash = None if opening or self.is_charged_ahead() else (await self.broker.account()).cash
         ours = self.portfolio.state.folded
         for action, price in self.coming():
             ours = after_action(ours, action, price)

@@ -18,7 +18,7 @@ from ..broker.inbox import Inbox
 from ..broker.port import Asset, MarketClock, StreamCounters
 from ..bus.bus import Handler, Subscription
 from ..errors.taxonomy import InvariantBroken, Misused, OutcomeUnknown, Rejected, Retryable, TraderError
-from ..recovery.answers import note_absences, repaired_at_once
+from ..recovery.answers import names_of, note_absences, repaired_at_once
 from trader_lib.trading.events import (
     AccountReported,
     AgentFailed,
@@ -28,7 +28,7 @@ from trader_lib.trading.events import (
     OrderFailed,
     Payload,
 )
-from ..trading.orders import Order, OrderRequest
+from ..trading.orders import Order, OrderRequest, ReplaceRequest
 from ..trading.portfolio import Position
 
 # %% ../../nbs/session/07_scripted.ipynb #c5a5532a
@@ -78,7 +78,7 @@ def failure_again(failure: AgentFailed) -> Exception:
 def answer_of(script: Sequence[Event], client_order_id: str) -> OrderAcknowledged | OrderFailed | None:
     """Return the script's next event, if it is an answer about that order; None otherwise."""
     payload = script[0].payload if script else None
-    if isinstance(payload, OrderAcknowledged | OrderFailed) and payload.client_order_id == client_order_id:
+    if isinstance(payload, OrderAcknowledged | OrderFailed) and client_order_id in names_of(payload):
         return payload
     return None
 
@@ -180,6 +180,15 @@ class ScriptedBroker(NoWire):
             raise failure_again(self.script[0].payload)
 
     async def submit(self, request: OrderRequest) -> Order:
+        """Return the order that was acknowledged, or raise what was raised."""
+        match answer_of(self.script, request.client_order_id):
+            case OrderAcknowledged(order=order):
+                return order
+            case OrderFailed() as failed:
+                raise submission_error(failed, self.script)
+        raise RecordEnds
+
+    async def replace(self, order_id: str, request: ReplaceRequest) -> Order:
         """Return the order that was acknowledged, or raise what was raised."""
         match answer_of(self.script, request.client_order_id):
             case OrderAcknowledged(order=order):

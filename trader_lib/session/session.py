@@ -70,9 +70,11 @@ from ..steering.control import ControlFile
 from .drivers import RECOVERY_PAUSE_S, STOPPED, Gateway, Driver, Progress
 from .drivers import SOURCE as GATEWAY
 from trader_lib.session.orders import (
+    BOOKED,
     ORDER_EVENTS,
     Refusal,
     action_sentences,
+    booked_at,
     equity_curve,
     of_strategy,
     order_records,
@@ -202,6 +204,21 @@ class SessionResult(SessionOutcome):
         """Return each split and delisting during the session in a sentence."""
         with open_journal(self.journal_path) as journal:
             return action_sentences(journal.read(types=[BarsClosed]))
+
+    @cached_property
+    def booked(self) -> pd.DataFrame:
+        """Return what was booked beside fills, USD by stamp: columns INT, FEE and DIV, negative where it was charged."""
+        with open_journal(self.journal_path) as journal:
+            rows = booked_at(journal.read(types=[BarsClosed, PortfolioChanged]))
+        index = pd.DatetimeIndex([at for at, _ in rows], tz="UTC", name="timestamp")
+        columns = {kind: [float(one.get(kind, 0)) for _, one in rows] for kind in BOOKED}
+        return pd.DataFrame(columns, index=index, dtype="float64")
+
+    @property
+    def carried(self) -> dict[str, float]:
+        """Return what holding cost and what it brought, USD: interest and borrow fees paid, dividends received."""
+        interest, fees, dividends = (round(float(self.booked[kind].sum()), 2) for kind in BOOKED)
+        return {"interest": 0.0 - interest, "borrow_fees": 0.0 - fees, "dividends": dividends}
 
     @property
     def order_list_hash(self) -> str:

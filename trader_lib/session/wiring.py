@@ -46,10 +46,11 @@ from ..exchange.server import ExchangeServer
 from ..journal.chain import Journal
 from ..journal.journal import SqliteJournal
 from ..journal.opening import open_journal
-from ..market.actions import actions_by_stamp
+from ..market.actions import RunActions, actions_by_stamp, nights_by_stamp
 from ..market.bars import Bars
 from ..resilience.cache import TtlCache
 from ..risk.limits import Limits
+from ..rules.carry import NO_CARRY, Carry
 from ..steering.control import ControlFile, Operator, SessionLock
 from .drivers import Gateway, Driver, LockstepDriver, Progress, RealTimeDriver
 from .drivers import SOURCE as GATEWAY
@@ -117,14 +118,31 @@ class SessionInputs:
         """Return the capital of each of several strategies, USD; empty for one, which has the account's cash."""
         return {one.label: one.capital for one in self.assignments if one.capital is not None}
 
+    def taken(self, calendar: TradingCalendar) -> RunActions | None:
+        """Return what the embedded exchange takes of the bars' actions; None without bars."""
+        costs = self.spec.costs
+        if self.bars is None:
+            return None
+        return self.bars.run_actions(calendar, costs.delisting_recovery, charged=costs.is_charged)
+
+    def nights(self, calendar: TradingCalendar) -> dict[datetime, int]:
+        """Return the days that the embedded exchange charges for, by the stamp of the bar at whose close it does."""
+        taken = self.taken(calendar)
+        return {} if self.bars is None or taken is None else nights_by_stamp(taken, self.bars.times_ns)
+
+    @property
+    def carry(self) -> Carry:
+        """Return what holding costs at the embedded exchange; nothing at Alpaca, where it is not known beforehand."""
+        return self.spec.costs.carry() if self.is_simulated else NO_CARRY
+
     def actions(self, calendar: TradingCalendar) -> dict[datetime, tuple[CorporateAction, ...]]:
         """Return the splits and delistings by the stamp of the bar at whose close the embedded exchange applies them.
 
         Raises Misused where several strategies would have to share out what a split leaves of their odd shares.
         """
-        if self.bars is None:
+        taken = self.taken(calendar)
+        if self.bars is None or taken is None:
             return {}
-        taken = self.bars.run_actions(calendar, self.spec.costs.delisting_recovery)
         if self.capital and (taken.ratio % 1.0 != 0.0).any():
             raise Misused(
                 "Several strategies cannot share one account across a split that leaves fractions of a share. "
@@ -527,20 +545,21 @@ def build_strategy_agent(
     *,
     forward_fill: bool,
     commission: Commission = no_commission,
+    carry: Carry = NO_CARRY,
     kind: type[StrategyAgent] = StrategyAgent,  # what stands for it, where it lives in another process
     played: Bars | None = None,  # the session's bars, its history included, where they are known ahead
     seed: int = 0,  # of the rows that are evaluated one by one as well
 ) -> StrategyAgent:
     """Return the agent that decides for one strategy.
 
-    forward_fill: whether a symbol without a bar repeats its last close. commission: of a fill, USD.
+    forward_fill: whether a symbol without a bar repeats its last close. commission: of a fill, USD. carry: what holding costs.
     """
     if one.label:
         history = history.sel(one.symbols)
         history = history.rows_between(max(history.n - history_bars(one.strategy), 0), history.n)
     planner = Planner(history.symbols, one.sizing, one.strategy.exits)
     has_capital = one.capital is not None
-    rules = StrategyRules(one.strategy, planner, session_id, one.label, has_capital, commission)
+    rules = StrategyRules(one.strategy, planner, session_id, one.label, has_capital, commission, carry)
     ahead = None if played is None else WeightsAhead(one.strategy, bars_ahead(history, played), seed)
     return kind(bus, clock, rules, history, capital=one.capital, forward_fill=forward_fill, ahead=ahead)
 
@@ -557,6 +576,7 @@ def build_strategy_agents(inputs: SessionInputs, bus: Bus, clock: Clock, history
                 inputs.session_id,
                 forward_fill=not inputs.is_simulated,
                 commission=inputs.commission,
+                carry=inputs.carry,
                 played=inputs.bars,
                 seed=inputs.spec.seed,
             )
@@ -598,10 +618,16 @@ class AgentProvider(Provider):
         self, inputs: SessionInputs, bus: InProcessBus, clock: Clock, calendar: TradingCalendar, history: History
     ) -> MarketDataAgent:
         """Return the agent that publishes closed bars."""
-        actions = inputs.actions(calendar) if inputs.is_simulated else {}
-        names_quiet, timeframe = not inputs.is_simulated, inputs.spec.timeframe
+        simulated, timeframe = inputs.is_simulated, inputs.spec.timeframe
         return MarketDataAgent(
-            bus, clock, calendar, history.symbols, timeframe, actions=actions, names_quiet=names_quiet
+            bus,
+            clock,
+            calendar,
+            history.symbols,
+            timeframe,
+            actions=inputs.actions(calendar) if simulated else {},
+            names_quiet=not simulated,
+            nights=inputs.nights(calendar) if simulated else {},
         )
 
     @provide
@@ -612,7 +638,8 @@ class AgentProvider(Provider):
     @provide
     def risk(self, inputs: SessionInputs, bus: InProcessBus, clock: Clock, history: History) -> RiskAgent:
         """Return the agent that approves or refuses orders."""
-        return RiskAgent(bus, clock, inputs.spec.limits, history, bounds(inputs.assignments), inputs.commission)
+        shares, costs = bounds(inputs.assignments), (inputs.commission, inputs.carry)
+        return RiskAgent(bus, clock, inputs.spec.limits, history, shares, *costs)
 
     @provide
     def execution(
@@ -634,7 +661,7 @@ class AgentProvider(Provider):
     @provide
     def portfolio(self, inputs: SessionInputs, bus: InProcessBus, clock: Clock) -> PortfolioAgent:
         """Return the agent that keeps cash and positions."""
-        return PortfolioAgent(bus, clock, inputs.commission, inputs.capital, inputs.spec.symbols)
+        return PortfolioAgent(bus, clock, inputs.commission, inputs.capital, inputs.spec.symbols, inputs.carry)
 
     @provide
     def monitor(self, bus: InProcessBus, clock: Clock) -> MonitorAgent:
@@ -688,5 +715,6 @@ class UpkeepProvider(Provider):
             symbols=inputs.spec.symbols,
             foresees_cash=inputs.is_simulated,
             coming=lambda: actions_ahead(market_data.feed, market_data.state),
+            is_charged_ahead=lambda: any(at in market_data.feed.nights for at in market_data.state.waiting),
         )
         return Reconciler(bus, clock, ids, sides, since=inputs.past.started_at or clock.now())

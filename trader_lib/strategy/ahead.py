@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ONE_BY_ONE', 'FIRST_BLOCK', 'BLOCK_MAX', 'CHECKED_MIN', 'CHECKED_EVERY', 'block_end', 'checked_rows', 'LooksAhead',
-           'alone', 'block_weights', 'WeightsAhead']
+           'alone', 'block_targets', 'compared', 'WeightsAhead']
 
 # %% ../../nbs/strategy/15_ahead.ipynb #5e91df79
 import numpy as np
@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from ..clock.ids import generator
 from ..errors.taxonomy import InvariantBroken
 from ..market.bars import Bars
-from .contract import Strategy, needed_bars, target_weights
+from ..rules.entries import plain_terms
+from .contract import Strategy, evaluate, needed_bars
+from .intents import Targets, column_names
 
 # %% ../../nbs/strategy/15_ahead.ipynb #24c93272
 ONE_BY_ONE = 256  # bars at the beginning
@@ -43,17 +45,25 @@ class LooksAhead(InvariantBroken):
     """A strategy's weights change when bars after their own are known: correct it, no decision of it can be trusted."""
 
 # %% ../../nbs/strategy/15_ahead.ipynb #0ac63081
-def alone(strategy: Strategy, bars: Bars, row: int) -> NDArray[np.float64]:
-    """Return the weights [symbol] of a row from the bars up to and including it; raises what the strategy raises."""
-    weights: NDArray[np.float64] = target_weights(strategy, needed_bars(strategy, bars.head(row + 1)))[-1]
-    return weights
+def alone(strategy: Strategy, bars: Bars, row: int) -> Targets:
+    """Return the targets of a row, one row, from the bars up to and including it; raises what the strategy raises."""
+    known = needed_bars(strategy, bars.head(row + 1))
+    return evaluate(strategy, known).rows(known.n - 1, known.n)
 
 
-def block_weights(strategy: Strategy, bars: Bars, row: int, stop: int) -> NDArray[np.float64]:
-    """Return the weights of rows row to stop - 1 [time × symbol] in one call; raises what the strategy raises."""
+def block_targets(strategy: Strategy, bars: Bars, row: int, stop: int) -> Targets:
+    """Return the targets of rows row to stop - 1 in one call; raises what the strategy raises."""
     lookback = strategy.lookback_max
     begin = 0 if lookback is None else max(row + 1 - lookback, 0)
-    return target_weights(strategy, bars.rows_between(begin, stop))[row - begin :]
+    return evaluate(strategy, bars.rows_between(begin, stop)).rows(row - begin, stop - begin)
+
+
+def compared(targets: Targets, *, with_terms: bool) -> NDArray[np.float64]:
+    """Return weights and terms as one row, with plain terms where there are none and they are asked for [column]."""
+    if with_terms and not len(targets.terms):
+        targets = targets._replace(terms=plain_terms(*targets.weights.shape))
+    row: NDArray[np.float64] = targets.columns[0]
+    return row
 
 # %% ../../nbs/strategy/15_ahead.ipynb #97048166
 class WeightsAhead:
@@ -66,17 +76,16 @@ class WeightsAhead:
         self._strategy, self.bars, self._seed = strategy, bars, seed
         self._row = self._stop = 0  # of the present block
         self._begun = 0  # bars in the blocks so far
-        self._block: NDArray[np.float64] | None = None  # None: it is asked one by one
+        self._block: Targets | None = None  # None: it is asked one by one
         self.difference: LooksAhead | None = None  # that was found
         self.checked = 0  # rows that were evaluated by themselves as well
 
-    def weights(self, row: int) -> NDArray[np.float64]:
-        """Return the weights of a row [symbol]; raises LooksAhead, and what the strategy raises."""
+    def targets(self, row: int) -> Targets:
+        """Return the targets of a row, one row; raises LooksAhead, and what the strategy raises."""
         self.reach(row)
         if self._block is None:
             return alone(self._strategy, self.bars, row)
-        found: NDArray[np.float64] = self._block[row - self._row]
-        return found
+        return self._block.rows(row - self._row, row - self._row + 1)
 
     def reach(self, row: int) -> int:
         """Evaluate the block of a row, unless it is; return the row after the block's last. Raises LooksAhead."""
@@ -93,29 +102,32 @@ class WeightsAhead:
     def stretch(self, row: int, most: int) -> NDArray[np.float64] | None:
         """Return the weights of the row before and of up to so many rows [time × symbol], as far as their block goes.
 
-        None where the block does not hold the row before and one row at least.
+        None where the block does not hold the row before and one row at least, and where orders have terms of their own.
         """
-        if self._block is None or not self._row < row < self._stop:
+        if self._block is None or len(self._block.terms) or not self._row < row < self._stop:
             return None
-        found: NDArray[np.float64] = self._block[row - 1 - self._row : row + most - self._row]
+        found: NDArray[np.float64] = self._block.weights[row - 1 - self._row : row + most - self._row]
         return found
 
-    def _evaluate(self, row: int, stop: int) -> NDArray[np.float64] | None:
+    def _evaluate(self, row: int, stop: int) -> Targets | None:
         try:
-            block = block_weights(self._strategy, self.bars, row, stop)
+            block = block_targets(self._strategy, self.bars, row, stop)
             expected = [(one, alone(self._strategy, self.bars, one)) for one in checked_rows(self._seed, row, stop)]
         except Exception:  # raised again at the bar at which the strategy fails by itself
             return None
-        for one, weights in expected:
-            self._compare(one, block[one - row], weights)
+        for one, targets in expected:
+            self._compare(one, block.rows(one - row, one - row + 1), targets)
         self.checked += len(expected)
         return block
 
-    def _compare(self, row: int, found: NDArray[np.float64], expected: NDArray[np.float64]) -> None:
-        for symbol, ahead, then in zip(self.bars.symbols, found.tolist(), expected.tolist(), strict=True):
+    def _compare(self, row: int, found: Targets, expected: Targets) -> None:
+        with_terms = len(found.terms) + len(expected.terms) > 0
+        both = [compared(targets, with_terms=with_terms).tolist() for targets in (found, expected)]
+        names = column_names(self.bars.symbols, len(both[0]))
+        for (symbol, what), ahead, then in zip(names, *both, strict=True):
             if ahead != then and not (np.isnan(ahead) and np.isnan(then)):
                 self.difference = LooksAhead(
-                    f"Strategy {self._strategy.name!r} gives {symbol} the weight {ahead} at {self.bars.at(row)}, row {row}, "
+                    f"Strategy {self._strategy.name!r} gives {symbol} the {what} {ahead} at {self.bars.at(row)}, row {row}, "
                     f"when later bars are known, and {then} when they are not. Look at it with check_causal and "
                     "check_start, and correct it.",
                     strategy=self._strategy.name,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOISE', 'STRETCH', 'SAME', 'ELSEWHERE', 'FRESH_S', 'LookAhead', 'Causality', 'differences', 'first_change',
-           'changing_rows', 'listings', 'cuts', 'stretches', 'rows_to_try', 'try_futures', 'ignores_prices',
+           'changing_rows', 'listings', 'cuts', 'stretches', 'rows_to_try', 'asked', 'try_futures', 'ignores_prices',
            'fresh_lengths', 'check_fresh', 'check_causal', 'rounding_note']
 
 # %% ../../nbs/strategy/08_causality.ipynb #ea3c5106
@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from ..errors.taxonomy import Misused, TraderError
 from ..market.bars import Bars
-from .contract import Strategy, target_weights
+from .contract import Strategy, evaluate
 from .counterfactual import Direction, other_future
 from .fresh import Evaluation, NotFresh, Parcel, pack
+from .intents import column_names
 from ..telemetry.progress import steps
 
 # %% ../../nbs/strategy/08_causality.ipynb #d2f1ffcf
@@ -54,8 +55,9 @@ def differences(one: NDArray[np.float64], other: NDArray[np.float64]) -> tuple[N
     unequal = (one != other) & ~(np.isnan(one) & np.isnan(other))
     if not unequal.any():
         return unequal, 0.0
-    size = np.abs(one - other)
-    rounding = unequal & (size <= NOISE * np.maximum(np.abs(one), 1.0))
+    with np.errstate(invalid="ignore"):  # a number of bars without end on both sides
+        size = np.abs(one - other)
+    rounding = unequal & np.isfinite(size) & (size <= NOISE * np.maximum(np.abs(one), 1.0))
     return unequal & ~rounding, float(size[rounding].max()) if rounding.any() else 0.0
 
 
@@ -125,23 +127,35 @@ def rows_to_try(weights: NDArray[np.float64], warmup: int, most: int) -> list[tu
     return [(row, direction) for row, direction in found if row < n - 1]
 
 # %% ../../nbs/strategy/08_causality.ipynb #fcf2695b
-class _Comparison:
-    """The weights of one stretch of bars, and what became of them under other futures. begin: row of its first bar."""
+def asked(strategy: Strategy, bars: Bars) -> NDArray[np.float64]:
+    """What a strategy asks for: weights [time × symbol], and beside them the terms of its orders, where it gives some."""
+    return evaluate(strategy, bars).columns
 
-    def __init__(self, strategy: Strategy, bars: Bars, weights: NDArray[np.float64], begin: int = 0) -> None:
-        self.strategy, self.bars, self.weights, self.begin = strategy, bars, weights, begin
+
+class _Comparison:
+    """What is asked for on one stretch of bars, and under other futures. begin: row of its first bar."""
+
+    def __init__(self, strategy: Strategy, bars: Bars, targets: NDArray[np.float64], begin: int = 0) -> None:
+        self.strategy, self.bars, self.targets, self.begin = strategy, bars, targets, begin
         self.rows, self.noise = 0, 0.0
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """The weights alone [time × symbol]."""
+        return self.targets[:, : len(self.bars.symbols)]
 
     def compare(self, part: NDArray[np.float64], last: int, without: str, cause: str) -> None:
         """Compare the weights up to a row. without: of the sentence, what the other weight was asked without."""
         self.rows += last + 1
-        differ, noise = differences(self.weights[: last + 1], part[: last + 1])
+        self._same_kind(part, without, cause)
+        differ, noise = differences(self.targets[: last + 1], part[: last + 1])
         self.noise = max(self.noise, noise)
         if differ.any():
             row, column = (int(place) for place in np.argwhere(differ)[0])
-            symbol, at = self.bars.symbols[column], self.bars.at(row)
+            symbol, what = column_names(self.bars.symbols, part.shape[1])[column]
+            at = self.bars.at(row)
             raise LookAhead(
-                f"Strategy {self.strategy.name!r} gives {symbol} the weight {self.weights[row, column]:.9g} at {at} (row "
+                f"Strategy {self.strategy.name!r} gives {symbol} the {what} {self.targets[row, column]:.9g} at {at} (row "
                 f"{self.begin + row}) with all bars and {part[row, column]:.9g} {without}: {cause}.",
                 strategy=self.strategy.name,
                 symbol=symbol,
@@ -150,10 +164,19 @@ class _Comparison:
                 truncated_to=self.begin + last + 1,
             )
 
+    def _same_kind(self, part: NDArray[np.float64], without: str, cause: str) -> None:
+        if part.shape[1] != self.targets.shape[1]:
+            first, other = ("weights alone", "Intents")[:: 1 if part.shape[1] > self.targets.shape[1] else -1]
+            raise LookAhead(
+                f"Strategy {self.strategy.name!r} returns {first} with all bars and {other} {without}: {cause}. Return one of "
+                "them always.",
+                strategy=self.strategy.name,
+            )
+
     def cut(self, length: int) -> None:
         """Ask about the first bars alone."""
         try:
-            part = target_weights(self.strategy, copy.copy(self.bars.head(length)))
+            part = asked(self.strategy, copy.copy(self.bars.head(length)))
         except Exception as error:
             raise LookAhead(
                 f"Strategy {self.strategy.name!r} fails once the bars after {self.bars.at(length - 1)} are gone ({error}): "
@@ -170,7 +193,7 @@ class _Comparison:
         """Ask about the same bars with another future after a row."""
         other = other_future(self.bars, row, direction)
         try:
-            part = target_weights(self.strategy, other)
+            part = asked(self.strategy, other)
         except Exception:  # of bars that never were; without them, it must not fail
             self.cut(row + 1)
             return
@@ -187,7 +210,7 @@ def _evaluated(strategy: Strategy, bars: Bars, stretch: Bars) -> _Comparison | N
     """The weights of a stretch of the bars; None where the strategy does not get by with bars that begin there."""
     begin = int(np.searchsorted(bars.times_ns, stretch.times_ns[0]))
     try:
-        return _Comparison(strategy, stretch, target_weights(strategy, copy.copy(stretch)), begin)
+        return _Comparison(strategy, stretch, asked(strategy, copy.copy(stretch)), begin)
     except Exception:
         return None
 
@@ -222,7 +245,7 @@ def ignores_prices(strategy: Strategy, bars: Bars) -> bool:
     if found is None or not len(changing_rows(found.weights[max(strategy.warmup - 1, 0) :])):
         return False
     try:
-        return np.array_equal(target_weights(strategy, other_future(stretch, -1)), found.weights, equal_nan=True)
+        return np.array_equal(asked(strategy, other_future(stretch, -1)), found.targets, equal_nan=True)
     except Exception:  # of prices that never were
         return False
 
@@ -251,7 +274,7 @@ def check_fresh(strategy: Strategy, bars: Bars, parcel: Parcel) -> int:
     parcel: the strategy, packed before it was asked anything in this process. Raises LookAhead, and NotFresh where it could
     not be asked.
     """
-    found = _Comparison(strategy, bars, target_weights(strategy, bars))
+    found = _Comparison(strategy, bars, asked(strategy, bars))
     lengths = fresh_lengths(found.weights, strategy.warmup)
     _compare_fresh(found, lengths, Evaluation(parcel, [bars.head(length) for length in lengths]).weights(FRESH_S))
     return lengths[-1]
@@ -285,7 +308,7 @@ def check_causal(strategy: Strategy, bars: Bars, rows: int | None = None, *, fre
         parcel = pack(strategy) if fresh else None  # before it is asked anything
     except NotFresh as error:
         notes.append(f"It was not asked in a process of its own: {error}.")
-    found = _Comparison(strategy, bars, target_weights(strategy, bars))
+    found = _Comparison(strategy, bars, asked(strategy, bars))
     lengths = fresh_lengths(found.weights, strategy.warmup)
     evaluation = None if parcel is None else Evaluation(parcel, [bars.head(length) for length in lengths])
     try:

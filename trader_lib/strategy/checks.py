@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUICK_STRETCHES', 'QUICK_ROWS', 'LOOK_AHEAD', 'VERDICTS_MAX', 'Key', 'UNCHECKED', 'SESSION_STARTS', 'FIRST_DAY',
-           'is_shipped', 'can_look', 'checked_weights', 'elsewhere', 'practice_bars', 'ensure_checked', 'Report',
-           'check_strategy', 'ensure_sound']
+           'is_shipped', 'can_look', 'checked_targets', 'sees_ahead', 'elsewhere', 'practice_bars', 'ensure_checked',
+           'Report', 'check_strategy', 'ensure_sound']
 
 # %% ../../nbs/strategy/12_checks.ipynb #d39978f6
 from collections.abc import Callable, Sequence
@@ -31,8 +31,9 @@ from trader_lib.strategy.causality import (
     stretches,
     try_futures,
 )
-from .contract import Strategy, history_bars, target_weights
+from .contract import Strategy, evaluate, history_bars
 from .fresh import NotFresh, Parcel, pack
+from .intents import Targets
 from .source import source_hash
 from .start import LookbackExceeded, Start, check_start
 
@@ -89,14 +90,21 @@ def can_look(strategy: Strategy, bars: Bars) -> bool:
     return not is_shipped(strategy) and bars.n > strategy.warmup + 1
 
 
-def checked_weights(strategy: Strategy, bars: Bars) -> tuple[NDArray[np.float64], str]:
-    """Target weights [time × symbol], and the sentence that says where the strategy looks ahead, "" for nowhere."""
+def checked_targets(strategy: Strategy, bars: Bars) -> tuple[Targets, str]:
+    """A strategy's targets, and the sentence that says where it looks ahead, "" for nowhere."""
     if not can_look(strategy, bars):
-        return target_weights(strategy, bars), ""
+        return evaluate(strategy, bars), ""
     key = _key(LOOK_AHEAD, strategy, bars)
     parcel = None if key in _verdicts else _packed(strategy)
-    weights = target_weights(strategy, bars)
-    return weights, _once(key, lambda: _quick_look(strategy, bars, parcel))
+    targets = evaluate(strategy, bars)
+    return targets, _once(key, lambda: _quick_look(strategy, bars, parcel))
+
+
+def sees_ahead(strategy: Strategy, bars: Bars) -> str:
+    """The sentence that says where a strategy looks ahead, "" for nowhere, for a run that has its weights from elsewhere."""
+    if not can_look(strategy, bars):
+        return ""
+    return _once(_key(LOOK_AHEAD, strategy, bars), lambda: _quick_look(strategy, bars, _packed(strategy)))
 
 
 def elsewhere(strategy: Strategy, bars: Bars) -> str:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from ..errors.taxonomy import TraderError
 from ..market.bars import Bars
-from .contract import Strategy, target_weights
+from .contract import Strategy, evaluate
 from .source import RAN
 
 # %% ../../nbs/strategy/07_fresh.ipynb #35b39587
@@ -86,7 +86,7 @@ WEIGHTS, FAILED = b"W", b"F"  # what an answer begins with
 
 
 def read_answer(raw: bytes) -> list[NDArray[np.float64]]:
-    """The weights of an answer [time × symbol]; raises NotFresh for one that says what failed."""
+    """The weights of an answer [time × symbol], with terms beside them where there are some; raises NotFresh for one that says what failed."""
     if raw[:1] != WEIGHTS:
         raise NotFresh(raw[1:].decode(errors="replace") or "there was no answer")
     with np.load(io.BytesIO(raw[1:])) as found:
@@ -99,7 +99,7 @@ def answer(request: bytes) -> bytes:
         parcel, data = pickle.loads(request)
         strategy = unpack(parcel)
         found = io.BytesIO()
-        np.savez(found, *(target_weights(strategy, bars) for bars in data))
+        np.savez(found, *(evaluate(strategy, bars).columns for bars in data))
         return WEIGHTS + found.getvalue()
     except Exception as error:
         return FAILED + f"{type(error).__name__}: {error}".encode()

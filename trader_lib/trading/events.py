@@ -8,10 +8,10 @@ __all__ = ['Finite', 'Figure', 'Kind', 'PAYLOADS', 'PROBLEMS_MAX', 'SYMBOLS_MAX'
            'FactorFrom', 'SessionStarted', 'BarRow', 'CorporateAction', 'BarsClosed', 'HistoryLoaded', 'TradeUpdated',
            'AssetsReported', 'AccountReported', 'PositionsReported', 'OrdersReported', 'OrderAcknowledged',
            'OrderFailed', 'OperatorCommand', 'SnapshotTaken', 'ClockTicked', 'TradingState', 'TargetsDecided',
-           'OrderProposed', 'CancelProposed', 'CheckOutcome', 'RiskDecided', 'OrderIntended', 'CancelIntended',
-           'FillRecorded', 'StrategyHoldings', 'PortfolioChanged', 'TradingStateChanged', 'OrderAdopted', 'Discrepancy',
-           'Reconciled', 'AgentFailed', 'SessionEnded', 'degraded_sentence', 'Event', 'canonical_row', 'BarsSlice',
-           'expanded']
+           'OrderProposed', 'CancelProposed', 'ReplaceProposed', 'CheckOutcome', 'RiskDecided', 'OrderIntended',
+           'CancelIntended', 'ReplaceIntended', 'FillRecorded', 'StrategyHoldings', 'PortfolioChanged',
+           'TradingStateChanged', 'OrderAdopted', 'Discrepancy', 'Reconciled', 'AgentFailed', 'SessionEnded',
+           'degraded_sentence', 'Event', 'canonical_row', 'BarsSlice', 'expanded']
 
 # %% ../../nbs/trading/04_events.ipynb #23a33cd0
 from collections.abc import Iterator, Mapping
@@ -34,10 +34,10 @@ from pydantic import (
 
 from ..config.masking import masked_bytes
 from ..errors.taxonomy import BadData, did_you_mean
-from ..rules.actions import split_position
+from ..rules.actions import close_after, split_position
 from ..rules.numbers import CASH_DECIMALS, to_decimal
 from .capability import Asset
-from .orders import Label, Number, Order, OrderRequest, Utc
+from .orders import Label, Number, Order, OrderRequest, ReplaceRequest, Utc
 from .portfolio import Fill, FrozenMap, Position
 
 # %% ../../nbs/trading/04_events.ipynb #feaf9f56
@@ -160,19 +160,21 @@ class CorporateAction(BaseModel):
     """What happens to the shares of a symbol at the close of a bar, before anything is decided at it.
 
     split: `ratio` shares are held after it for one before, and nothing rests any more. delisted: a share is paid with
-    `paid`, USD, and no longer traded.
+    `paid`, USD, and no longer traded. dividend: each share held is paid `paid`, USD, and closes lower by it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     symbol: str
-    kind: Literal["split", "delisted"]
+    kind: Literal["split", "delisted", "dividend"]
     ratio: Finite = 1.0
     paid: Finite = 0.0
 
     def close(self, close: float) -> float:
         """A bar's close, USD, in the shares that are held after it; NaN where none is traded any more."""
-        return close / self.ratio if self.kind == "split" else float("nan")
+        if self.kind == "delisted":
+            return float("nan")
+        return close_after(close, self.ratio, self.paid)
 
     def sentence(self, day: date, held: float | None = None) -> str:
         """What happened. day: of the bar's close, New York. held: shares before it, unsigned; None: not known."""
@@ -182,6 +184,8 @@ class CorporateAction(BaseModel):
                 return f"{what}."
             after, _, _ = split_position(held, 0.0, self.ratio, 0.0)
             return f"{what}: {held:,.9g} shares became {after:,.9g}."
+        if self.kind == "dividend":
+            return f"{self.symbol} paid {self.paid:g} USD a share to who held it at the close of {day}."
         what = f"{self.symbol} was delisted at the close of {day}, its last"
         if held is None:
             return f"{what}: a share is paid with {self.paid:g} USD."
@@ -201,6 +205,9 @@ class BarsClosed(Input):
         None, exclude_if=lambda known: known is None
     )  # the calendar's stamps before it at which nobody traded; None: not looked for, as in journals of before
     actions: Annotated[tuple[CorporateAction, ...], Field(exclude_if=lambda actions: not actions)] = ()
+    nights: Annotated[int, Field(exclude_if=lambda nights: not nights)] = (
+        0  # days to the next session, where holding is charged for at this close; 0 where it is not
+    )
 
 
 BarFigures = Annotated[tuple[Finite | None, ...], Field(fail_fast=True)]  # open … volume
@@ -337,6 +344,9 @@ class TargetsDecided(Output):
     type: ClassVar[str] = "targets_decided"
     at: Utc  # the bar's stamp
     weights: FrozenMap[str, Finite]
+    terms: FrozenMap[str, FrozenMap[str, str | bool | Finite]] = Field(
+        default_factory=dict, exclude_if=lambda given: not given
+    )  # by symbol, how its position is opened and protected; prices in USD
 
 
 class OrderProposed(Output):
@@ -353,6 +363,16 @@ class CancelProposed(Output):
 
     type: ClassVar[str] = "cancel_proposed"
     client_order_id: str
+    reason: str
+    decided_at: Utc
+
+
+class ReplaceProposed(Output):
+    """The strategy would like an exit to have another price, without a moment at which nothing rests."""
+
+    type: ClassVar[str] = "replace_proposed"
+    client_order_id: str  # of the exit, or of the leg, as it was first sent
+    request: ReplaceRequest
     reason: str
     decided_at: Utc
 
@@ -395,6 +415,15 @@ class CancelIntended(Output):
     client_order_id: str
 
 
+class ReplaceIntended(Output):
+    """The next thing on the wire is this replacement."""
+
+    type: ClassVar[str] = "replace_intended"
+    client_order_id: str  # of the exit, or of the leg, as it was first sent
+    request: ReplaceRequest
+    decided_at: Utc
+
+
 class FillRecorded(Output):
     """A fill, once, whatever the number of times it was reported."""
 
@@ -421,6 +450,9 @@ class PortfolioChanged(Output):
     equity: Number | None = None
     positions: tuple[Position, ...] = ()
     strategies: Annotated[tuple[StrategyHoldings, ...], Field(exclude_if=lambda several: not several)] = ()
+    booked: FrozenMap[str, Number] = Field(
+        default_factory=dict, exclude_if=lambda booked: not booked
+    )  # USD, at this close and beside fills: INT, FEE and DIV as Alpaca names them, negative where it was charged
 
 
 class TradingStateChanged(Output):

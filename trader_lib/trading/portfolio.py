@@ -57,6 +57,7 @@ class Fill(BaseModel):
     timestamp: Utc
     purpose: Purpose = "entry"
     strategy: Label = ""  # whose it is, in a session of several strategies
+    parent: Label = ""  # client order id of the entry whose exit filled, in a bracket
 
     @property
     def signed_qty(self) -> Decimal:

@@ -242,7 +242,7 @@ function drawDecisions() {
     if (!open) return [line];
     const found = checks.get(id);
     const list = found ? found.map((check) => el("tr", {}, el("td", { class: check.passed ? "up" : "down" }, check.passed ? "✓ passed" : "✕ failed"), cell(words(check.name.toLowerCase()) + (check.scope ? ` (${check.scope})` : "")), cell(check.reason, "wide"))) : [];
-    return [line, el("tr", { class: "more" }, el("td", { colspan: String(columns.length) }, el("p", { class: "mono" }, id), found ? el("table", {}, el("tbody", {}, ...list)) : "Asking …"))];
+    return [line, el("tr", { class: "more" }, el("td", { colspan: String(columns.length) }, el("p", { class: "mono" }, `trader explain ${view.run} ${id}`), found ? el("table", {}, el("tbody", {}, ...list)) : "Asking …"))];
   }), filter ? "No recent decision under this trace." : "Nothing was decided yet.");
 }
 async function unfold(id) {

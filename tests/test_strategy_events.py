@@ -1,0 +1,245 @@
+"""Strategies that decide step by step: the same orders in a backtest, a session, after a kill and in a replay."""
+
+import asyncio
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.simulation.plan import plan_of
+from tests.simulation.world import play
+from tests.test_session_resume import check, cut, fresh, torn_rows
+from trader_lib.config.settings import load_settings
+from trader_lib.exchange.costs import Costs
+from trader_lib.journal.journal import SqliteJournal
+from trader_lib.market.bars import Bars
+from trader_lib.market.sample import sample_bars
+from trader_lib.market.synthetic import synthetic_bars
+from trader_lib.replay.replay import replay
+from trader_lib.research.backtest import BacktestResult, backtest
+from trader_lib.session.session import SessionResult, run_session
+from trader_lib.session.spec import SessionSpec
+from trader_lib.strategy.contract import Strategy
+from trader_lib.strategy.events import EventState, EventStrategy, Fill, Intent, View
+from trader_lib.strategy.exits import ProtectiveExits
+from trader_lib.strategy.registry import register
+from trader_lib.trading.order_list import compare_order_lists
+
+pytestmark = pytest.mark.usefixtures("quiet")
+
+SEEN: dict[str, list[tuple[object, ...]]] = {}
+
+
+@register
+class Watchful(EventStrategy):
+    """Trades on everything that a view shows, and writes down what it was shown."""
+
+    class State(EventState):
+        orders: int = 0
+        paid: float = 0.0
+        last: tuple[Fill, ...] = ()
+
+    stop: float | None = None
+    short: bool = True
+
+    @property
+    def exits(self) -> ProtectiveExits | None:
+        return ProtectiveExits(stop_loss=self.stop) if self.stop else None
+
+    @property
+    def lookback_max(self) -> int:
+        return 5
+
+    def decide(self, view: View, state: State) -> tuple[State, list[Intent]]:
+        SEEN.setdefault("", []).append(
+            (view.now, view.cash, view.equity, view.fills, view.orders, view.is_first_bar_of_session, state)
+        )
+        if view.fills:
+            paid = sum(abs(fill.qty) * fill.price for fill in view.fills)
+            state = state.replace(orders=state.orders + 1, paid=state.paid + paid, last=view.fills)
+        intents = []
+        for symbol in view.symbols:
+            recent = view.last(symbol, 5)
+            if view.position(symbol) and view.close[symbol] > 1.01 * view.average_price(symbol):
+                intents.append(view.close_position(symbol))
+            elif (
+                not view.position(symbol) and not view.working(symbol) and recent[-1] < recent.mean() and view.cash > 0
+            ):
+                intents.append(view.target(symbol, -0.2 if self.short and state.orders % 3 == 0 else 0.3))
+        return state, intents
+
+
+def settings(transport: str = "in_process") -> Any:
+    return load_settings(environ={}, env_file=None, overrides={"broker": {"transport": transport}})
+
+
+async def both(
+    spec: SessionSpec, transport: str, folder: Path, bars: Bars | None = None, strategy: Strategy | None = None
+) -> tuple[BacktestResult, SessionResult]:
+    tested = backtest(
+        strategy or spec.build_strategy(),
+        sample_bars(spec.symbols) if bars is None else bars,
+        start=spec.start,
+        end=spec.end,
+        cash=float(spec.cash),
+        costs=spec.costs,
+        limits=spec.limits,
+        multiplier=spec.multiplier,
+        sizing=spec.sizing,
+        check=False,
+        trials=False,
+    )
+    journal = folder / "journal.sqlite"
+    SEEN["backtest"] = SEEN.pop("", [])
+    run = await run_session(spec, settings(transport), bars=bars, strategy=strategy, journal_path=journal, check=False)
+    return tested, run
+
+
+def assert_same(tested: BacktestResult, run: SessionResult) -> None:
+    found = compare_order_lists(tested.orders, run.orders)
+    assert found.equal, "\n".join([found.summary(), *(row.sentence() for row in found.differences[:5])])
+    assert tested.order_list_hash == run.order_list_hash and run.orders
+    assert np.array_equal(tested.equity.to_numpy()[-run.bars :], run.equity.to_numpy())
+    assert run.reconciliation.ok and all(agent.state == "ok" for agent in run.health)
+
+
+PAIRS = {"strategy": "pairs", "symbols": ("IBM", "MSFT"), "params": {"lookback": 20}}
+YEAR = {"start": date(2005, 1, 3), "end": date(2005, 12, 30)}
+DEAR = Costs(commission_per_share=0.005, commission_minimum=1.0, slippage_bps=5, volume_share=0.000005)
+
+
+@pytest.mark.parametrize("transport", ["in_process", "http"])
+async def test_a_session_of_pairs_places_the_orders_of_its_backtest(transport: str, tmp_path: Path) -> None:
+    spec = SessionSpec(**PAIRS, **YEAR, costs=Costs(slippage_bps=5))
+    tested, run = await both(spec, transport, tmp_path)
+    assert_same(tested, run)
+    assert any(order.side.value == "sell" and order.purpose == "entry" for order in run.orders)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"costs": DEAR},
+        {"params": {"stop": 0.02}},
+        {"params": {"stop": 0.02}, "costs": DEAR},
+        {"multiplier": 1, "params": {"short": False}},
+    ],
+    ids=["plain", "dear and thin", "exits", "exits, dear and thin", "cash account"],
+)
+async def test_the_view_shows_the_same_in_both_engines(more: dict[str, Any], tmp_path: Path) -> None:
+    spec = SessionSpec(strategy="watchful", symbols=("AAPL", "IBM"), **{**YEAR, **more})
+    SEEN.clear()
+    tested, run = await both(spec, "in_process", tmp_path)
+    assert_same(tested, run)
+    assert [*map(repr, SEEN["backtest"])] == [*dict.fromkeys(map(repr, SEEN[""]))]  # some are asked for twice
+    assert len(SEEN[""]) > len(SEEN["backtest"])
+
+
+async def test_minutes_with_partial_fills_and_timers_are_the_same_in_both(tmp_path: Path) -> None:
+    bars = synthetic_bars(("AAPL", "MSFT"), "2010-03-08", "2010-03-12", timeframe="15Min", seed=7)
+    spec = SessionSpec(
+        strategy="watchful",
+        symbols=("AAPL", "MSFT"),
+        timeframe="15Min",
+        start=date(2010, 3, 9),
+        end=date(2010, 3, 12),
+        costs=Costs(volume_share=0.002),
+    )
+    SEEN.clear()
+    tested, run = await both(spec, "in_process", tmp_path, bars)
+    assert_same(tested, run)
+    assert any(len(order.fills) > 1 for order in run.orders)
+    assert [*map(repr, SEEN["backtest"])] == [*dict.fromkeys(map(repr, SEEN[""]))]
+
+
+# ---- interrupted, and looked at again
+
+SHORT = SessionSpec(**PAIRS, start=date(2005, 1, 3), end=date(2005, 4, 29))
+
+
+async def test_torn_anywhere_a_session_of_events_gives_the_same_orders(tmp_path: Path) -> None:
+    one = await run_session(SHORT, settings(), journal_path=fresh(tmp_path / "whole") / "journal.sqlite")
+    assert len(one.orders) >= 8
+    for rows in torn_rows(one, 131):
+        path = cut(one, rows, tmp_path / "torn") / "journal.sqlite"
+        check(one, await run_session(SHORT, settings(), journal_path=path, resume=True), rows)
+
+
+DIE = """
+import asyncio, os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from tests.test_strategy_events import SHORT, settings
+from trader_lib.journal.journal import SqliteJournal
+from trader_lib.session.session import run_session
+
+append, last = SqliteJournal.append, [0]
+
+def deadly(self, event):
+    append(self, event)
+    last[0] += 1
+    if last[0] == {rows}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+SqliteJournal.append = deadly
+asyncio.run(run_session(SHORT, settings(), journal_path=Path({path!r}), resume=True))
+"""
+
+
+async def test_a_killed_session_of_events_goes_on_and_is_replayed(tmp_path: Path) -> None:
+    one = await run_session(SHORT, settings(), journal_path=fresh(tmp_path / "whole") / "journal.sqlite")
+    path = fresh(tmp_path / "killed") / "journal.sqlite"
+    for rows in (150, 90):
+        script = DIE.format(root=str(Path(__file__).parents[1]), rows=rows, path=str(path))
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stderr=subprocess.DEVNULL)
+        assert await process.wait() == -signal.SIGKILL
+    check(one, await run_session(SHORT, settings(), journal_path=path, resume=True), 1)
+    with SqliteJournal(path, read_only=True) as journal:
+        again = await replay(journal)
+    assert again.agrees, again.sentence()
+
+
+class Nervous(EventStrategy):
+    """Counts its fills and changes its mind with them, for no reason but the prices."""
+
+    class State(EventState):
+        fills: int = 0
+        bought: float = 0.0
+
+    stop_loss: float | None = None
+
+    @property
+    def warmup(self) -> int:
+        return 5
+
+    @property
+    def exits(self) -> ProtectiveExits | None:
+        return ProtectiveExits(stop_loss=self.stop_loss) if self.stop_loss else None
+
+    def decide(self, view: View, state: State) -> tuple[State, list[Intent]]:
+        state = state.replace(
+            fills=state.fills + len(view.fills), bought=state.bought + sum(fill.qty for fill in view.fills)
+        )
+        intents = []
+        for symbol in view.symbols:
+            mood = (round(view.close[symbol] * 100) // 3 + state.fills) % 7
+            if mood < 3 and not view.working(symbol):
+                intents.append(view.target(symbol, (0.0, 0.3, 0.2)[mood]))
+        return state, intents
+
+
+@pytest.mark.parametrize("seed", [1, 6, 24])
+def test_among_faults_deaths_and_snapshots_a_session_of_events_stays_whole(seed: int) -> None:
+    """No order is lost or doubled, the books agree, and a replay gives the same decisions."""
+    plan = plan_of(seed)
+    strategy = Nervous(stop_loss=plan.strategy.stop_loss)
+    outcome = play(replace(plan, strategy=strategy, snapshot_events=10))  # type: ignore[arg-type]
+    assert not outcome.broken, outcome.broken
+    assert outcome.orders > 5
