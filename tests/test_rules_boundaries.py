@@ -34,6 +34,7 @@ from trader_lib.rules.checks import (
     sells_short,
     state_after_close,
 )
+from trader_lib.rules.exits import exit_due, exit_prices, update_extreme
 from trader_lib.rules.folding import cash_flow, equity, exposure, fold_fill
 from trader_lib.rules.margin import held_after, liquidation
 from trader_lib.rules.matching import (
@@ -51,6 +52,7 @@ from trader_lib.rules.matching import (
     slip,
 )
 from trader_lib.rules.numbers import round_down, round_to, tick_decimals
+from trader_lib.rules.sizing import SizingRules, desired_order, fit_to_budget
 
 BUY, SELL = 1, -1
 NONE = math.nan
@@ -445,3 +447,87 @@ def test_an_account_that_is_worth_less_than_nothing_keeps_nothing() -> None:
 def test_half_of_a_single_share_is_closed_as_half() -> None:
     assert held_after(1.0, 0.5, 1e6, 0.0, True) == 0.5
     assert held_after(-1.0, 0.5, 1e6, 0.0, True) == -0.5
+
+
+# ---- sizing and exits
+
+WHOLE, PARTS = SizingRules(min_trade=0.0), SizingRules(fractional=True, min_trade=0.0)
+
+
+def test_an_order_needs_a_price_and_a_share_of_a_share_only_its_part() -> None:
+    assert desired_order(0.5, 0.0, 0.0, 0.0, 1_000.0, WHOLE) == 0.0
+    assert desired_order(0.5, 0.0, 0.0, 100.0, 100.0, PARTS) == 0.5
+    assert desired_order(1.0, 0.0, 0.0, 0.1, 0.5, PARTS) == 5.0, "half a dollar is something, too"
+
+
+def test_a_position_is_reduced_to_its_target_and_no_further() -> None:
+    assert desired_order(0.4, 10.0, 0.0, 10.0, 100.0, WHOLE) == -6.0
+    assert desired_order(-0.6, -10.0, 0.0, 10.0, 100.0, WHOLE) == 4.0
+
+
+def test_what_is_on_its_way_is_neither_bought_twice_nor_sold_beyond_the_position() -> None:
+    assert desired_order(0.0, 10.0, 5.0, 10.0, 100.0, WHOLE) == -10.0
+    assert desired_order(0.0, -10.0, -5.0, 10.0, 100.0, WHOLE) == 10.0
+    assert desired_order(-2.0, 10.0, -4.0, 10.0, 100.0, WHOLE) == -6.0, "it is closed first, then turned"
+    assert desired_order(-2.0, 1.0, -0.5, 10.0, 100.0, PARTS) == -0.5
+
+
+def test_only_whole_shares_are_sold_short_and_fractions_held_are_sold_whole() -> None:
+    assert desired_order(-0.5, 0.0, -2.5, 10.0, 100.0, PARTS) == -2.0
+    assert desired_order(0.0, 0.5, 0.0, 100.0, 1_000.0, PARTS) == -0.5
+    assert desired_order(0.0, 0.0, 0.5, 100.0, 1_000.0, PARTS) == -0.5
+
+
+def test_a_trade_that_is_exactly_as_large_as_it_has_to_be_is_made() -> None:
+    assert desired_order(0.01, 0.0, 0.0, 10.0, 1_000.0, SizingRules(min_trade=0.01)) == 1.0
+    assert desired_order(0.01, 0.0, 0.0, 10.0, 1_000.0, SizingRules(min_trade=just_over(0.01))) == 0.0
+
+
+def fitted(
+    wanted: list[float],
+    *,
+    cash: float,
+    close: float = 50.0,
+    positions: tuple[float, float] = (0.0, 0.0),
+    pending: tuple[float, float] = (0.0, 0.0),
+    rules: SizingRules = WHOLE,
+    equity: float = 1_000.0,
+) -> list[float]:
+    """What is left of two wanted quantities after the budget was looked at."""
+    out = np.array(wanted)
+    fit_to_budget(np.array(positions), np.array(pending), np.full(2, close), cash, equity, rules, out)
+    return [float(qty) for qty in out]
+
+
+def test_one_share_on_its_way_covered_or_sold_counts_in_the_budget() -> None:
+    assert fitted([0.0, 2.0], cash=100.0) == [0.0, 2.0]
+    assert fitted([0.0, 2.0], cash=100.0, pending=(1.0, 0.0)) == [0.0, 1.0]
+    assert fitted([0.0, 200.0], cash=100.0, close=0.5, pending=(100.0, 0.0)) == [0.0, 100.0]
+    assert fitted([1.0, 2.0], cash=100.0, positions=(-1.0, 0.0)) == [1.0, 1.0]
+    assert fitted([-1.0, 2.0], cash=50.0, positions=(1.0, 0.0)) == [-1.0, 2.0]
+    assert fitted([-1.0, 2.0], cash=50.0) == [-1.0, 1.0], "a short sale brings no money that may be spent"
+
+
+def test_one_share_beyond_the_money_is_not_bought() -> None:
+    assert fitted([0.0, 1.0], cash=49.0) == [0.0, 0.0]
+    assert fitted([0.0, 1.0], cash=0.5, close=0.8) == [0.0, 0.0]
+
+
+def test_what_the_budget_leaves_has_to_be_large_enough() -> None:
+    enough, more = SizingRules(min_trade=0.02), SizingRules(min_trade=just_over(0.02))
+    assert fitted([0.0, 4.0], cash=20.0, close=10.0, rules=enough) == [0.0, 2.0]
+    assert fitted([0.0, 4.0], cash=20.0, close=10.0, rules=more) == [0.0, 0.0]
+
+
+def test_an_exit_is_due_at_its_very_price() -> None:
+    assert exit_due(10.0, 95.0, 95.0, NONE) and not exit_due(10.0, just_over(95.0), 95.0, NONE)
+    assert exit_due(10.0, 130.0, NONE, 130.0) and not exit_due(10.0, just_under(130.0), NONE, 130.0)
+    assert exit_due(-10.0, 105.0, 105.0, NONE) and not exit_due(-10.0, just_under(105.0), 105.0, NONE)
+
+
+def test_a_share_or_half_of_one_is_protected_as_a_long_position() -> None:
+    assert exit_prices(1.0, 100.0, NONE, 0.05, 0.30, NONE) == (95.0, 130.0)
+    assert exit_prices(0.5, 100.0, NONE, 0.05, 0.30, NONE) == (95.0, 130.0)
+    extreme = np.array([50.0])
+    update_extreme(np.array([0.5]), np.array([40.0]), extreme)
+    assert extreme[0] == 50.0

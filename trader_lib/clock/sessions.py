@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEW_YORK', 'TIMEFRAME_SECONDS', 'BarHours', 'TradingSession', 'Schedule', 'published', 'sessions_file',
-           'read_sessions', 'keep_sessions', 'schedule_of', 'TradingCalendar']
+           'read_sessions', 'keep_sessions', 'schedule_of', 'Sessions', 'complete_at', 'without_later', 'in_hours',
+           'latest_session', 'SessionNumbers', 'TradingCalendar']
 
 # %% ../../nbs/clock/02_sessions.ipynb #3bb3d506
 import os
@@ -53,7 +54,7 @@ class TradingSession:
 
     @property
     def stamp(self) -> datetime:
-        """The stamp of this session's daily bar: midnight in New York, in UTC."""
+        """Return the stamp of this session's daily bar: midnight in New York, in UTC."""
         return datetime.combine(self.date, time(), NEW_YORK).astimezone(UTC)
 
 # %% ../../nbs/clock/02_sessions.ipynb #b034a637
@@ -67,7 +68,7 @@ class Schedule(NamedTuple):
 
 
 def _longest(name: str) -> Any:
-    """The calendar from 1920, or from the first day that it knows."""
+    """Return the calendar from 1920, or from the first day that it knows."""
     import exchange_calendars
 
     try:
@@ -80,7 +81,7 @@ def _longest(name: str) -> Any:
 
 
 def published(name: str) -> Schedule:
-    """The sessions of an exchange as `exchange_calendars` computes them, which takes half a second; raises Misused."""
+    """Return the sessions of an exchange as `exchange_calendars` computes them, which takes half a second; raise Misused."""
     import exchange_calendars
 
     try:
@@ -98,7 +99,7 @@ def published(name: str) -> Schedule:
 
 # %% ../../nbs/clock/02_sessions.ipynb #0620cdec
 def sessions_file(name: str) -> Path:
-    """Where today's sessions of an exchange are kept."""
+    """Return the path at which today's sessions of an exchange are kept."""
     package = Path(sys.modules["trader_lib"].__path__[0])
     home = package if os.access(package, os.W_OK) else Path.home() / ".cache" / "trader_lib"
     made_of = f"{version('exchange_calendars')}-{WallClock().now():%Y%m%d}"
@@ -106,7 +107,7 @@ def sessions_file(name: str) -> Path:
 
 
 def read_sessions(file: Path) -> Schedule | None:
-    """What a file keeps; None where it keeps nothing usable."""
+    """Return the sessions that a file keeps; None where it keeps nothing usable."""
     try:
         kept = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError):
@@ -130,7 +131,7 @@ def keep_sessions(file: Path, schedule: Schedule) -> None:
 
 @cache
 def schedule_of(name: str) -> Schedule:
-    """The sessions of an exchange, read once a process; raises Misused for a name that is not known."""
+    """Return the sessions of an exchange, read once a process; raise Misused for a name that is not known."""
     if not name.isalnum():  # no name of a file, such as that of the calendar 24/7
         return published(name)
     file = sessions_file(name)
@@ -140,7 +141,24 @@ def schedule_of(name: str) -> Schedule:
     keep_sessions(file, schedule)
     return schedule
 
-# %% ../../nbs/clock/02_sessions.ipynb #38ec7dc0
+# %% ../../nbs/clock/02_sessions.ipynb #23929ff8
+def _seconds(timeframe: str) -> int:
+    if timeframe not in TIMEFRAME_SECONDS:
+        hint = did_you_mean(timeframe, TIMEFRAME_SECONDS)
+        raise Misused(f"There is no timeframe '{timeframe}'.{hint} Known are {', '.join(TIMEFRAME_SECONDS)}.")
+    return TIMEFRAME_SECONDS[timeframe]
+
+
+def _ns(when: datetime) -> int:
+    if when.tzinfo is None:
+        raise Misused(f"{when} has no time zone. Give an aware datetime, such as datetime(2005, 1, 3, tzinfo=UTC).")
+    return (when - _EPOCH) // timedelta(microseconds=1) * 1000
+
+
+def _datetime(ns: int | np.int64) -> datetime:
+    return _EPOCH + timedelta(microseconds=int(ns) // 1000)
+
+# %% ../../nbs/clock/02_sessions.ipynb #a9834fd6
 @cache
 def _dates_of(name: str) -> tuple[NDArray[np.datetime64], list[date]]:
     # midnight in New York is 4 or 5 hours of the same date in UTC
@@ -148,21 +166,21 @@ def _dates_of(name: str) -> tuple[NDArray[np.datetime64], list[date]]:
     return days, days.tolist()
 
 
-class TradingCalendar:
-    """The sessions of one exchange."""
+class Sessions:
+    """The sessions of one exchange, asked for one at a time."""
 
     def __init__(
         self,
         name: str = "XNYS",  # an ISO 10383 code that exchange_calendars knows
     ) -> None:
         self.name = name
-        self._stamps, self._ends, self._opens, self._closes = schedule_of(name)
+        self.schedule = schedule_of(name)
         self._days, self._dates = _dates_of(name)
-        self._is_overnight = bool((self._opens < self._stamps).any())
+        self._is_overnight = bool((self.schedule.opens < self.schedule.stamps).any())  # opens on the evening before
 
     @property
     def horizon(self) -> date:
-        """The last session that is known."""
+        """Return the date of the last session that is known."""
         return self._dates[-1]
 
     def sessions(self, start: date, end: date) -> list[TradingSession]:
@@ -182,20 +200,82 @@ class TradingCalendar:
 
     def session_of(self, when: datetime) -> TradingSession | None:
         """Return the session that is open at a moment, or None when the exchange is closed."""
-        i = self._next(self._closes, when)
-        return self._session(i) if self._opens[i] <= _ns(when) else None
+        i = self._next(self.schedule.closes, when)
+        return self._session(i) if self.schedule.opens[i] <= _ns(when) else None
 
     def is_open(self, when: datetime) -> bool:
-        """Say whether the exchange is in regular trading hours at a moment."""
+        """Return whether the exchange is in regular trading hours at a moment."""
         return self.session_of(when) is not None
 
     def next_open(self, when: datetime) -> datetime:
         """Return the first open after a moment."""
-        return _datetime(self._opens[self._next(self._opens, when)])
+        return _datetime(self.schedule.opens[self._next(self.schedule.opens, when)])
 
     def next_close(self, when: datetime) -> datetime:
         """Return the first close after a moment."""
-        return _datetime(self._closes[self._next(self._closes, when)])
+        return _datetime(self.schedule.closes[self._next(self.schedule.closes, when)])
+
+    def _session(self, i: int) -> TradingSession:
+        return TradingSession(self._dates[i], _datetime(self.schedule.opens[i]), _datetime(self.schedule.closes[i]))
+
+    def _next(self, moments: NDArray[np.int64], when: datetime) -> int:
+        i = int(np.searchsorted(moments, _ns(when), side="right"))
+        if i == len(moments) or when < self._session(0).stamp:
+            self._require(when.astimezone(NEW_YORK).date(), outside=True)
+        return i
+
+    def _require(self, day: date, outside: bool = False) -> None:
+        if outside or not self._dates[0] <= day <= self._dates[-1]:
+            raise BadData(
+                f"{day} lies outside the calendar of {self.name}, which reaches from {self._dates[0]} to "
+                f"{self._dates[-1]}. Choose dates between them.",
+                day=day,
+            )
+
+# %% ../../nbs/clock/02_sessions.ipynb #5d6a378c
+def complete_at(
+    schedule: Schedule, index_ns: NDArray[np.int64], timeframe: str, numbers: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return when each bar stamped index_ns [time] is complete, ns UTC. numbers: of their sessions [time]."""
+    closes = schedule.closes[numbers]
+    if timeframe == "1Day":
+        return closes
+    ends = index_ns + _seconds(timeframe) * _NS
+    return np.where(index_ns < closes, np.minimum(ends, closes), ends)
+
+
+def without_later(
+    schedule: Schedule, index_ns: NDArray[np.int64], timeframe: str, numbers: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Return for each bar whether its session has no later one; of the last bar of all the session's close decides."""
+    last = np.empty(len(index_ns), dtype=np.bool_)
+    last[:-1] = numbers[:-1] != numbers[1:]
+    last[-1:] = complete_at(schedule, index_ns[-1:], timeframe, numbers[-1:]) >= schedule.closes[numbers[-1:]]
+    return last
+
+
+def in_hours(
+    schedule: Schedule, index_ns: NDArray[np.int64], timeframe: str, numbers: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Return for each bar whether some of it lies in its session's regular hours; a daily bar does."""
+    if timeframe == "1Day":
+        return np.ones(len(index_ns), dtype=np.bool_)
+    ends = index_ns + _seconds(timeframe) * _NS
+    inside: NDArray[np.bool_] = (ends > schedule.opens[numbers]) & (index_ns < schedule.closes[numbers])
+    return inside
+
+
+def latest_session(stamps: NDArray[np.int64], index_ns: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Number the latest session whose date had begun at each moment, -1 for none. stamps: of all sessions, ns UTC."""
+    if len(index_ns) < _MANY or (index_ns[1:] < index_ns[:-1]).any():
+        return np.searchsorted(stamps, index_ns, side="right") - 1
+    first, last = np.searchsorted(stamps, index_ns[[0, -1]], side="right") - 1
+    begins = np.searchsorted(index_ns, stamps[first + 1 : last + 1])
+    return np.repeat(np.arange(first, last + 1), np.diff(begins, prepend=0, append=len(index_ns)))
+
+# %% ../../nbs/clock/02_sessions.ipynb #436d7201
+class SessionNumbers(Sessions):
+    """The sessions of one exchange, found for whole arrays of bars."""
 
     def bar_stamps(self, start: date, end: date, timeframe: str) -> NDArray[np.int64]:
         """Return the stamps, in ns UTC [time], of every bar that regular hours hold between two dates, both included."""
@@ -212,11 +292,11 @@ class TradingCalendar:
         A bar belongs to the session of its New York date; where sessions open on the evening before, as those of futures
         do, to the one that is open. Raise BadData for a stamp on a day without a session, such as a holiday.
         """
-        numbers = self._latest_stamp(index_ns)
-        outside = (numbers < 0) | (index_ns >= self._ends[numbers])
+        numbers = latest_session(self.schedule.stamps, index_ns)
+        outside = (numbers < 0) | (index_ns >= self.schedule.ends[numbers])
         if self._is_overnight:
-            trading = np.searchsorted(self._opens, index_ns, side="right") - 1
-            is_open = (trading >= 0) & (index_ns < self._closes[trading])
+            trading = np.searchsorted(self.schedule.opens, index_ns, side="right") - 1
+            is_open = (trading >= 0) & (index_ns < self.schedule.closes[trading])
             numbers, outside = np.where(is_open, trading, numbers), outside & ~is_open
         if outside.any():
             when = _datetime(index_ns[int(np.argmax(outside))])
@@ -227,54 +307,61 @@ class TradingCalendar:
             )
         return numbers.astype(np.int64)
 
-    def _latest_stamp(self, index_ns: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Number the latest session whose date had begun at each moment; quick for many moments in order."""
-        if len(index_ns) < _MANY or (index_ns[1:] < index_ns[:-1]).any():
-            return np.searchsorted(self._stamps, index_ns, side="right") - 1
-        first, last = np.searchsorted(self._stamps, index_ns[[0, -1]], side="right") - 1
-        begins = np.searchsorted(index_ns, self._stamps[first + 1 : last + 1])
-        return np.repeat(np.arange(first, last + 1), np.diff(begins, prepend=0, append=len(index_ns)))
-
     def session_dates(self, index_ns: NDArray[np.int64]) -> NDArray[np.datetime64]:
         """Return the date of the session that each bar stamped index_ns [time] belongs to; raise as `session_numbers`."""
         return self._days[self.session_numbers(index_ns)]
 
+    def first_opens(self, midnights_ns: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the open of the first session dated at or after each midnight in New York, ns UTC [time]."""
+        opens = self.schedule.opens
+        return opens[np.minimum(np.searchsorted(self.schedule.stamps, midnights_ns), len(opens) - 1)]
+
+    def last_closes(self, midnights_ns: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the close of the last session dated before each midnight in New York, ns UTC [time]."""
+        return self.schedule.closes[np.maximum(np.searchsorted(self.schedule.stamps, midnights_ns) - 1, 0)]
+
+    def _checked(self, index_ns: NDArray[np.int64], timeframe: str) -> NDArray[np.int64]:
+        _seconds(timeframe)
+        numbers = self.session_numbers(index_ns)
+        if timeframe == "1Day" and (wrong := index_ns != self.schedule.stamps[numbers]).any():
+            when = _datetime(index_ns[int(np.argmax(wrong))])
+            raise BadData(
+                f"A daily bar is stamped {when:%Y-%m-%d %H:%M} UTC, not midnight in New York. Stamp it there.", at=when
+            )
+        return numbers
+
+# %% ../../nbs/clock/02_sessions.ipynb #38ec7dc0
+class TradingCalendar(SessionNumbers):
+    """The sessions of one exchange, and what its hours say about bars."""
+
     def open_times(self, index_ns: NDArray[np.int64], timeframe: str) -> NDArray[np.int64]:
         """Return when each bar stamped index_ns [time] begins to trade, in ns UTC: a daily bar at its session's open."""
         numbers = self._checked(index_ns, timeframe)
-        return self._opens[numbers] if timeframe == "1Day" else index_ns.copy()
+        return self.schedule.opens[numbers] if timeframe == "1Day" else index_ns.copy()
 
     def close_times(self, index_ns: NDArray[np.int64], timeframe: str) -> NDArray[np.int64]:
         """Return when each bar stamped index_ns [time] is complete, in ns UTC: no later than its session's close.
 
         A bar that starts after the close, in extended hours, is complete after its full length.
         """
-        return self._complete(index_ns, timeframe, self._checked(index_ns, timeframe))
-
-    def first_opens(self, midnights_ns: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the open of the first session dated at or after each midnight in New York, ns UTC [time]."""
-        return self._opens[np.minimum(np.searchsorted(self._stamps, midnights_ns), len(self._opens) - 1)]
-
-    def last_closes(self, midnights_ns: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the close of the last session dated before each midnight in New York, ns UTC [time]."""
-        return self._closes[np.maximum(np.searchsorted(self._stamps, midnights_ns) - 1, 0)]
+        return complete_at(self.schedule, index_ns, timeframe, self._checked(index_ns, timeframe))
 
     def last_of_session(self, index_ns: NDArray[np.int64], timeframe: str) -> NDArray[np.bool_]:
-        """Say for each bar stamped index_ns [time] whether its session has no later bar.
+        """Return for each bar stamped index_ns [time] whether its session has no later bar.
 
         For the last bar of all, which has no successor to tell, the session's close decides.
         """
-        return self._last(index_ns, timeframe, self._checked(index_ns, timeframe))
+        return without_later(self.schedule, index_ns, timeframe, self._checked(index_ns, timeframe))
 
     def in_regular_hours(self, index_ns: NDArray[np.int64], timeframe: str) -> NDArray[np.bool_]:
-        """Say for each bar stamped index_ns [time] whether any of it lies in its session's regular hours.
+        """Return for each bar stamped index_ns [time] whether any of it lies in its session's regular hours.
 
         A daily bar does. Orders that are not meant for extended hours wait for such a bar.
         """
-        return self._inside(index_ns, timeframe, self._checked(index_ns, timeframe))
+        return in_hours(self.schedule, index_ns, timeframe, self._checked(index_ns, timeframe))
 
     def last_in_regular_hours(self, index_ns: NDArray[np.int64], timeframe: str) -> NDArray[np.bool_]:
-        """Say for each bar stamped index_ns [time] whether it is the last in its session's regular hours.
+        """Return for each bar stamped index_ns [time] whether it is the last in its session's regular hours.
 
         At its close, orders for the day expire. For the last bar of all, the session's close decides.
         """
@@ -288,82 +375,18 @@ class TradingCalendar:
         numbers = self._checked(index_ns, timeframe)
         following = np.append(numbers[1:], np.minimum(numbers[-1:] + 1, len(self._dates) - 1))
         nights = (self._days[following] - self._days[numbers]).astype(np.float64)
-        return np.where(self._last(index_ns, timeframe, numbers), nights, 0.0)
+        return np.where(without_later(self.schedule, index_ns, timeframe, numbers), nights, 0.0)
 
     def bar_hours(self, index_ns: NDArray[np.int64], timeframe: str) -> BarHours:
-        """Return what the four methods above say, for bars stamped index_ns [time], at the cost of one."""
+        """Return the four answers above together, for bars stamped index_ns [time], at the cost of one."""
         numbers = self._checked(index_ns, timeframe)
-        regular = self._inside(index_ns, timeframe, numbers)
-        ends_session = self._last(index_ns, timeframe, numbers)
+        regular = in_hours(self.schedule, index_ns, timeframe, numbers)
+        ends_session = without_later(self.schedule, index_ns, timeframe, numbers)
         expires = ends_session.copy()
         if not regular.all():
             rows = np.flatnonzero(regular)
             expires[:] = False
-            expires[rows] = self._last(index_ns[rows], timeframe, numbers[rows])
+            expires[rows] = without_later(self.schedule, index_ns[rows], timeframe, numbers[rows])
             if len(rows) and rows[-1] + 1 < len(index_ns):
                 expires[rows[-1]] = True
-        return BarHours(self._complete(index_ns, timeframe, numbers), ends_session, regular, expires)
-
-    def _complete(self, index_ns: NDArray[np.int64], timeframe: str, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        closes = self._closes[numbers]
-        if timeframe == "1Day":
-            return closes
-        ends = index_ns + _seconds(timeframe) * _NS
-        return np.where(index_ns < closes, np.minimum(ends, closes), ends)
-
-    def _last(self, index_ns: NDArray[np.int64], timeframe: str, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
-        last = np.empty(len(index_ns), dtype=np.bool_)
-        last[:-1] = numbers[:-1] != numbers[1:]
-        last[-1:] = self._complete(index_ns[-1:], timeframe, numbers[-1:]) >= self._closes[numbers[-1:]]
-        return last
-
-    def _inside(self, index_ns: NDArray[np.int64], timeframe: str, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
-        if timeframe == "1Day":
-            return np.ones(len(index_ns), dtype=np.bool_)
-        ends = index_ns + _seconds(timeframe) * _NS
-        inside: NDArray[np.bool_] = (ends > self._opens[numbers]) & (index_ns < self._closes[numbers])
-        return inside
-
-    def _checked(self, index_ns: NDArray[np.int64], timeframe: str) -> NDArray[np.int64]:
-        _seconds(timeframe)
-        numbers = self.session_numbers(index_ns)
-        if timeframe == "1Day" and (wrong := index_ns != self._stamps[numbers]).any():
-            when = _datetime(index_ns[int(np.argmax(wrong))])
-            raise BadData(
-                f"A daily bar is stamped {when:%Y-%m-%d %H:%M} UTC, not midnight in New York. Stamp it there.", at=when
-            )
-        return numbers
-
-    def _session(self, i: int) -> TradingSession:
-        return TradingSession(self._dates[i], _datetime(self._opens[i]), _datetime(self._closes[i]))
-
-    def _next(self, moments: NDArray[np.int64], when: datetime) -> int:
-        i = int(np.searchsorted(moments, _ns(when), side="right"))
-        if i == len(moments) or when < self._session(0).stamp:
-            self._require(when.astimezone(NEW_YORK).date(), outside=True)
-        return i
-
-    def _require(self, day: date, outside: bool = False) -> None:
-        if outside or not self._dates[0] <= day <= self._dates[-1]:
-            raise BadData(
-                f"{day} lies outside the calendar of {self.name}, which reaches from {self._dates[0]} to "
-                f"{self._dates[-1]}. Choose dates between them.",
-                day=day,
-            )
-
-
-def _seconds(timeframe: str) -> int:
-    if timeframe not in TIMEFRAME_SECONDS:
-        hint = did_you_mean(timeframe, TIMEFRAME_SECONDS)
-        raise Misused(f"There is no timeframe '{timeframe}'.{hint} Known are {', '.join(TIMEFRAME_SECONDS)}.")
-    return TIMEFRAME_SECONDS[timeframe]
-
-
-def _ns(when: datetime) -> int:
-    if when.tzinfo is None:
-        raise Misused(f"{when} has no time zone. Give an aware datetime, such as datetime(2005, 1, 3, tzinfo=UTC).")
-    return (when - _EPOCH) // timedelta(microseconds=1) * 1000
-
-
-def _datetime(ns: int | np.int64) -> datetime:
-    return _EPOCH + timedelta(microseconds=int(ns) // 1000)
+        return BarHours(complete_at(self.schedule, index_ns, timeframe, numbers), ends_session, regular, expires)
