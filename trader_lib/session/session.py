@@ -227,7 +227,7 @@ class SessionResult(SessionOutcome):
             "orders": len(self.orders),
             "refused": len(self.refusals),
             "bars": self.bars,
-            "equity_end": self.equity_end,
+            "equity_end": float(self.equity_end),
         }
         agrees = (
             "The books agree with the broker's." if self.reconciliation.ok else "The books and the broker's differ."
