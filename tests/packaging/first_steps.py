@@ -43,6 +43,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     "journal export": ("journal", "export", "latest-paper", "--to", "events.parquet"),
     "kill": ("kill", "latest-paper", "--reason", "test", "--by", "ada"),
     "live": ("live", "--account", "1"),
+    "lots": ("lots", "latest-paper"),
     "notify test": ("notify", "test"),
     "paper": ("paper", "--broker", "simulated", "--transport", "in_process", *WHAT),
     "parity": ("parity", "latest-paper"),
