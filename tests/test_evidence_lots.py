@@ -84,7 +84,7 @@ def test_a_split_keeps_what_was_paid(deals: list[tuple[int, int, int, int]], rat
     before = sum((lot.basis for lot in book.lots["X"]), Decimal(0)), book.held("X"), len(book.gains)
     apply_split(book, Split("X", made[-1].day, Decimal(ratio), Decimal(10)))
     sold = sum((gain.basis if not gain.is_short else gain.proceeds for gain in book.gains[before[2] :]), Decimal(0))
-    after = sum((lot.basis - 0 for lot in book.lots["X"]), Decimal(0))
+    after = sum((lot.basis for lot in book.lots["X"]), Decimal(0))
     moved = sum((gain.disallowed for gain in book.gains[before[2] :]), Decimal(0))
     assert abs(before[0] - sold - after) <= moved and book.held("X") == int(before[1] * Decimal(ratio))
 
@@ -120,15 +120,9 @@ async def test_a_split_of_a_session_splits_its_lots(tmp_path: Path) -> None:
     record = await journalled(tmp_path, SWAY, bars=bars, **days)
     assert any(isinstance(one, Split) for one in record.happened)
     book, _ = book_of([record])
-    bought = sum(
-        (
-            one.qty * (2 if one.day <= date(2005, 2, 25) else 1)
-            for one in record.happened
-            if isinstance(one, Trade) and one.symbol == "AAPL"
-        ),
-        Decimal(0),
-    )
-    assert book.held("AAPL") == bought
+    mine = [one for one in record.happened if isinstance(one, Trade) and one.symbol == "AAPL"]
+    ratios = [2 if one.day <= date(2005, 2, 25) else 1 for one in mine]
+    assert book.held("AAPL") == sum(one.qty * ratio for one, ratio in zip(mine, ratios, strict=True))
 
 
 async def test_a_delisted_share_is_sold_at_what_it_paid(tmp_path: Path) -> None:
@@ -155,7 +149,7 @@ def test_the_command_writes_years_and_refuses_in_sentences(tmp_path: Path, trade
         row["sold"].startswith("2011") for row in found["gains"]
     )
     code, out, _ = trader("lots", "latest-paper", "--year", "2012", "--method", "lifo")
-    assert code == 0 and "Realized, lifo" in out and "2011-11" not in out.split("Totals")[0].replace("Acquired", "")[:0]
+    assert code == 0 and "Realized, lifo" in out
     Path("file").write_text("")
     for words, wanted, sentence in (
         (("lots", "nope"), 2, "There is no run 'nope'"),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOT_EVENTS', 'COLUMNS', 'AccountRecord', 'take_event', 'add', 'new_york_day', 'trade_of', 'account_record', 'book_of',
-           'begin', 'happen', 'open_windows', 'gain_row', 'of_year', 'totals', 'csv_text', 'write_years',
+           'began', 'begin', 'happen', 'open_windows', 'gain_row', 'of_year', 'totals', 'csv_text', 'write_years',
            'read_designated', 'lots_document', 'lot_row']
 
 # %% ../../nbs/evidence/09_lot_reading.ipynb #f1685349
@@ -119,7 +119,7 @@ def book_of(
     designated: for the method "specific". Raises Misused for sessions of different accounts or without any, BadData where a
     session does not begin with what the one before left, or where designated lots are not there.
     """
-    ordered = sorted(records, key=lambda record: record.began or datetime.min)
+    ordered = sorted(records, key=began)
     accounts = list(dict.fromkeys(record.account or "simulated" for record in ordered))
     if not ordered:
         raise Misused("Name at least one session: trader lots RUN.")
@@ -140,6 +140,12 @@ def book_of(
             f"The file of lots names {sorted(unused)[0]}, which closed nothing in these sessions. Correct it."
         )
     return book, notes + open_windows(book, ordered)
+
+
+def began(record: AccountRecord) -> datetime:
+    """Return when a session began, UTC."""
+    assert record.began is not None
+    return record.began
 
 
 def begin(book: LotBook, record: AccountRecord, notes: list[str], *, is_first: bool) -> None:
