@@ -120,6 +120,7 @@ KINDS = {
             "docs/checks",
             "docs/explain",
             "docs/parity",
+            "docs/lots",
             "docs/operations",
             "docs/schedule",
             "docs/monitoring",
