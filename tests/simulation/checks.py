@@ -146,7 +146,9 @@ def _check_sight(world: World, events: list[Event]) -> None:
             case OrderIntended(request=request):
                 strategies[request.client_order_id] = request.strategy
                 untold = sum(
-                    SIDE_SIGN[part.side] * SIDE_SIGN[request.side] * max(part.filled_qty - told[firsts[part.id]], Decimal(0))
+                    SIDE_SIGN[part.side]
+                    * SIDE_SIGN[request.side]
+                    * max(part.filled_qty - told[firsts[part.id]], Decimal(0))
                     for part in said.values()
                     if (part.symbol, owners[part.id]) == (request.symbol, request.strategy)
                 )
