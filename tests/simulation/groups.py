@@ -126,7 +126,8 @@ class Grouping(StrategyAgent):
 
     def on_record(self, name: str, order: Order) -> None:
         """Note which legs an entry has brought, and what is over."""
-        for leg in order.legs if order.client_order_id == name and name in self.state.working else ():
+        work = self.state.working.get(name)
+        for leg in order.legs if work is not None and work.role == "entry" else ():
             role = "target" if leg.stop_price is None else "stop"
             if leg.client_order_id not in self.state.over and role not in self.state.of(order.symbol):
                 self.state.working[leg.client_order_id] = Working(order.symbol, role, self.state.bars)
