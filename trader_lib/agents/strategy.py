@@ -567,7 +567,8 @@ class StrategyAgent(FollowingAgent):
     def _on_bars(self, closed: BarsClosed) -> Steps[None] | None:
         bars = self.take(closed, self.rules.planner.columns)
         if bars is None:
-            return pass_over(self.rules, self.state, closed)
+            pass_over(self.rules, self.state, closed)
+            return None
         return on_bars(self.rules, self.state, bars, closed, self.ahead)
 
     def _on_slice(self, part: BarsSlice) -> None:
