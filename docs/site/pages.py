@@ -150,6 +150,7 @@ KINDS = {
             "api/index",
             "docs/exchange",
             "docs/market-data",
+            "docs/costs",
             "docs/figures",
             "docs/benchmarks",
             "CHANGELOG",

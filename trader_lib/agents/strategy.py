@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['OrderKey', 'AsLists', 'FromLists', 'ASKED_TWICE', 'order_request', 'StrategyState', 'StrategyRules', 'last_closes',
            'new_state', 'decide', 'propose_cancel', 'propose', 'forget_order', 'ask', 'is_drawn', 'event_view',
-           'next_decision', 'is_alive', 'append_bars', 'follow_bars', 'on_action', 'terms_after', 'targets_decided',
-           'end_session', 'on_bars', 'held_by', 'on_slice', 'on_risk_decision', 'on_failure', 'cover_again',
-           'protection', 'close_order', 'on_acknowledgement', 'observe_order', 'on_trade_update', 'on_account',
-           'on_fill', 'flow_of', 'ProtectingAgent', 'FollowingAgent', 'StrategyAgent', 'strategy_agent', 'own_columns']
+           'next_decision', 'is_alive', 'append_bars', 'follow_bars', 'on_action', 'end_session', 'pass_over',
+           'terms_after', 'targets_decided', 'on_bars', 'held_by', 'on_slice', 'on_risk_decision', 'on_failure',
+           'cover_again', 'protection', 'close_order', 'on_acknowledgement', 'observe_order', 'on_trade_update',
+           'on_account', 'on_fill', 'flow_of', 'ProtectingAgent', 'FollowingAgent', 'StrategyAgent', 'strategy_agent',
+           'own_columns']
 
 # %% ../../nbs/agents/02_strategy.ipynb #67f00437
 import math
@@ -356,6 +357,23 @@ def on_action(rules: StrategyRules, state: StrategyState, action: CorporateActio
     if rules.has_capital:
         state.cash = round_to(state.cash + paid, CASH_DECIMALS)
 
+# %% ../../nbs/agents/02_strategy.ipynb #00d54946
+def end_session(rules: StrategyRules, state: StrategyState, nights: int) -> None:
+    """Charge a capital of its own for what it holds over so many days, and let the session's trades settle."""
+    if rules.has_capital:
+        interest = margin_interest(state.cash, state.unsettled, float(nights), rules.carry)
+        fee = borrow_fee(state.holdings.positions, state.mark, float(nights), rules.carry)
+        state.cash = round_to(state.cash - interest - fee, CASH_DECIMALS)
+    state.unsettled = 0.0
+
+
+def pass_over(rules: StrategyRules, state: StrategyState, closed: BarsClosed) -> None:
+    """Take what a stamp without a bar of the strategy's symbols does to shares and to cash."""
+    for action in closed.actions:
+        on_action(rules, state, action)
+    if closed.nights:
+        end_session(rules, state, closed.nights)
+
 # %% ../../nbs/agents/02_strategy.ipynb #ca68d9b4
 def terms_after(
     rules: StrategyRules,
@@ -382,15 +400,6 @@ def targets_decided(
     return TargetsDecided(at=at, weights=wanted, terms={symbol: words for symbol, words in said.items() if words})
 
 # %% ../../nbs/agents/02_strategy.ipynb #f4d81baf
-def end_session(rules: StrategyRules, state: StrategyState, nights: int) -> None:
-    """Charge a capital of its own for what it holds over so many days, and let the session's trades settle."""
-    if rules.has_capital:
-        interest = margin_interest(state.cash, state.unsettled, float(nights), rules.carry)
-        fee = borrow_fee(state.holdings.positions, state.mark, float(nights), rules.carry)
-        state.cash = round_to(state.cash - interest - fee, CASH_DECIMALS)
-    state.unsettled = 0.0
-
-
 def on_bars(
     rules: StrategyRules, state: StrategyState, bars: Bars, closed: BarsClosed, ahead: WeightsAhead | None = None
 ) -> Steps[None]:
@@ -652,7 +661,10 @@ class StrategyAgent(FollowingAgent):
 
     def _on_bars(self, closed: BarsClosed) -> Steps[None] | None:
         bars = self.take(closed, self.rules.planner.columns)
-        return None if bars is None else on_bars(self.rules, self.state, bars, closed, self.ahead)
+        if bars is None:
+            pass_over(self.rules, self.state, closed)
+            return None
+        return on_bars(self.rules, self.state, bars, closed, self.ahead)
 
     def _on_slice(self, part: BarsSlice) -> None:
         on_slice(self.rules, self.state, part.stamps, *self.take_slice(len(part.at_ns)))

@@ -223,7 +223,7 @@ def _change_shares(t: int, cash: float, market: Market, book: Book, orders: Tabl
     sweep_ended(book, orders)
     return cash
 
-
+# %% ../../nbs/research/01_engine.ipynb #d8042c2e
 @compiled_part
 def _pay_out(t: int, s: int, cash: float, market: Market, book: Book, fills: Table) -> float:
     """Close the position in a delisted symbol; returns the cash afterwards."""
@@ -262,7 +262,7 @@ def _split(
         book.money[DIVIDENDS] = round_to(book.money[DIVIDENDS] + paid, CASH_DECIMALS)
     return cash
 
-
+# %% ../../nbs/research/01_engine.ipynb #eef040e2
 @compiled_part
 def _charges(t: int, market: Market) -> bool:
     """Whether what is held over the night after bar t is charged for."""
@@ -279,7 +279,7 @@ def _end_session(t: int, cash: float, market: Market, rules: Rules, book: Book) 
     book.money[UNSETTLED] = 0.0
     return round_to(cash - interest - fee, CASH_DECIMALS)
 
-
+# %% ../../nbs/research/01_engine.ipynb #0c8bef75
 @compiled_part
 def _refresh(book: Book, plan: Plan, orders: Table) -> None:
     """Write what is working and resting into the plan's arrays."""
