@@ -159,6 +159,76 @@ async def test_minutes_with_partial_fills_and_timers_are_the_same_in_both(tmp_pa
     assert [*map(repr, SEEN["backtest"])] == [*dict.fromkeys(map(repr, SEEN[""]))]
 
 
+# ---- how to enter, and what protects
+
+
+@register
+class Bracketed(EventStrategy):
+    """Enters by every kind of order in turn, with protection of its own, and never twice in the same way."""
+
+    class State(EventState):
+        entries: int = 0
+        waiting: int = 0
+
+    def decide(self, view: View, state: State) -> tuple[State, list[Intent]]:
+        SEEN.setdefault("", []).append((view.now, view.cash, view.equity, view.fills, view.orders, state))
+        intents = []
+        for symbol in view.symbols:
+            close, held = view.close[symbol], view.position(symbol)
+            state = state.replace(waiting=state.waiting + 1)
+            if held and state.waiting % 37 == 0:
+                intents.append(view.close_position(symbol))
+            elif not held and not any(order.symbol == symbol for order in view.orders):
+                intents.append(self._entry(view, symbol, close, state.entries % 6))
+                state = state.replace(entries=state.entries + 1)
+        return state, intents
+
+    def _entry(self, view: View, symbol: str, close: float, kind: int) -> Intent:
+        safe = {"stop_loss": round(0.97 * close, 2), "take_profit": round(1.03 * close, 2)}
+        if kind == 0:
+            return view.buy(symbol, 0.3, limit_price=0.99 * close, good_for=3, **safe)
+        if kind == 1:
+            return view.buy(symbol, 0.3, stop_price=1.005 * close, **safe)
+        if kind == 2:
+            return view.short(symbol, 0.2, limit_price=1.01 * close, time_in_force="gtc", trailing=0.02)
+        if kind == 3:
+            return view.buy(symbol, 0.2, stop_price=1.002 * close, limit_price=1.01 * close, trailing=0.03)
+        return view.target(symbol, 0.3, **safe) if kind == 4 else view.close_position(symbol)
+
+
+@pytest.mark.parametrize(
+    ("transport", "costs"),
+    [("in_process", Costs()), ("in_process", DEAR), ("http", Costs(slippage_bps=5))],
+    ids=["in process", "in process, dear and thin", "over HTTP"],
+)
+async def test_entries_of_every_kind_are_the_same_in_both_engines(transport: str, costs: Costs, tmp_path: Path) -> None:
+    spec = SessionSpec(strategy="bracketed", symbols=("AAPL", "IBM"), **YEAR, costs=costs)
+    SEEN.clear()
+    tested, run = await both(spec, transport, tmp_path)
+    assert_same(tested, run)
+    assert [*map(repr, SEEN["backtest"])] == [*dict.fromkeys(map(repr, SEEN[""]))]
+    kinds = {(order.type.value, order.time_in_force.value) for order in run.orders if order.purpose == "entry"}
+    assert kinds >= {("limit", "gtc"), ("stop", "day"), ("stop_limit", "day"), ("market", "day")}
+    assert any(order.purpose == "exit" and order.filled_qty for order in run.orders)
+    journal = tmp_path / "journal.sqlite"
+    with SqliteJournal(journal, read_only=True) as read:
+        again = await replay(read)
+    assert again.agrees, again.sentence()
+
+
+async def test_prices_of_an_entry_follow_a_split_of_its_close(tmp_path: Path) -> None:
+    """AAPL split 2 for 1 on 28 February 2005: an entry decided at the close before it is in shares after it."""
+    spec = SessionSpec(
+        strategy="bracketed", symbols=("AAPL", "IBM"), adjustment="raw", start=date(2005, 2, 14), end=date(2005, 3, 18)
+    )
+    played = sample_bars(spec.symbols, adjustment="raw")
+    SEEN.clear()
+    tested, run = await both(spec, "in_process", tmp_path, played)
+    assert_same(tested, run)
+    assert run.corporate_actions
+    assert [*map(repr, SEEN["backtest"])] == [*dict.fromkeys(map(repr, SEEN[""]))]
+
+
 # ---- interrupted, and looked at again
 
 SHORT = SessionSpec(**PAIRS, start=date(2005, 1, 3), end=date(2005, 4, 29))

@@ -182,6 +182,8 @@ class Exchange:
         floor.now = from_ns(int(self._closes[row]))
         if self._expires[row]:
             floor.expire_day_orders()
+            oldest = floor.now - timedelta(days=GTC_DAYS)
+            floor.end_where(lambda order: order.submitted_at <= oldest, OrderStatus.EXPIRED)
         if self._session_ends[row] and floor.working:
             floor.end_where(lambda order: order.request.time_in_force is TimeInForce.DAY, OrderStatus.EXPIRED)
         if self.taken.changes[row]:
@@ -261,8 +263,6 @@ class Exchange:
         floor.now = now
         if self._expires[row]:
             self._close_auction(row, self._used)
-            oldest = now - timedelta(days=GTC_DAYS)
-            floor.end_where(lambda order: order.submitted_at <= oldest, OrderStatus.EXPIRED)
         return self._end_bar(row)
 
     def _match_now(self, order: BookOrder) -> None:
