@@ -28,7 +28,7 @@ from trader_lib.research.sensitivity import rerun
 from trader_lib.research.sweep import sweep
 from trader_lib.rules.sizing import SizingRules
 from trader_lib.session.session import SessionResult, run_session
-from trader_lib.session.spec import SessionSpec
+from trader_lib.session.spec import SessionSpec, StrategyShare
 from trader_lib.strategy.contract import Strategy
 from trader_lib.strategy.events import EventState, EventStrategy, Fill, Intent, View, read_state
 from trader_lib.strategy.exits import ProtectiveExits
@@ -365,10 +365,14 @@ async def test_two_strategies_of_a_session_see_their_own_account_each(tmp_path: 
     spec = SessionSpec(
         symbols=("AAPL", "IBM", "MSFT"),
         **days,
-        strategies={
-            "pair": {"strategy": "pairs", "symbols": ("IBM", "MSFT"), "params": {"lookback": 20}, "capital": 60_000},
-            "dips": {"strategy": "watchful", "symbols": ("AAPL",), "params": {"short": False}, "capital": 40_000},
-        },
+        strategies=(
+            StrategyShare(
+                name="pair", strategy="pairs", symbols=("IBM", "MSFT"), params={"lookback": 20}, capital="60000"
+            ),
+            StrategyShare(
+                name="dips", strategy="watchful", symbols=("AAPL",), params={"short": False}, capital="40000"
+            ),
+        ),
     )
     run = await run_session(spec, settings(), journal_path=tmp_path / "journal.sqlite", check=False)
     assert run.reconciliation.ok and all(agent.state == "ok" for agent in run.health)
@@ -414,7 +418,7 @@ CALLS: list[int] = []
     ("kind", "words"),
     [
         ("raises", "division by zero"),
-        ("returns nothing", "let decide return two things, a EventState"),
+        ("returns nothing", "let decide return two things, the next state"),
         ("hoards", "decides differently when it is asked twice"),
     ],
 )
@@ -426,9 +430,9 @@ async def test_a_strategy_that_fails_in_a_session_orders_nothing_more_and_stays_
     run = await run_session(
         spec, settings(), strategy=Failing(kind=kind), journal_path=tmp_path / "journal.sqlite", check=False
     )
-    (strategy,) = (agent for agent in run.health if agent.name == "strategy")
+    (strategy,) = (agent for agent in run.health if agent.agent == "strategy")
     assert strategy.state == "down" and words in strategy.reason
-    late = [order for order in run.orders if order.decided_at.date() > date(2005, 3, 15)]
+    late = [order for order in run.orders if order.purpose == "entry" and order.decided_at.date() > date(2005, 3, 15)]
     assert not late and any(order.purpose == "exit" and not order.filled_qty for order in run.orders)
     assert run.reconciliation.ok
 

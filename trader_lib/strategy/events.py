@@ -551,7 +551,7 @@ def next_step(strategy: EventStrategy, view: View, state: EventState) -> tuple[E
 
 def _no_decision(strategy: EventStrategy, view: View, what: str) -> Misused:
     return Misused(
-        f"Strategy {strategy.name!r} {what} at {view.now}: let decide return two things, a {strategy.State.__qualname__} "
+        f"Strategy {strategy.name!r} {what} at {view.now}: let decide return two things, the next state "
         "(state.replace(…), or state as it was) and a list of intents, which is empty for nothing.",
         strategy=strategy.name,
     )
