@@ -171,6 +171,8 @@ async def test_minutes_with_partial_fills_and_timers_are_the_same_in_both(tmp_pa
 class Bracketed(EventStrategy):
     """Enters by every kind of order in turn, with protection of its own, and never twice in the same way."""
 
+    bracket: bool = False
+
     class State(EventState):
         entries: int = 0
         waiting: int = 0
@@ -189,7 +191,7 @@ class Bracketed(EventStrategy):
         return state, intents
 
     def _entry(self, view: View, symbol: str, close: float, kind: int) -> Intent:
-        safe = {"stop_loss": round(0.97 * close, 2), "take_profit": round(1.03 * close, 2)}
+        safe = {"stop_loss": 0.97 * close, "take_profit": 1.03 * close, "bracket": self.bracket}
         if kind == 0:
             return view.buy(symbol, 0.3, limit_price=0.99 * close, good_for=3, **safe)
         if kind == 1:
@@ -202,12 +204,21 @@ class Bracketed(EventStrategy):
 
 
 @pytest.mark.parametrize(
-    ("transport", "costs"),
-    [("in_process", Costs()), ("in_process", DEAR), ("http", Costs(slippage_bps=5))],
-    ids=["in process", "in process, dear and thin", "over HTTP"],
+    ("transport", "costs", "bracket"),
+    [
+        ("in_process", Costs(), False),
+        ("in_process", DEAR, False),
+        ("in_process", Costs(), True),
+        ("in_process", DEAR, True),
+        ("http", Costs(slippage_bps=5), True),
+    ],
+    ids=["in process", "dear and thin", "brackets", "brackets, dear and thin", "brackets over HTTP"],
 )
-async def test_entries_of_every_kind_are_the_same_in_both_engines(transport: str, costs: Costs, tmp_path: Path) -> None:
-    spec = SessionSpec(strategy="bracketed", symbols=("AAPL", "IBM"), **YEAR, costs=costs)
+async def test_entries_of_every_kind_are_the_same_in_both_engines(
+    transport: str, costs: Costs, bracket: bool, tmp_path: Path
+) -> None:
+    params = {"bracket": bracket}
+    spec = SessionSpec(strategy="bracketed", params=params, symbols=("AAPL", "IBM"), **YEAR, costs=costs)
     SEEN.clear()
     tested, run = await both(spec, transport, tmp_path)
     assert_same(tested, run)

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['OrderKey', 'AsLists', 'FromLists', 'ASKED_TWICE', 'order_request', 'StrategyState', 'StrategyRules', 'last_closes',
-           'new_state', 'decide', 'propose_cancel', 'propose', 'forget_order', 'ask', 'is_drawn', 'event_view',
-           'next_decision', 'is_alive', 'append_bars', 'follow_bars', 'on_action', 'terms_after', 'targets_decided',
-           'on_bars', 'held_by', 'on_slice', 'on_risk_decision', 'on_failure', 'cover_again', 'protection',
-           'close_order', 'on_acknowledgement', 'observe_order', 'on_trade_update', 'on_account', 'on_fill',
-           'cash_after', 'ProtectingAgent', 'FollowingAgent', 'StrategyAgent', 'strategy_agent', 'own_columns']
+           'new_state', 'decide', 'propose_cancel', 'propose', 'forget_order', 'held_by_broker', 'drop_bracket',
+           'begin_exits', 'ask', 'is_drawn', 'event_view', 'next_decision', 'is_alive', 'append_bars', 'follow_bars',
+           'on_action', 'terms_after', 'targets_decided', 'on_bars', 'held_by', 'on_slice', 'on_risk_decision',
+           'on_failure', 'cover_again', 'protection', 'close_order', 'on_acknowledgement', 'observe_order',
+           'on_trade_update', 'on_account', 'on_fill', 'cash_after', 'ProtectingAgent', 'FollowingAgent',
+           'StrategyAgent', 'strategy_agent', 'own_columns']
 
 # %% ../../nbs/agents/02_strategy.ipynb #67f00437
 import math
@@ -36,6 +37,7 @@ from ..rules.entries import NO_TERMS, plain_terms, protection_of, split_prices, 
 from ..rules.exits import NO_EXITS, ExitRates, exit_due
 from ..rules.quiet import UNLIMITED, Held, Scratch, Worth, quiet_bars
 from ..rules.numbers import CASH_DECIMALS, PRICE_DECIMALS, round_to, to_decimal, to_float, to_shares
+from ..trading.capability import TRIGGERING
 from ..strategy.ahead import LooksAhead, WeightsAhead, alone
 from ..strategy.contract import Strategy
 from ..strategy.events import Account, EventStrategy, View, ask_again, bar_times, next_step
@@ -84,6 +86,9 @@ def order_request(action: PlannedAction, order_id: str, strategy: str = "") -> O
     """
     is_exit = action.kind == "exit"
     oco = action.order_type == "oco"
+    target, loss = _price(action.take_profit), _price(action.stop_price if oco else action.stop_loss)
+    held = (target is not None) + (loss is not None)
+    forms = (OrderClass.SIMPLE, OrderClass.OTO, OrderClass.BRACKET)
     return OrderRequest(
         symbol=action.symbol,
         side=OrderSide.BUY if action.side_sign > 0 else OrderSide.SELL,
@@ -91,9 +96,10 @@ def order_request(action: PlannedAction, order_id: str, strategy: str = "") -> O
         type=OrderType.LIMIT if oco else OrderType(action.order_type),
         limit_price=_price(action.limit_price),
         stop_price=None if oco else _price(action.stop_price),
-        stop_loss_price=_price(action.stop_price) if oco else None,
+        take_profit_price=target,
+        stop_loss_price=loss,
         time_in_force=TimeInForce.GTC if is_exit or action.is_gtc else TimeInForce.DAY,
-        order_class=OrderClass.OCO if oco else OrderClass.SIMPLE,
+        order_class=OrderClass.OCO if oco else forms[held],
         client_order_id=order_id,
         purpose="exit" if is_exit else "entry",
         strategy=strategy,
@@ -121,6 +127,9 @@ class StrategyState:
     cash: float = math.nan  # to work with, USD
     working: Annotated[dict[OrderKey, str], AS_PAIRS, FROM_PAIRS] = field(default_factory=dict)  # client order ids
     parents: dict[str, str] = field(default_factory=dict)  # client order id of a leg: that of its order, while it works
+    brackets: dict[str, tuple[float, float]] = field(
+        default_factory=dict
+    )  # client order id of an entry: stop and limit of the exits that the broker holds with it, USD, NaN for none
     proposed: dict[str, OrderRequest] = field(default_factory=dict)  # by the last decision, by client order id
     decided_at: datetime | None = None  # stamp of the bar, UTC
     uncovered: Annotated[set[str], PlainSerializer(sorted)] = field(
@@ -200,9 +209,12 @@ def propose_cancel(
     rules: StrategyRules, state: StrategyState, key: OrderKey, reason: str, at: datetime
 ) -> CancelProposed:
     """Return the cancel of the order that works for a symbol and purpose, and count it as done."""
-    order_id = forget_order(state, key)
+    order_id = state.working[key]
+    named = held_by_broker(state, order_id) if key[1] == "exit" else order_id
+    forget_order(state, key)
     rules.planner.on_order_closed(*key)
-    return CancelProposed(client_order_id=order_id, reason=reason, decided_at=at)
+    drop_bracket(state, order_id)  # an entry that we cancel is canceled with its exits
+    return CancelProposed(client_order_id=named, reason=reason, decided_at=at)
 
 # %% ../../nbs/agents/02_strategy.ipynb #3dee510c
 def propose(rules: StrategyRules, state: StrategyState, action: PlannedAction, at: datetime) -> OrderProposed:
@@ -219,10 +231,38 @@ def propose(rules: StrategyRules, state: StrategyState, action: PlannedAction, a
 
 # %% ../../nbs/agents/02_strategy.ipynb #9252c298
 def forget_order(state: StrategyState, key: OrderKey) -> str:
-    """Take an order from those that work, its legs with it, and return its client order id."""
+    """Take an order from those that work, its legs with it unless they go on, and return its client order id."""
     order_id = state.working.pop(key)
+    if key[1] == "entry" and order_id in state.brackets:
+        return order_id
+    state.brackets.pop(order_id, None)
     state.parents = {leg: parent for leg, parent in state.parents.items() if parent != order_id}
     return order_id
+
+# %% ../../nbs/agents/02_strategy.ipynb #e0ad1ec0
+def held_by_broker(state: StrategyState, order_id: str) -> str:
+    """Return the client order id that a cancel of an exit names: a leg's, where the exit came with an entry, else its own."""
+    legs = (leg for leg, entry in state.parents.items() if entry == order_id)
+    return next(legs, order_id) if order_id in state.brackets else order_id
+
+
+def drop_bracket(state: StrategyState, order_id: str) -> None:
+    """Forget the exits that were held with an entry."""
+    if state.brackets.pop(order_id, None) is not None:
+        state.parents = {leg: parent for leg, parent in state.parents.items() if parent != order_id}
+
+
+def begin_exits(rules: StrategyRules, state: StrategyState, symbol: str, order_id: str) -> None:
+    """Let the exits that were held with an entry be the exit of what it has opened; forget them where it has opened nothing."""
+    position = float(state.holdings.positions[rules.column(symbol)])
+    if order_id not in state.brackets:
+        return
+    if position == 0.0 or (symbol, "exit") in state.working:
+        drop_bracket(state, order_id)
+        return
+    stop, limit = state.brackets[order_id]
+    state.working[symbol, "exit"] = order_id
+    rules.planner.on_order_open(symbol, -position, "exit", stop_price=stop, limit_price=limit)
 
 # %% ../../nbs/agents/02_strategy.ipynb #577f2b78
 def ask(
@@ -418,6 +458,9 @@ def on_risk_decision(rules: StrategyRules, state: StrategyState, decision: RiskD
         yield from cover_again(rules, state, request.client_order_id)
         return
     state.working[request.symbol, request.purpose] = request.client_order_id
+    if request.order_class in TRIGGERING:
+        prices = to_float(request.stop_loss_price), to_float(request.take_profit_price)
+        state.brackets[request.client_order_id] = prices
     stop = request.stop_loss_price if request.order_class is OrderClass.OCO else request.stop_price
     rules.planner.on_order_open(
         request.symbol,
@@ -466,6 +509,8 @@ def close_order(rules: StrategyRules, state: StrategyState, order_id: str) -> No
     if key is not None:
         forget_order(state, key)
         rules.planner.on_order_closed(*key)
+        if key[1] == "entry":
+            begin_exits(rules, state, key[0], order_id)
 
 
 def on_acknowledgement(rules: StrategyRules, state: StrategyState, acknowledged: OrderAcknowledged) -> None:
@@ -480,7 +525,10 @@ def on_acknowledgement(rules: StrategyRules, state: StrategyState, acknowledged:
 # %% ../../nbs/agents/02_strategy.ipynb #be01991e
 def observe_order(rules: StrategyRules, state: StrategyState, order_id: str, order: Order) -> None:
     """Take in the broker's record of an order."""
-    if order.status in ENDED_SHORT:
+    entry = state.parents.get(order_id, order_id)
+    if order.status in ENDED_SHORT and entry != order_id and state.working.get((order.symbol, "exit")) == entry:
+        close_order(rules, state, entry)  # a leg of a bracket
+    elif order.status in ENDED_SHORT:
         close_order(rules, state, order_id)
 
 
@@ -503,7 +551,8 @@ def on_fill(rules: StrategyRules, state: StrategyState, fill: Fill) -> None:
     column, key = rules.column(fill.symbol), (fill.symbol, fill.purpose)
     if rules.has_capital:
         state.cash = cash_after(state.cash, fill, rules.commission(fill))
-    is_current = state.working.get(key) == state.parents.get(fill.client_order_id, fill.client_order_id)
+    owner = fill.parent or state.parents.get(fill.client_order_id, fill.client_order_id)
+    is_current = state.working.get(key) == owner
     kept = float(held.working_qty[column]), float(held.exit_qty[column])
     planner.on_fill(fill.symbol, to_float(fill.signed_qty), to_float(fill.price), fill.purpose)
     if isinstance(rules.strategy, EventStrategy) and not state.protects_only:
@@ -511,7 +560,9 @@ def on_fill(rules: StrategyRules, state: StrategyState, fill: Fill) -> None:
     if not is_current:
         held.working_qty[column], held.exit_qty[column] = kept
     elif not (held.exit_qty if fill.purpose == "exit" else held.working_qty)[column]:
-        forget_order(state, key)
+        order_id = forget_order(state, key)
+        if fill.purpose == "entry":
+            begin_exits(rules, state, fill.symbol, order_id)
 
 # %% ../../nbs/agents/02_strategy.ipynb #f37eb016
 def cash_after(
