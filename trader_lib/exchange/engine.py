@@ -149,6 +149,11 @@ class Exchange:
             self._play(row)
         return self._end_bar(row)
 
+    def _ends_with_session(self, order: BookOrder) -> bool:
+        """Whether an order ends with a session's last bar, after hours; a session's own waits for the morning."""
+        day = order.request.time_in_force is TimeInForce.DAY
+        return day and (self.continuous or order.request.extended_hours)
+
     def _play(self, row: int) -> None:
         """Let the orders that may trade in it meet a bar; outside regular hours, those that are meant for it."""
         bars, floor, volume, factor = self.bars, self._floor, self.taken.volume[row], self._factor(row)
@@ -183,7 +188,7 @@ class Exchange:
         if self._expires[row]:
             floor.expire_day_orders()
         if self._session_ends[row] and floor.working:
-            floor.end_where(lambda order: order.request.time_in_force is TimeInForce.DAY, OrderStatus.EXPIRED)
+            floor.end_where(self._ends_with_session, OrderStatus.EXPIRED)
         if self.taken.changes[row]:
             self._change_shares(row)
         self._ledger.mark_to(self.taken.close[row])
