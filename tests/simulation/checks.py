@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from trader_lib.exchange.book import OrderEvent
 from trader_lib.journal.journal import SqliteJournal
 from trader_lib.replay.replay import replay
+from trader_lib.trading.capability import TRIGGERING
 from trader_lib.trading.events import (
     AccountReported,
     Event,
@@ -117,8 +118,9 @@ def _check_groups(world: World, events: list[Event]) -> None:
     for event in events:
         match event.payload:
             case FillRecorded(fill=fill) if fill.order_id in entries:
+                of_entry = entries[fill.order_id].order_class in TRIGGERING
                 entry = entries[fill.order_id].client_order_id
-                if (fill.purpose, fill.parent) != ("exit", entry):
+                if (fill.purpose, fill.parent) != ("exit", entry if of_entry else ""):
                     world.outcome.broken.append(
                         f"group: what a leg of {entry} filled was booked as {fill.purpose} of {fill.parent!r}"
                     )

@@ -521,9 +521,15 @@ def recognize(state: ExecutionState, patience: Patience, order: Order, event: Ev
     track = state.book.follow(order)
     if track is not None or order.order_class is OrderClass.SIMPLE:
         return track
-    for group in state.book.without_legs(order.symbol):
-        yield from refresh(state, patience, group, event)
-    return state.book.follow(order)
+    for attempt in range(patience.attempts):
+        asked = {group: group.absent for group in state.book.without_legs(order.symbol)}
+        for group in asked:
+            yield from refresh(state, patience, group, event)
+        track = state.book.follow(order)
+        if track is not None or all(group.legs or group.absent > before for group, before in asked.items()):
+            return track
+        yield patience.pause(attempt)
+    return None
 
 # %% ../../nbs/agents/05_execution.ipynb #968e56d8
 def on_trade_update(state: ExecutionState, patience: Patience, update: TradeUpdated, event: Event) -> Steps[None]:

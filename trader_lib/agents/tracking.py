@@ -363,8 +363,10 @@ class WorkingOrders(OrderIndex):
         return sorted(alive, key=lambda track: track.number)
 
     def without_legs(self, symbol: str) -> list[OrderTrack]:
-        """Return orders of ours in a symbol whose legs are not known, in the order of planning."""
-        return [track for track in self.working() if track.symbol == symbol and track.brings_legs and not track.legs]
+        """Return orders of ours in a symbol whose legs are not known, those that were given up among them."""
+        sent = dict.fromkeys((*self.working(), *self.absent.values()))
+        found = [track for track in sent if track.symbol == symbol and track.brings_legs and not track.legs]
+        return [self.touch(track) for track in sorted(found, key=lambda track: track.number)]
 
     def externals(self) -> list[OrderTrack]:
         """Return orders of others that may still fill."""
