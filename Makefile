@@ -66,7 +66,7 @@ QUICK := not slow and not packaging
 # Where compiled functions live, and what tests them; the second run counts their lines.
 PLAIN := nbs/rules nbs/trading nbs/exchange nbs/risk nbs/strategy $(wildcard nbs/research/0*.ipynb nbs/research/1*.ipynb nbs/research/2[01]*.ipynb) \
 	tests/test_rules_boundaries.py tests/test_trading_folding.py tests/test_strategy_sizing.py tests/test_strategy_planner.py \
-	tests/test_research_engine.py tests/test_rules_actions.py
+	tests/test_research_engine.py tests/test_rules_actions.py tests/test_rules_carry.py
 
 fmt: install ## format notebooks and tests, clean notebooks, export the library
 	$(BIN)/ruff check --fix -q . || true

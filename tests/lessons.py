@@ -60,8 +60,7 @@ def run_cell(source: str, filename: str, names: dict[str, Any], runner: asyncio.
         Path(head.split()[1]).write_text(text, encoding="utf-8")
         return None
     names["_command"] = command
-    typed = source.replace("\\\n", " ") if source.startswith("!") else source
-    lines = [f"_command({line[1:].strip()!r})" if line.startswith("!") else line for line in typed.split("\n")]
+    lines = [f"_command({line[1:].strip()!r})" if line.startswith("!") else line for line in source.split("\n")]
     tree = ast.parse("\n".join(lines), filename)
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
     flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT

@@ -12,6 +12,7 @@ from trader_lib.research.backtest import backtest
 from trader_lib.research.trials import LEDGER, Trial, TrialLedger
 from trader_lib.runs.parameters import RunParameters
 from trader_lib.runs.result import RunResult
+from trader_lib.runs.searches import SearchParameters, run_search
 from trader_lib.runs.store import RunFolder, RunStore
 from trader_lib.runs.sweeps import SweepParameters, run_sweep
 
@@ -67,6 +68,16 @@ def test_a_sweep_is_judged_with_what_choosing_was_worth(trader: Trader, tmp_path
     assert code == 0, err
     names = [one["name"] for one in json.loads(out)["lights"]]
     assert {"Luck", "Overfitting", "All combinations", "Out of sample", "Neighbours"} <= set(names)
+
+
+def test_a_search_is_judged_with_all_its_trials_counted(trader: Trader, tmp_path: Path) -> None:
+    asked = SearchParameters(**WHAT, space={"fast": range(2, 20), "slow": range(20, 90)}, trials=12, folds=2)
+    run = left(tmp_path / "runs", "search", asked, None)
+    found = run_search(asked, asked.load_bars(load_settings()), str(run.path), ledger=False, shown=False)
+    code, out, err = trader("verdict", "latest-search", "--markets", "20", "--json")
+    assert code == 0, err
+    luck = {one["name"]: one for one in json.loads(out)["lights"]}["Luck"]
+    assert 2 <= found.tried <= 12 and f"the best of {found.tried} trials" in luck["reason"]
 
 
 def test_a_run_that_comes_out_differently_is_not_judged(trader: Trader, tmp_path: Path) -> None:

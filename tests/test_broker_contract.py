@@ -23,7 +23,7 @@ from trader_lib.exchange.engine import Exchange
 from trader_lib.exchange.server import ExchangeServer
 from trader_lib.market.bars import Bars
 from trader_lib.trading.events import TradeUpdated
-from trader_lib.trading.orders import Order, OrderRequest, OrderSide, OrderStatus
+from trader_lib.trading.orders import Order, OrderRequest, OrderSide, OrderStatus, ReplaceRequest
 
 BUY, SELL = OrderSide.BUY, OrderSide.SELL
 
@@ -312,3 +312,84 @@ async def test_same_session_same_orders_over_every_adapter(
         assert [item for item in one[1] if isinstance(item, kind)] == [
             item for item in other[1] if isinstance(item, kind)
         ]
+
+
+BRACKET = {"order_class": "bracket", "time_in_force": "gtc", "take_profit_price": "9999", "stop_loss_price": "1"}
+
+
+async def test_a_bracket_brings_its_legs_and_they_work_once_it_has_filled(venue: Venue) -> None:
+    entry = await venue.broker.submit(order("entry", **BRACKET, stop_loss_limit_price="0.9"))
+    target, stop = entry.legs
+    assert [leg.status for leg in entry.legs] == [OrderStatus.HELD, OrderStatus.HELD]
+    assert (target.limit_price, stop.stop_price, stop.limit_price) == (9999, 1, Decimal("0.9"))
+    assert await venue.broker.order_by_client_id("entry") == await venue.broker.order(entry.id)
+    _, items = await venue.advance()
+    assert updates(items) == [("new", "entry"), ("fill", "entry"), ("new", target.client_order_id)]
+    filled = await venue.broker.order_by_client_id("entry")
+    assert filled is not None and [leg.status for leg in filled.legs] == [OrderStatus.NEW, OrderStatus.HELD]
+    assert [found.id for found in await venue.broker.orders()] == [target.id]
+    found = await venue.broker.order_by_client_id(stop.client_order_id)
+    assert found is not None and found.id == stop.id
+    await venue.broker.cancel(target.id)
+    assert [item[0] for item in updates(await venue.pump())] == ["canceled", "canceled"]
+    assert await venue.broker.orders() == ()
+
+
+async def test_canceling_an_entry_that_waits_cancels_its_legs(venue: Venue) -> None:
+    entry = await venue.broker.submit(order("entry", type="limit", limit_price="2", **BRACKET))
+    await venue.advance()
+    await venue.broker.cancel(entry.id)
+    gone = await venue.broker.order(entry.id)
+    assert gone is not None and {part.status for part in (gone, *gone.legs)} == {OrderStatus.CANCELED}
+
+
+async def test_trailing_stops_and_orders_for_extended_hours_come_back_as_they_were_sent(venue: Venue) -> None:
+    await venue.broker.submit(order("entry"))
+    await venue.advance()
+    by_percent = order("percent", side=SELL, qty=4, type="trailing_stop", time_in_force="gtc", trail_percent="50")
+    by_price = order("price", side=SELL, qty=4, type="trailing_stop", time_in_force="gtc", trail_price="5")
+    early = order("early", type="limit", limit_price="1", extended_hours=True)
+    for request in (by_percent, by_price, early):
+        sent = await venue.broker.submit(request)
+        assert (sent.trail_percent, sent.trail_price) == (request.trail_percent, request.trail_price)
+        assert sent.extended_hours == request.extended_hours and sent.hwm == (None if request is early else sent.hwm)
+        assert await venue.broker.order(sent.id) == sent
+
+
+async def test_an_order_is_replaced_under_a_name_of_our_choosing(venue: Venue) -> None:
+    await venue.broker.submit(order("entry"))
+    await venue.advance()
+    stop = await venue.broker.submit(order("stop", side=SELL, type="stop", stop_price="1", time_in_force="gtc"))
+    trail = await venue.broker.submit(
+        order("trail", "MSFT", SELL, 5, type="trailing_stop", time_in_force="gtc", trail_percent="50")
+    )
+    higher = ReplaceRequest(client_order_id="higher", stop_price=Decimal("1.5"))
+    with pytest.raises(Rejected, match="accepted"):  # it waits for the session
+        await venue.broker.replace(stop.id, higher)
+    await venue.advance()
+    moved = await venue.broker.replace(stop.id, higher)
+    assert (moved.client_order_id, moved.stop_price, moved.replaces) == ("higher", Decimal("1.5"), stop.id)
+    assert updates(await venue.pump()) == [("replaced", "stop"), ("new", "higher")]
+    before = await venue.broker.order(stop.id)
+    assert before is not None and (before.status, before.replaced_by) == (OrderStatus.REPLACED, moved.id)
+    assert await venue.broker.order_by_client_id("higher") == moved
+    with pytest.raises(OutcomeUnknown):  # the order of that name may be the very one that we meant
+        await venue.broker.replace(moved.id, higher.model_copy(update={"stop_price": Decimal(2)}))
+    with pytest.raises(Rejected, match="replaced"):
+        await venue.broker.replace(stop.id, higher.model_copy(update={"client_order_id": "again"}))
+    tight = await venue.broker.replace(trail.id, ReplaceRequest(client_order_id="tight", trail=Decimal(40)))
+    assert tight.trail_percent == 40 and tight.hwm is not None
+
+
+async def test_orders_for_one_price_meet_the_next_open_and_end(venue: Venue) -> None:
+    for name, time_in_force, limit in (("at once", "ioc", None), ("whole", "fok", None), ("too low", "ioc", "2")):
+        fields = {} if limit is None else {"type": "limit", "limit_price": limit}
+        await venue.broker.submit(order(name, time_in_force=time_in_force, **fields))
+    _, items = await venue.advance()
+    ends = [update for update in updates(items) if update[0] != "new"]
+    assert ends == [("fill", "at once"), ("fill", "whole"), ("canceled", "too low")]
+    early = await refusal(venue, order("auction", time_in_force="opg"))
+    assert isinstance(early, Rejected) and early.reason == "opg orders are not accepted from 9:28am to 7:00pm ET"
+    near = await refusal(venue, order("near", **BRACKET | {"stop_loss_price": "9998"}))
+    assert isinstance(near, Rejected) and near.code == 42210000
+    assert near.reason == "stop_loss.stop_price must be <= base_price - 0.01"

@@ -1,5 +1,6 @@
 """The site: every notebook, page and module has its place; it builds without a warning and works without a network."""
 
+import asyncio
 import importlib.util
 import json
 import re
@@ -271,10 +272,36 @@ def test_a_figure_is_drawn_by_the_sites_own_plotly(built: Path, chromium: Any) -
 
 
 @pytest.mark.slow
+def test_every_lesson_runs_and_its_page_draws_its_figures(tmp_path: Path, chromium: Any) -> None:
+    """Of lessons alone, from the cache where `make docs` has run them; links to other pages lead nowhere here."""
+    assert asyncio.run(pages.execute_all([ROOT / path for path in pages.lessons()], at_once=2)) == []
+    site, folder = pages.survey(), tmp_path / "pages"
+    for path in pages.lessons():
+        read = pages.executed(ROOT / path)
+        pages.write(folder / f"{site.pages[path]}.ipynb", json.dumps(pages.chapter(site, path, read, None)))
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes((ROOT / path).read_bytes())
+    pages.write(folder / "index.md", "# Lessons\n" + pages.toctree([site.pages[path] for path in pages.lessons()]))
+    words = ["-q", "-c", str(ROOT / "docs/site"), "-d", str(tmp_path / "doctrees"), str(folder), str(tmp_path / "html")]
+    subprocess.run([sys.executable, "-m", "sphinx", *words], check=True, capture_output=True, timeout=600)
+    tab, drawn = chromium.new_page(), 0
+    for path in pages.lessons():
+        tab.goto((tmp_path / "html" / f"{site.pages[path]}.html").as_uri())
+        figures = len(tab.query_selector_all(".plotly-figure"))
+        tab.wait_for_function(f"document.querySelectorAll('.plotly-figure .main-svg').length >= {figures}")
+        assert not tab.query_selector(".output.traceback, .stderr"), path
+        download = tab.query_selector("a.download")
+        assert download and download.get_attribute("href").endswith(Path(path).name), path
+        drawn += figures
+    assert drawn >= 10
+    tab.close()
+
+
+@pytest.mark.slow
 def test_a_diagram_is_drawn_by_the_sites_own_mermaid(built: Path, chromium: Any) -> None:
     tab, failed = chromium.new_page(), []
     tab.on("pageerror", lambda error: failed.append(str(error)))
-    for page in sorted((built / "chapters").glob("*/*.html")):
+    for page in sorted([*(built / "chapters").glob("*/*.html"), *(built / "docs/concepts").glob("*.html")]):
         diagrams = page.read_text(encoding="utf-8").count('<pre class="diagram">')
         if diagrams:
             tab.goto(page.as_uri())
@@ -290,6 +317,11 @@ def test_a_diagram_is_drawn_by_the_sites_own_mermaid(built: Path, chromium: Any)
         "index",
         "README",
         "chapters/index",
+        "course/own_data",
+        "course/limits",
+        "docs/concepts/order",
+        "docs/how-to/cap-a-loss",
+        "tutorials/index",
         "chapters/trading/orders",
         "api/index",
         "api/trading/orders",

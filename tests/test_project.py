@@ -208,6 +208,7 @@ def test_the_wheel_carries_data_templates_and_metadata(tmp_path: Path) -> None:
         "trader_lib/market/data/sample_daily.parquet",
         "trader_lib/runs/templates/backtest.ipynb",
         "trader_lib/runs/templates/paper_session.ipynb",
+        "trader_lib/course/01_own_data.ipynb",
         "trader_lib/observe/static/dashboard.html",
         "trader_lib/observe/static/dashboard.js",
     ):

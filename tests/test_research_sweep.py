@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from numba import config, types
 
 from trader_lib.errors.taxonomy import Misconfigured, Misused
 from trader_lib.exchange.costs import Costs
@@ -21,7 +22,7 @@ from trader_lib.market.sample import sample_bars
 from trader_lib.market.synthetic import synthetic_bars
 from trader_lib.research.backtest import LookAheadWarning, agreed, backtest
 from trader_lib.research.combinations import combinations
-from trader_lib.research.many import SERIES_BYTES, Runner, SeriesKept, groups_within
+from trader_lib.research.many import SERIES_BYTES, Runner, SeriesKept, groups_within, signal_runs
 from trader_lib.research.measures import MEASURES
 from trader_lib.research.sweep import sweep
 from trader_lib.risk.limits import Limits
@@ -128,6 +129,18 @@ class Held(Strategy):
 
     def targets(self, bars: Bars) -> np.ndarray:
         return np.where((np.arange(bars.n) // self.days) % 2 == 0, 0.9, 0.0)[:, None] * np.ones(len(bars.symbols))
+
+
+@pytest.mark.skipif(config.DISABLE_JIT, reason="nothing is compiled")
+def test_the_loop_over_combinations_is_compiled_once_for_all_signals() -> None:
+    """A loop that is made anew for each signal is made anew in each process too: that cost eleven seconds a sweep."""
+    prices = sample_bars(["IBM"], start="2012-01-03")
+    sweep(SmaCross, {"fast": [2]}, prices, trials=False)
+    before = len(signal_runs.signatures)
+    for one, days in ((RsiReversion, {"period": [5]}), (Momentum, {"lookback": [20]})):
+        sweep(one, days, prices, trials=False)
+    assert len(signal_runs.signatures) == before > 0
+    assert all(isinstance(kind, types.FunctionType) for given in signal_runs.signatures for kind in given[:2])
 
 
 def test_threads_give_the_same_rows_as_one_alone() -> None:

@@ -15,10 +15,13 @@ from trader_lib.errors.taxonomy import Misused
 from trader_lib.exchange.costs import Costs
 from trader_lib.market.actions import Announced
 from trader_lib.market.bars import Bars, Provenance, Timeframe
+from trader_lib.market.sample import sample_bars
 from trader_lib.research.backtest import BacktestResult, backtest
+from trader_lib.research.sweep import sweep
 from trader_lib.research.tear_sheet import cost_breakdown
 from trader_lib.risk.limits import Limits
 from trader_lib.rules.sizing import SizingRules
+from trader_lib.strategy.sma_cross import SmaCross
 
 FREE = Costs.none()
 WIDE = Limits(max_gross_exposure=None, max_margin_used=None)
@@ -114,6 +117,20 @@ def test_costs_are_broken_down_by_what_they_were_paid_for() -> None:
     assert parts["interest_usd"] > 0 and parts["borrow_fees_usd"] > 0
     assert parts["commission_usd"] + parts["interest_usd"] + parts["borrow_fees_usd"] == pytest.approx(lost, abs=0.01)
     assert "interest_usd" not in cost_breakdown(run(bars, [(1.0, 0.0)]))
+
+
+def test_a_sweep_is_charged_what_single_backtests_are() -> None:
+    """Buys that cost more than the close they were sized at leave a small debt."""
+    bars, costs = sample_bars("AAPL,IBM", "2005-01-03", "2006-06-30"), Costs(margin_rate=1.0, slippage_bps=50)
+    swept = sweep(SmaCross, {"fast": [5, 10], "slow": [20, 40]}, bars, costs=costs, trials=False)
+    ends = swept["total_return"].to_numpy().ravel().tolist()
+    singles = [
+        backtest(SmaCross(fast=fast, slow=slow), bars, costs=costs, check=False, trials=False)
+        for fast in (5, 10)
+        for slow in (20, 40)
+    ]
+    assert ends == pytest.approx([one.statistics["total_return"] for one in singles], abs=1e-9)
+    assert all(one.simulation.interest > 0.0 for one in singles)
 
 
 # ---- dividends and splits

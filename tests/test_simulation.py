@@ -11,7 +11,7 @@ import pytest
 from tests.given import run_apart
 from tests.simulation.__main__ import command
 from tests.simulation.mutations import MUTATIONS, Mutation
-from tests.simulation.plan import Death, Full, Jump, plan_of
+from tests.simulation.plan import GROUPS, Death, Full, Jump, plan_of
 from tests.simulation.shrink import Shrinker
 from tests.simulation.world import play, simulate
 from trader_lib.broker.faults import Faults
@@ -39,9 +39,23 @@ def test_no_order_is_lost_or_doubled_and_no_fill_is_lost_or_counted_twice_over_3
 
 
 @pytest.mark.slow
+def test_no_leg_is_lost_and_nothing_is_moved_twice_over_300_seeds_of_brackets_and_trailing_stops() -> None:
+    asked = ("--first", str(GROUPS.start), "--seeds", str(len(GROUPS)))
+    played = run_apart("tests.simulation", *asked, timeout_s=SUITE_S)
+    assert played.returncode == 0, played.stdout + played.stderr
+    assert "| seeds with something broken | 0 |" in played.stdout
+
+
+@pytest.mark.parametrize("seed", range(GROUPS.start, GROUPS.start + 3))
+def test_a_session_of_brackets_under_faults_leaves_nothing_unexplained(seed: int) -> None:
+    outcome = simulate(seed)
+    assert not outcome.broken and outcome.orders
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
 def test_a_planted_bug_is_found(mutation: Mutation, record_property: Any) -> None:
-    for seed in (mutation.seed, *range(SEEDS)):
+    for seed in (mutation.seed, *mutation.seeds):
         outcome = simulate(seed, mutation.patches)
         if outcome.broken:
             record_property("caught_by_seed", seed)

@@ -1,6 +1,7 @@
 """What a strategy orders on terms of its own, worked out by hand, in a backtest and in sessions of agents."""
 
 import json
+from dataclasses import replace
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -347,3 +348,69 @@ def test_same_run_with_later_decisions_keeps_its_terms() -> None:
     assert later.order_list_hash != result.order_list_hash
     assert {order.type.value for order in later.orders} >= {"limit", "stop"}
     assert Decimal(0) < later.equity_end and json.dumps(result.refused_by) is not None
+
+
+def test_bracket_protects_within_its_entrys_bar() -> None:
+    bars = market(TEN, (100, 101, 94, 96), TEN)  # down to the limit, and on to the stop
+    terms = {"enter": "limit", "limit_price": 98.0, "stop_loss": 95.0, "take_profit": 99.0}
+    held = lines(ran(bars, bracket=True, **terms))
+    assert [line[1:] for line in held] == [
+        ("entry", "limit", 98.0, None, "filled", 98.0),
+        ("exit", "limit", 99.0, None, "canceled", None),
+        ("exit", "stop", None, 95.0, "filled", 95.0),
+    ]
+    late = lines(ran(bars, **terms))
+    assert [line[0] for line in late if line[1] == "exit"] == [1, 1]  # rests from that bar's close on
+
+
+def test_brackets_target_waits_for_the_next_bar_unless_the_entry_filled_at_the_open() -> None:
+    terms = {"enter": "limit", "limit_price": 98.0, "stop_loss": 90.0, "take_profit": 100.5, "bracket": True}
+    inside = ran(market(TEN, (100, 101, 97, 100), (100, 101, 100, 101)), time_in_force="gtc", **terms)
+    assert [str(fill.bar.date()) for fill in inside.orders[1].fills] == [str(inside.bars.day(2))]
+    at_open = ran(market(TEN, (97, 101, 97, 100), TEN), time_in_force="gtc", **terms)
+    assert [str(fill.bar.date()) for fill in at_open.orders[1].fills] == [str(at_open.bars.day(1))]
+
+
+def test_brackets_exit_goes_on_as_the_exit_of_its_position() -> None:
+    bars = market(TEN, (100, 101, 97, 100), TEN, (100, 101, 94, 96), TEN)
+    result = ran(
+        bars, enter="limit", limit_price=98.0, time_in_force="gtc", stop_loss=95.0, take_profit=120.0, bracket=True
+    )
+    assert [line[1:3] for line in lines(result)] == [("entry", "limit"), ("exit", "limit"), ("exit", "stop")]
+    assert lines(result)[2][-2:] == ("filled", 95.0)  # the one that was held, and no other
+
+
+def test_exits_of_a_bracket_for_the_day_are_followed_by_others() -> None:
+    bars = market(TEN, (100, 101, 97, 100), TEN)
+    result = ran(bars, enter="limit", limit_price=98.0, time_in_force="day", stop_loss=95.0, bracket=True)
+    assert [(line[0], line[1], line[-2]) for line in lines(result)] == [
+        (0, "entry", "filled"),
+        (0, "exit", "expired"),
+        (1, "exit", "canceled"),
+    ]
+
+
+def test_bracket_whose_exits_lie_on_the_wrong_side_is_no_order() -> None:
+    assert len(ran(market(TEN, TEN), stop_loss=100.0, bracket=True).orders) == 0
+    assert len(ran(market(TEN, TEN), weights=-0.5, stop_loss=99.0, bracket=True).orders) == 0
+
+
+class HeldDip(Dip):
+    """The same, with exits that the broker holds."""
+
+    def targets(self, bars: Bars) -> Intents:
+        given = super().targets(bars)
+        return replace(given, bracket=True)
+
+
+@pytest.mark.parametrize("transport", ["in_process", "http"])
+async def test_session_sends_brackets_as_the_backtest_does(transport: str, tmp_path: Path) -> None:
+    spec, bars = document(), sample_bars(("AAPL", "IBM"))
+    terms = {"start": spec.start, "end": spec.end, "cash": float(spec.cash), "limits": WIDE, "trials": False}
+    result = backtest(HeldDip(), bars, costs=spec.costs, sizing=spec.sizing, **terms)
+    run = await run_session(
+        spec, settings(transport), bars=bars, strategy=HeldDip(), journal_path=tmp_path / "journal.sqlite"
+    )
+    assert_same(result, run)
+    forms = result.simulation.orders["form"]
+    assert (forms == 3).sum() > 3 and any(order.purpose == "exit" and order.filled_qty for order in run.orders)

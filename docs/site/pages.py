@@ -120,6 +120,7 @@ KINDS = {
             "docs/checks",
             "docs/explain",
             "docs/parity",
+            "docs/lots",
             "docs/operations",
             "docs/schedule",
             "docs/monitoring",
@@ -149,6 +150,7 @@ KINDS = {
             "api/index",
             "docs/exchange",
             "docs/market-data",
+            "docs/costs",
             "docs/figures",
             "docs/benchmarks",
             "CHANGELOG",
@@ -158,7 +160,7 @@ KINDS = {
 
 DROPPED_TYPES = re.compile(r"application/(vnd\.trader|vnd\.jupyter\.widget)")
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours and cursor of a terminal
-LINE_MAX = 80  # characters of a text output that a page shows in one line
+LINE_MAX = 72  # characters of a text output that a page shows in one line
 PLOTLY = "application/vnd.plotly.v1+json"
 DIAGRAM = re.compile(r"^```mermaid\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<=\])\((?!https?:|mailto:|#)([^()\s#]+)(#[^()\s]+)?\)")

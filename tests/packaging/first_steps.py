@@ -46,6 +46,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     "live": ("live", "--account", "1"),
     "new project": ("new", "my_project"),
     "new strategy": ("new", "strategy", "buy_the_dip"),
+    "lots": ("lots", "latest-paper"),
     "notify test": ("notify", "test"),
     "paper": ("paper", "--broker", "simulated", "--transport", "in_process", *WHAT),
     "parity": ("parity", "latest-paper"),

@@ -120,7 +120,11 @@ def weights(rng: np.random.Generator, rows: int, n: int) -> tuple[tuple[float, .
 KINDS = ("market", "limit", "stop", "stop_limit")
 
 
-def terms(rng: np.random.Generator, bars: Bars, fractional: bool) -> dict[str, Any]:
+def rows_of(table: NDArray[Any]) -> tuple[tuple[Any, ...], ...]:
+    return tuple(tuple(row) for row in table.tolist())
+
+
+def terms(rng: np.random.Generator, bars: Bars, weights_of: Any, fractional: bool) -> dict[str, Any]:
     """How positions are entered and protected: kinds, prices near the close or missing, one for all or by row."""
     shape = bars.close.shape
     kinds = rng.choice(KINDS, shape) if rng.random() < 0.5 else np.full(shape, pick(rng, *KINDS))
@@ -129,11 +133,11 @@ def terms(rng: np.random.Generator, bars: Bars, fractional: bool) -> dict[str, A
     def around(share: float, missing: float) -> tuple[tuple[float, ...], ...]:
         prices = np.round(bars.close * (1.0 + share * rng.uniform(-1.0, 1.0, shape)), 3)
         prices = np.where((rng.random(shape) < missing) | ~(prices > 0.0), math.nan, prices)
-        return tuple(tuple(row) for row in prices.tolist())
+        return rows_of(prices)
 
     lasts = "day" if fractional else pick(rng, "day", "gtc", None)
     drawn: dict[str, Any] = {
-        "enter": tuple(tuple(row) for row in kinds.tolist()),
+        "enter": rows_of(kinds),
         "limit_price": around(near, pick(rng, 0.0, 0.5)),
         "stop_price": around(near, pick(rng, 0.0, 0.5)),
         "good_for": pick(rng, None, 1, 2, 5),
@@ -147,7 +151,15 @@ def terms(rng: np.random.Generator, bars: Bars, fractional: bool) -> dict[str, A
             "stop_loss": around(0.05, 0.3),
             "take_profit": around(0.08, 0.5),
             "trailing": pick(rng, None, 0.03),
+            "bracket": bool(rng.random() < 0.5),
         }
+        if rng.random() < 0.5:  # on their sides of the entry: a bracket is an order then
+            low, high = np.nan_to_num(bars.close, nan=1.0) * 0.97, np.nan_to_num(bars.close, nan=1.0) * 1.03
+            short = np.array(weights_of) < 0.0
+            drawn |= {
+                "stop_loss": rows_of(np.where(short, high, low)),
+                "take_profit": rows_of(np.where(short, low, high)),
+            }
     return {name: value for name, value in drawn.items() if value is not None}
 
 
@@ -195,7 +207,7 @@ def configuration(seed: int) -> Configuration:
     strategy = Given(weights=weights(rng, bars.n, len(bars.symbols)), protection=exits)
     cash = pick(rng, *CASH)
     if rng.random() < 0.6:
-        strategy = strategy.model_copy(update={"terms": terms(rng, bars, fractional)})
+        strategy = strategy.model_copy(update={"terms": terms(rng, bars, strategy.weights, fractional)})
     return Configuration(bars, strategy, cash, sizing, account)
 
 
@@ -237,6 +249,15 @@ def difference(result: BacktestResult, session: SessionResult) -> str:
     return ", ".join(name for name, right in checks.items() if not right)
 
 
+def exits_at_once(result: BacktestResult) -> bool:
+    """Whether an exit that the broker held filled in the bar in which its entry did."""
+    orders, fills = result.simulation.orders, result.simulation.fills
+    filled = dict(zip(fills["order"].tolist(), fills["bar"].tolist(), strict=True))
+    entries = np.flatnonzero((orders["form"] >= 2) & (orders["exit"] == 0)).tolist()
+    legs = [(entry, entry + leg) for entry in entries for leg in range(1, int(orders["form"][entry]))]
+    return any(filled.get(entry, -1) == filled.get(leg) for entry, leg in legs)
+
+
 def seen_in(drawn: Configuration, result: BacktestResult) -> Counter[str]:
     """What of interest happened, each counted once."""
     table, orders = result.simulation.orders, result.simulation.orders["qty"]
@@ -265,6 +286,11 @@ def seen_in(drawn: Configuration, result: BacktestResult) -> Counter[str]:
             ((table["exit"] == 0) & (table["type"] > 0) & (table["filled"] > 0)).any()
         ),
         "entries taken back": bool(((table["exit"] == 0) & (table["type"] > 0) & (table["status"] == 2)).any()),
+        "brackets": bool((table["form"] == 3).any()),
+        "brackets' exits that filled": bool(
+            ((table["form"] >= 2) & (table["exit"] == 1) & (table["filled"] > 0)).any()
+        ),
+        "exits that filled in their entry's bar": exits_at_once(result),
         "protection that came with an entry": "stop_loss" in (drawn.strategy.terms or {}),
         "interest": result.simulation.interest > 0.0,
         "fees for borrowed shares": result.simulation.borrow_fees > 0.0,

@@ -15,9 +15,11 @@ from trader_lib.trading.events import (
     Event,
     FillRecorded,
     OrderAcknowledged,
+    OrderAdopted,
     OrderFailed,
     OrderIntended,
     Payload,
+    ReplaceIntended,
     SessionEnded,
     TradeUpdated,
 )
@@ -58,6 +60,7 @@ async def check(world: World) -> None:
     broken += [f"reconciliation: {one.sentence}" for one in found if one.kind != "cash"]
     broken += [f"down: {health.agent}" for health in world.result.health if health.state == "down"]
     _check_orders(world, events)
+    _check_groups(world, events)
     _check_sight(world, events)
     _check_fills(world, events)
     _check_limits(world)
@@ -83,7 +86,11 @@ def _check_orders(world: World, events: list[Event]) -> None:
     decisions: dict[Any, list[str]] = defaultdict(list)
     placed = world.exchange.orders(open_only=False)
     outcome.orders = len(placed)
+    moved = {e.payload.request.client_order_id for e in events if isinstance(e.payload, ReplaceIntended)}
+    legs = {leg.id for order in placed for leg in order.legs}
     for order in placed:
+        if order.client_order_id in moved & world.record.moves.keys() or _was_leg(world, order, legs):
+            continue
         intent = world.record.safe.get(order.client_order_id)
         if intent is None or order.client_order_id not in intents:
             broken.append(f"unexplained: {order.client_order_id} has no intent")
@@ -96,24 +103,52 @@ def _check_orders(world: World, events: list[Event]) -> None:
         broken += [f"given up too early: {name} was said not to have been sent" for name in early]
 
 
+def _was_leg(world: World, order: Order, legs: set[str]) -> bool:
+    """Whether an order was a leg, and another one has taken its place."""
+    while order.replaced_by is not None:
+        order = world.exchange.order(order.replaced_by)
+    return order.id in legs
+
+
+def _check_groups(world: World, events: list[Event]) -> None:
+    """Legs are exits of our own: whatever they fill is booked so, and nobody takes them for a stranger's."""
+    entries = {leg.id: order for order in world.exchange.orders(open_only=False) for leg in order.legs}
+    ours = {order.id for order in entries.values()} | entries.keys()
+    for event in events:
+        match event.payload:
+            case FillRecorded(fill=fill) if fill.order_id in entries:
+                entry = entries[fill.order_id].client_order_id
+                if (fill.purpose, fill.parent) != ("exit", entry):
+                    world.outcome.broken.append(
+                        f"group: what a leg of {entry} filled was booked as {fill.purpose} of {fill.parent!r}"
+                    )
+            case OrderAdopted(order=order) if order.id in ours:
+                world.outcome.broken.append(f"group: {order.client_order_id} was taken for a stranger's")
+
+
 def _check_sight(world: World, events: list[Event]) -> None:
     """An order that the broker's own words had made wrong before it was intended."""
     said: dict[str, Order] = {}
     told: dict[str, Decimal] = defaultdict(Decimal)
     strategies: dict[str, str] = {}  # by client order id of what was intended
     owners: dict[str, str] = {}  # the strategy, by the broker's id of an order or a leg
+    firsts: dict[str, str] = {}  # the broker's id of what began a chain of replacements, by that of what followed
     for event in events:
         match event.payload:
             case FillRecorded(fill=fill):
-                told[fill.order_id] += fill.qty
+                told[firsts.get(fill.order_id, fill.order_id)] += fill.qty
             case OrderAcknowledged(client_order_id=name, order=order):
                 for part in (order, *order.legs):
+                    before = part.replaces or part.id
+                    first = firsts[part.id] = firsts.get(before, before)
                     owners[part.id] = strategies.get(name, "")
-                    said[part.id] = max(part, said.get(part.id, part), key=lambda one: one.filled_qty)
+                    said[first] = max(part, said.get(first, part), key=lambda one: one.filled_qty)
             case OrderIntended(request=request):
                 strategies[request.client_order_id] = request.strategy
                 untold = sum(
-                    SIDE_SIGN[part.side] * SIDE_SIGN[request.side] * max(part.filled_qty - told[part.id], Decimal(0))
+                    SIDE_SIGN[part.side]
+                    * SIDE_SIGN[request.side]
+                    * max(part.filled_qty - told[firsts[part.id]], Decimal(0))
                     for part in said.values()
                     if (part.symbol, owners[part.id]) == (request.symbol, request.strategy)
                 )

@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.simulation.plan import Death, Full
 from trader_lib.journal.journal import SqliteJournal
-from trader_lib.trading.events import AgentFailed, Event, OrderIntended
+from trader_lib.trading.events import AgentFailed, Event, OrderIntended, ReplaceIntended
 
 
 class Died(BaseException):
@@ -31,6 +31,7 @@ class Record:
         self.writes = 0
         self.intents: dict[int, int] = {}  # number of an intent: writes until it
         self.safe: dict[str, OrderIntended] = {}
+        self.moves: dict[str, ReplaceIntended] = {}  # safe as well
         self.failures: list[str] = []
         self.refused = 0  # writes, by a full disk
 
@@ -80,6 +81,7 @@ class WatchedJournal(SqliteJournal):
         self._connection = Disk(self._connection, record)  # type: ignore[assignment]
         self._record = record
         self._fresh: list[OrderIntended] = []
+        self._fresh_moves: list[ReplaceIntended] = []
         self.is_dead = False
 
     def append(self, event: Event) -> None:
@@ -89,6 +91,8 @@ class WatchedJournal(SqliteJournal):
             if isinstance(event.payload, OrderIntended):
                 self._fresh.append(event.payload)
                 self._record.intents.setdefault(len(self._record.intents) + 1, self._record.writes)
+            elif isinstance(event.payload, ReplaceIntended):
+                self._fresh_moves.append(event.payload)
             elif isinstance(event.payload, AgentFailed):
                 self._record.failures.append(f"{event.payload.agent}: {event.payload.error}")
         if death is not None:
@@ -101,7 +105,9 @@ class WatchedJournal(SqliteJournal):
                 raise Died
             super().commit()
             self._record.safe.update((intent.request.client_order_id, intent) for intent in self._fresh)
+            self._record.moves.update((intent.request.client_order_id, intent) for intent in self._fresh_moves)
             self._fresh.clear()
+            self._fresh_moves.clear()
         if death is not None:
             self._die()
 

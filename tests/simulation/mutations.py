@@ -7,11 +7,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from decimal import Decimal
+from types import MappingProxyType
 from typing import Any
 
 from tests.simulation.disk import WatchedJournal
+from tests.simulation.plan import GROUPS
 from tests.simulation.world import Keeper
-from trader_lib.agents import execution
+from trader_lib.agents import execution, tracking
 from trader_lib.agents.contract import WAITS, Effect, Reaction, Steps
 from trader_lib.agents.execution import ExecutionAgent
 from trader_lib.agents.portfolio import PortfolioAgent
@@ -322,6 +324,54 @@ class SnapshotsWithoutTheOpenOrders(RiskAgent):
             book.working, book.canceling, book.open = {}, {}, {}
 
 
+def resends_a_bracket(state: Any, patience: Any, track: OrderTrack, event: Event, reason: str) -> Steps[None]:
+    """A bracket whose answer was lost goes out again, legs and all."""
+    yield from resends_on_timeout(state, patience, track, event, reason)
+
+
+def adopts_a_leg_twice(track: OrderTrack, order: Order) -> OrderTrack:
+    """A leg that the broker shows inside another one is entered once more, below that."""
+    known = {member.order_id: member for member in track.family()}
+    if order.id in known or order.replaces in known:
+        return RIGHT_TRACKING["leg_of"](track, order)
+    leg = tracking._related(track, order)
+    leg.external, leg.parent, leg.purpose = track.external, track, tracking.leg_purpose(track)
+    track.legs.append(leg)
+    return leg
+
+
+def counts_legs_as_entries(track: OrderTrack) -> Any:
+    """What a leg fills is booked as if it worked towards the target."""
+    return track.purpose
+
+
+def takes_legs_for_strangers(track: OrderTrack, order: Order, now: datetime) -> None:
+    """The legs in an order's record are not read: whoever hears of one takes it for somebody else's."""
+    RIGHT_TRACKING["observe_record"](track, order.model_copy(update={"legs": ()}), now)
+
+
+def leaves_legs_open(state: Any, patience: Any, track: OrderTrack, event: Event) -> Steps[None]:
+    """Who cancels everything cancels the entries, and leaves the exits of those that have filled."""
+    if track.is_open:
+        yield from execution.cancel(state, patience, track, event)
+
+
+MOVED: dict[str, OrderTrack] = {}
+
+
+def noting_what_is_moved(state: Any, patience: Any, track: OrderTrack, request: Any, event: Event) -> Steps[None]:
+    MOVED[request.client_order_id] = track
+    yield from RIGHT["replace_order"](state, patience, track, request, event)
+
+
+def moves_again_on_timeout(state: Any, patience: Any, request: Any, event: Event, reason: str) -> Steps[None]:
+    """A replacement whose answer was lost is asked for again."""
+    yield OrderFailed(client_order_id=request.client_order_id, reason=reason, outcome="unknown")
+    with suppress(TraderError):
+        order = yield execution.Replace(MOVED[request.client_order_id].current.order_id or "", request)
+        yield from execution.take_replacement(state, order, event)
+
+
 @dataclass(frozen=True)
 class Mutation:
     """A part with a bug, where it is put, and the seed that is played first, because it noticed."""
@@ -330,6 +380,7 @@ class Mutation:
     where: tuple[str, ...]
     seed: int = 0
     beside: Mapping[str, Any] = field(default_factory=dict)  # what else the bug needs, by where it is put
+    seeds: range = range(300)  # that are played after it
 
     @property
     def name(self) -> str:
@@ -347,7 +398,18 @@ def _of_execution(name: str) -> tuple[str, ...]:
     return (f"trader_lib.agents.execution.{name}",)
 
 
-RIGHT = {name: getattr(execution, name) for name in ("resolve", "send", "refresh", "repair", "on_trade_update")}
+RIGHT = {
+    name: getattr(execution, name)
+    for name in ("resolve", "send", "refresh", "repair", "on_trade_update", "replace_order")
+}
+RIGHT_TRACKING = {name: getattr(tracking, name) for name in ("leg_of", "observe_record")}
+
+
+def _of_groups(part: Any, where: str, beside: Mapping[str, Any] = MappingProxyType({})) -> Mutation:
+    """A bug that only sessions with groups of orders can notice."""
+    return Mutation(part, (f"trader_lib.agents.{where}",), GROUPS.start, beside, GROUPS)
+
+
 EXECUTION = ("trader_lib.session.wiring.ExecutionAgent", "trader_lib.replay.fresh.ExecutionAgent")
 JOURNAL = ("tests.simulation.world.WatchedJournal",)
 MUTATIONS: tuple[Mutation, ...] = (
@@ -383,4 +445,14 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(SnapshotsWithoutOrders, ("trader_lib.session.wiring.SnapshotKeeper",), 6),
     Mutation(SnapshotsInTheMiddle, ("trader_lib.session.wiring.InProcessBus",), 44),
     Mutation(SnapshotsWithoutTheOpenOrders, ("trader_lib.session.wiring.RiskAgent",), 12),
+    _of_groups(resends_a_bracket, "execution.resolve", {"trader_lib.agents.execution.send": noting_what_is_sent}),
+    _of_groups(adopts_a_leg_twice, "tracking.leg_of"),
+    _of_groups(counts_legs_as_entries, "tracking.leg_purpose"),
+    _of_groups(takes_legs_for_strangers, "tracking.observe_record"),
+    _of_groups(leaves_legs_open, "execution.cancel_group"),
+    _of_groups(
+        moves_again_on_timeout,
+        "execution.find_replacement",
+        {"trader_lib.agents.execution.replace_order": noting_what_is_moved},
+    ),
 )

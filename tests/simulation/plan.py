@@ -25,6 +25,7 @@ BARS = 24
 MARKET_S = 60.0 * BARS
 FOR_GOOD_S = 1e9  # until an operator makes room, when the market has closed
 LEVELS = np.array([0.0, 0.4, -0.3, 0.2, 0.0, 0.45])
+GROUPS = range(300, 600)  # of every 600 seeds, those that play groups of orders
 HIDES_FILLS = (
     "answer_lost", "submit_late", "submit_slow", "cancel_answer_lost", "cancel_lost", "read_fails", "read_slow",
     "update_lost", "update_late", "mute",
@@ -105,6 +106,7 @@ class Plan:
     snapshot_events: int = 0  # events between two snapshots of the agents, 0 for none
     bars: int = BARS
     symbols: tuple[str, ...] = SYMBOLS
+    groups: bool = False  # its orders are brackets, trailing stops and what moves them
     only: frozenset[int] | None = field(default=None)  # draws of fate that may strike; None: every one
 
     @property
@@ -209,9 +211,12 @@ def plan_of(seed: int) -> Plan:
     if rng.random() < 0.1:
         faults = replace(faults, **dict.fromkeys(HIDES_FILLS, 0.0))
         deaths, full, jumps = [], [], []
+    groups = seed % GROUPS.stop in GROUPS
+    if groups:
+        faults = replace(faults, replace_lost=chance(0.3), replace_answer_lost=chance(0.3))
     return Plan(
         seed, faults, strategy, costs, limits, very_late, to_the_end, tuple(deaths), tuple(full), tuple(jumps),
-        stormy_restart=bool(rng.random() < 0.5), snapshot_events=int(rng.choice([0, 10, 40])),
+        stormy_restart=bool(rng.random() < 0.5), snapshot_events=int(rng.choice([0, 10, 40])), groups=groups,
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from dishka import AsyncContainer, Provider, Scope, from_context, make_async_con
 
 from tests.simulation.checks import check
 from tests.simulation.disk import Died, Record, WatchedJournal
+from tests.simulation.groups import Grouping
 from tests.simulation.loop import LoopClock, VirtualLoop
 from tests.simulation.plan import WARMUP, Plan, calendar, days, plan_of
 from trader_lib.agents.execution import ExecutionAgent
@@ -52,7 +53,7 @@ from trader_lib.session.spec import SessionSpec
 from trader_lib.session.wiring import AgentProvider, CoreProvider, History, SessionInputs, UpkeepProvider
 from trader_lib.steering.control import SessionLock
 from trader_lib.trading.events import AccountReported, OrderAcknowledged
-from trader_lib.trading.orders import Order, OrderRequest
+from trader_lib.trading.orders import Order, OrderRequest, ReplaceRequest
 
 CALM = timedelta(seconds=150)  # after the last bar: the connection is good again, and all must come right
 TICK_S = 15.0
@@ -96,6 +97,7 @@ class Wire(FaultyBroker):
         super().__init__(inner, Faults(), world.fate, world.clock, data=inner, before_submit=self._on_the_wire)
         self.counts = world.outcome.faults
         self.looked_up: set[str] = set()
+        self.replaced: set[str] = set()  # by the client order id of what was to come
 
     def _strikes(self, name: str, probability: float) -> bool:
         struck = super()._strikes(name, probability)
@@ -131,6 +133,11 @@ class Wire(FaultyBroker):
     async def cancel(self, order_id: str) -> None:
         self._refuse_the_dead()
         await super().cancel(order_id)
+
+    async def replace(self, order_id: str, request: ReplaceRequest) -> Order:
+        self._refuse_the_dead()
+        self._world.on_replacement(self, request)
+        return await super().replace(order_id, request)
 
     def _refuse_the_dead(self) -> None:
         if self._world.journal is not None and self._world.journal.is_dead:
@@ -463,6 +470,16 @@ class World:
         if bound is not None and not reduces and abs(request.signed_qty) > bound:
             broken.append(f"limit: {name} is over {request.qty} shares, {bound:g} allowed")
 
+    def on_replacement(self, wire: Wire, request: ReplaceRequest) -> None:
+        """What must hold at the moment in which a replacement is asked for."""
+        name = request.client_order_id
+        if name not in self.record.moves:
+            self.outcome.broken.append(f"write-ahead: {name} was asked for before its intent was on disk")
+        for other in self.wires:
+            if name in other.replaced and (other is wire or name not in wire.looked_up):
+                self.outcome.broken.append(f"sent twice: {name} was asked for again")
+        wire.replaced.add(name)
+
 
 def _only_what_nobody_meant(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     if not isinstance(context.get("exception"), Died):
@@ -473,6 +490,12 @@ def _container(world: World, inputs: SessionInputs) -> AsyncContainer:
     return _template()(context={SessionInputs: inputs, dict: {"world": world}}, scope=Scope.APP)
 
 
+_build = functools.partial(wiring_module.build_strategy_agent, kind=Grouping)
+GROUPING: dict[str, Any] = dict.fromkeys(
+    ("trader_lib.session.wiring.build_strategy_agent", "trader_lib.replay.fresh.build_strategy_agent"), _build
+)
+
+
 def play(plan: Plan, patches: Patches | None = None) -> Outcome:
     """Play one plan; what it raises is one of the things that did not hold."""
     with ExitStack() as stack:
@@ -480,7 +503,7 @@ def play(plan: Plan, patches: Patches | None = None) -> Outcome:
         world = World(plan, Path(folder))
         stack.enter_context(patch.object(session_module, "session_container", functools.partial(_container, world)))
         stack.enter_context(patch.object(wiring_module, "SnapshotKeeper", Keeper))
-        for target, other in (patches or {}).items():
+        for target, other in ((GROUPING if plan.groups else {}) | dict(patches or {})).items():
             stack.enter_context(patch(target, other))
         runner = stack.enter_context(asyncio.Runner(loop_factory=VirtualLoop))
         try:

@@ -608,6 +608,9 @@ def check_order(
     is_alive = any(member.is_open for member in track.family())
     if is_alive and (track.cancel_wanted or listed is None or has_more_filled(track, listed)):
         yield from refresh(state, patience, track, event)
+    for leg in track.legs:  # the order's record shows what a leg has become, and not how the one before it ended
+        if leg.is_open and leg.successor is not None and leg.state is not OrderStatus.REPLACED:
+            yield from refresh(state, patience, leg, event)
     for member in track.family():
         behind = member.behind_since
         if behind is not None and event.recorded_at - behind >= timedelta(seconds=patience.grace_s):

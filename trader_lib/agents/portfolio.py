@@ -124,7 +124,7 @@ def on_action(state: PortfolioState, action: CorporateAction) -> None:
         state.booked["DIV"] = state.booked.get("DIV", 0.0) + to_float(state.folded.cash - before)
     state.books = {label: after_action(book, action, price) for label, book in state.books.items()}
 
-# %% ../../nbs/agents/06_portfolio.ipynb #2dfd2175
+# %% ../../nbs/agents/06_portfolio.ipynb #a3c7301d
 def charges_on(
     held: Portfolio,
     unsettled: float,  # USD
@@ -152,7 +152,7 @@ def end_session(state: PortfolioState, nights: int, carry: Carry) -> None:
         state.booked |= {kind: -paid for kind, paid in (("INT", interest), ("FEE", fee)) if paid}
     state.unsettled.clear()
 
-
+# %% ../../nbs/agents/06_portfolio.ipynb #2dfd2175
 def on_bars(state: PortfolioState, closed: BarsClosed, carry: Carry = NO_CARRY) -> Steps[None]:
     """Value the portfolio at the closes of a bar. carry: what holding costs, as far as it is foreseen."""
     state.booked.clear()

@@ -569,7 +569,7 @@ def change_shares(rules: BookRules, book: RiskBook, action: CorporateAction, col
     if not rules.is_account:
         book.cash = round_to(book.cash + paid, CASH_DECIMALS)
 
-# %% ../../nbs/agents/03_risk.ipynb #81c59c21
+# %% ../../nbs/agents/03_risk.ipynb #3e2918dd
 def end_session(rules: BookRules, book: RiskBook, market: Market, nights: int) -> None:
     """Charge a capital of its own for what it holds over so many days, and let the session's trades settle."""
     if not rules.is_account:
@@ -578,7 +578,7 @@ def end_session(rules: BookRules, book: RiskBook, market: Market, nights: int) -
         book.cash = round_to(book.cash - interest - fee, CASH_DECIMALS)
     book.unsettled = 0.0
 
-
+# %% ../../nbs/agents/03_risk.ipynb #81c59c21
 def on_bars(rules: RiskRules, state: RiskState, closed: BarsClosed) -> Steps[None]:
     """Take the closes of a bar, and tighten the trading state of who has lost too much."""
     day = closed.closed_at.astimezone(NEW_YORK).date()

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['OrderKey', 'AsLists', 'FromLists', 'ASKED_TWICE', 'order_request', 'StrategyState', 'StrategyRules', 'last_closes',
-           'new_state', 'decide', 'propose_cancel', 'propose', 'forget_order', 'ask', 'is_drawn', 'event_view',
-           'next_decision', 'is_alive', 'append_bars', 'follow_bars', 'on_action', 'terms_after', 'targets_decided',
-           'end_session', 'on_bars', 'held_by', 'on_slice', 'on_risk_decision', 'on_failure', 'cover_again',
-           'protection', 'close_order', 'on_acknowledgement', 'observe_order', 'on_trade_update', 'on_account',
-           'on_fill', 'flow_of', 'ProtectingAgent', 'FollowingAgent', 'StrategyAgent', 'strategy_agent', 'own_columns']
+           'new_state', 'decide', 'propose_cancel', 'propose', 'forget_order', 'held_by_broker', 'drop_bracket',
+           'begin_exits', 'ask', 'is_drawn', 'event_view', 'next_decision', 'is_alive', 'append_bars', 'follow_bars',
+           'on_action', 'end_session', 'pass_over', 'terms_after', 'targets_decided', 'on_bars', 'held_by', 'on_slice',
+           'on_risk_decision', 'on_failure', 'cover_again', 'protection', 'close_order', 'on_acknowledgement',
+           'observe_order', 'on_trade_update', 'on_account', 'on_fill', 'flow_of', 'ProtectingAgent', 'FollowingAgent',
+           'StrategyAgent', 'strategy_agent', 'own_columns']
 
 # %% ../../nbs/agents/02_strategy.ipynb #67f00437
 import math
@@ -38,6 +39,7 @@ from ..rules.carry import NO_CARRY, Carry, borrow_fee, margin_interest, spendabl
 from ..rules.exits import NO_EXITS, ExitRates, exit_due
 from ..rules.quiet import UNLIMITED, Held, Scratch, Worth, quiet_bars
 from ..rules.numbers import CASH_DECIMALS, PRICE_DECIMALS, round_to, to_decimal, to_float, to_shares
+from ..trading.capability import TRIGGERING
 from ..strategy.ahead import LooksAhead, WeightsAhead, alone
 from ..strategy.contract import Strategy
 from ..strategy.events import Account, EventStrategy, View, ask_again, bar_times, next_step
@@ -86,6 +88,9 @@ def order_request(action: PlannedAction, order_id: str, strategy: str = "") -> O
     """
     is_exit = action.kind == "exit"
     oco = action.order_type == "oco"
+    target, loss = _price(action.take_profit), _price(action.stop_price if oco else action.stop_loss)
+    held = (target is not None) + (loss is not None)
+    forms = (OrderClass.SIMPLE, OrderClass.OTO, OrderClass.BRACKET)
     return OrderRequest(
         symbol=action.symbol,
         side=OrderSide.BUY if action.side_sign > 0 else OrderSide.SELL,
@@ -93,9 +98,10 @@ def order_request(action: PlannedAction, order_id: str, strategy: str = "") -> O
         type=OrderType.LIMIT if oco else OrderType(action.order_type),
         limit_price=_price(action.limit_price),
         stop_price=None if oco else _price(action.stop_price),
-        stop_loss_price=_price(action.stop_price) if oco else None,
+        take_profit_price=target,
+        stop_loss_price=loss,
         time_in_force=TimeInForce.GTC if is_exit or action.is_gtc else TimeInForce.DAY,
-        order_class=OrderClass.OCO if oco else OrderClass.SIMPLE,
+        order_class=OrderClass.OCO if oco else forms[held],
         client_order_id=order_id,
         purpose="exit" if is_exit else "entry",
         strategy=strategy,
@@ -124,6 +130,9 @@ class StrategyState:
     unsettled: float = 0.0  # of this session's trades, where it matters, USD
     working: Annotated[dict[OrderKey, str], AS_PAIRS, FROM_PAIRS] = field(default_factory=dict)  # client order ids
     parents: dict[str, str] = field(default_factory=dict)  # client order id of a leg: that of its order, while it works
+    brackets: dict[str, tuple[float, float]] = field(
+        default_factory=dict
+    )  # client order id of an entry: stop and limit of the exits that the broker holds with it, USD, NaN for none
     proposed: dict[str, OrderRequest] = field(default_factory=dict)  # by the last decision, by client order id
     decided_at: datetime | None = None  # stamp of the bar, UTC
     uncovered: Annotated[set[str], PlainSerializer(sorted)] = field(
@@ -215,9 +224,12 @@ def propose_cancel(
     rules: StrategyRules, state: StrategyState, key: OrderKey, reason: str, at: datetime
 ) -> CancelProposed:
     """Return the cancel of the order that works for a symbol and purpose, and count it as done."""
-    order_id = forget_order(state, key)
+    order_id = state.working[key]
+    named = held_by_broker(state, order_id) if key[1] == "exit" else order_id
+    forget_order(state, key)
     rules.planner.on_order_closed(*key)
-    return CancelProposed(client_order_id=order_id, reason=reason, decided_at=at)
+    drop_bracket(state, order_id)  # an entry that we cancel is canceled with its exits
+    return CancelProposed(client_order_id=named, reason=reason, decided_at=at)
 
 # %% ../../nbs/agents/02_strategy.ipynb #3dee510c
 def propose(rules: StrategyRules, state: StrategyState, action: PlannedAction, at: datetime) -> OrderProposed:
@@ -234,10 +246,38 @@ def propose(rules: StrategyRules, state: StrategyState, action: PlannedAction, a
 
 # %% ../../nbs/agents/02_strategy.ipynb #9252c298
 def forget_order(state: StrategyState, key: OrderKey) -> str:
-    """Take an order from those that work, its legs with it, and return its client order id."""
+    """Take an order from those that work, its legs with it unless they go on, and return its client order id."""
     order_id = state.working.pop(key)
+    if key[1] == "entry" and order_id in state.brackets:
+        return order_id
+    state.brackets.pop(order_id, None)
     state.parents = {leg: parent for leg, parent in state.parents.items() if parent != order_id}
     return order_id
+
+# %% ../../nbs/agents/02_strategy.ipynb #e0ad1ec0
+def held_by_broker(state: StrategyState, order_id: str) -> str:
+    """Return the client order id that a cancel of an exit names: a leg's, where the exit came with an entry, else its own."""
+    legs = (leg for leg, entry in state.parents.items() if entry == order_id)
+    return next(legs, order_id) if order_id in state.brackets else order_id
+
+
+def drop_bracket(state: StrategyState, order_id: str) -> None:
+    """Forget the exits that were held with an entry."""
+    if state.brackets.pop(order_id, None) is not None:
+        state.parents = {leg: parent for leg, parent in state.parents.items() if parent != order_id}
+
+
+def begin_exits(rules: StrategyRules, state: StrategyState, symbol: str, order_id: str) -> None:
+    """Let the exits that were held with an entry be the exit of what it has opened; forget them where it has opened nothing."""
+    position = float(state.holdings.positions[rules.column(symbol)])
+    if order_id not in state.brackets:
+        return
+    if position == 0.0 or (symbol, "exit") in state.working:
+        drop_bracket(state, order_id)
+        return
+    stop, limit = state.brackets[order_id]
+    state.working[symbol, "exit"] = order_id
+    rules.planner.on_order_open(symbol, -position, "exit", stop_price=stop, limit_price=limit)
 
 # %% ../../nbs/agents/02_strategy.ipynb #577f2b78
 def ask(
@@ -356,6 +396,23 @@ def on_action(rules: StrategyRules, state: StrategyState, action: CorporateActio
     if rules.has_capital:
         state.cash = round_to(state.cash + paid, CASH_DECIMALS)
 
+# %% ../../nbs/agents/02_strategy.ipynb #00d54946
+def end_session(rules: StrategyRules, state: StrategyState, nights: int) -> None:
+    """Charge a capital of its own for what it holds over so many days, and let the session's trades settle."""
+    if rules.has_capital:
+        interest = margin_interest(state.cash, state.unsettled, float(nights), rules.carry)
+        fee = borrow_fee(state.holdings.positions, state.mark, float(nights), rules.carry)
+        state.cash = round_to(state.cash - interest - fee, CASH_DECIMALS)
+    state.unsettled = 0.0
+
+
+def pass_over(rules: StrategyRules, state: StrategyState, closed: BarsClosed) -> None:
+    """Take what a stamp without a bar of the strategy's symbols does to shares and to cash."""
+    for action in closed.actions:
+        on_action(rules, state, action)
+    if closed.nights:
+        end_session(rules, state, closed.nights)
+
 # %% ../../nbs/agents/02_strategy.ipynb #ca68d9b4
 def terms_after(
     rules: StrategyRules,
@@ -382,15 +439,6 @@ def targets_decided(
     return TargetsDecided(at=at, weights=wanted, terms={symbol: words for symbol, words in said.items() if words})
 
 # %% ../../nbs/agents/02_strategy.ipynb #f4d81baf
-def end_session(rules: StrategyRules, state: StrategyState, nights: int) -> None:
-    """Charge a capital of its own for what it holds over so many days, and let the session's trades settle."""
-    if rules.has_capital:
-        interest = margin_interest(state.cash, state.unsettled, float(nights), rules.carry)
-        fee = borrow_fee(state.holdings.positions, state.mark, float(nights), rules.carry)
-        state.cash = round_to(state.cash - interest - fee, CASH_DECIMALS)
-    state.unsettled = 0.0
-
-
 def on_bars(
     rules: StrategyRules, state: StrategyState, bars: Bars, closed: BarsClosed, ahead: WeightsAhead | None = None
 ) -> Steps[None]:
@@ -449,6 +497,9 @@ def on_risk_decision(rules: StrategyRules, state: StrategyState, decision: RiskD
         yield from cover_again(rules, state, request.client_order_id)
         return
     state.working[request.symbol, request.purpose] = request.client_order_id
+    if request.order_class in TRIGGERING:
+        prices = to_float(request.stop_loss_price), to_float(request.take_profit_price)
+        state.brackets[request.client_order_id] = prices
     stop = request.stop_loss_price if request.order_class is OrderClass.OCO else request.stop_price
     rules.planner.on_order_open(
         request.symbol,
@@ -497,6 +548,8 @@ def close_order(rules: StrategyRules, state: StrategyState, order_id: str) -> No
     if key is not None:
         forget_order(state, key)
         rules.planner.on_order_closed(*key)
+        if key[1] == "entry":
+            begin_exits(rules, state, key[0], order_id)
 
 
 def on_acknowledgement(rules: StrategyRules, state: StrategyState, acknowledged: OrderAcknowledged) -> None:
@@ -511,7 +564,10 @@ def on_acknowledgement(rules: StrategyRules, state: StrategyState, acknowledged:
 # %% ../../nbs/agents/02_strategy.ipynb #be01991e
 def observe_order(rules: StrategyRules, state: StrategyState, order_id: str, order: Order) -> None:
     """Take in the broker's record of an order."""
-    if order.status in ENDED_SHORT:
+    entry = state.parents.get(order_id, order_id)
+    if order.status in ENDED_SHORT and entry != order_id and state.working.get((order.symbol, "exit")) == entry:
+        close_order(rules, state, entry)  # a leg of a bracket
+    elif order.status in ENDED_SHORT:
         close_order(rules, state, order_id)
 
 
@@ -537,7 +593,8 @@ def on_fill(rules: StrategyRules, state: StrategyState, fill: Fill) -> None:
         state.cash = round_to(state.cash + flow, CASH_DECIMALS)
     if rules.waits:
         state.unsettled += unsettled_flow(flow, rules.multiplier)
-    is_current = state.working.get(key) == state.parents.get(fill.client_order_id, fill.client_order_id)
+    owner = fill.parent or state.parents.get(fill.client_order_id, fill.client_order_id)
+    is_current = state.working.get(key) == owner
     kept = float(held.working_qty[column]), float(held.exit_qty[column])
     planner.on_fill(fill.symbol, to_float(fill.signed_qty), to_float(fill.price), fill.purpose)
     if isinstance(rules.strategy, EventStrategy) and not state.protects_only:
@@ -545,7 +602,9 @@ def on_fill(rules: StrategyRules, state: StrategyState, fill: Fill) -> None:
     if not is_current:
         held.working_qty[column], held.exit_qty[column] = kept
     elif not (held.exit_qty if fill.purpose == "exit" else held.working_qty)[column]:
-        forget_order(state, key)
+        order_id = forget_order(state, key)
+        if fill.purpose == "entry":
+            begin_exits(rules, state, fill.symbol, order_id)
 
 # %% ../../nbs/agents/02_strategy.ipynb #f37eb016
 def flow_of(
@@ -652,7 +711,10 @@ class StrategyAgent(FollowingAgent):
 
     def _on_bars(self, closed: BarsClosed) -> Steps[None] | None:
         bars = self.take(closed, self.rules.planner.columns)
-        return None if bars is None else on_bars(self.rules, self.state, bars, closed, self.ahead)
+        if bars is None:
+            pass_over(self.rules, self.state, closed)
+            return None
+        return on_bars(self.rules, self.state, bars, closed, self.ahead)
 
     def _on_slice(self, part: BarsSlice) -> None:
         on_slice(self.rules, self.state, part.stamps, *self.take_slice(len(part.at_ns)))

@@ -267,10 +267,10 @@ def missing_fill(track: OrderTrack, order: Order) -> tuple[Decimal, Decimal] | N
 FAMILIES: TypeAdapter[list[OrderTrack]] = TypeAdapter(list[OrderTrack])  # each with its legs and successors
 
 
-def own_legs(track: OrderTrack) -> Iterator[tuple[str, OrderTrack]]:
-    """Yield the legs of an order of ours, each by its client order id, and what has replaced them."""
-    if not track.external:
-        yield from ((member.client_order_id, member) for leg in track.legs for member in leg.family())
+def own_legs(root: OrderTrack) -> Iterator[tuple[str, OrderTrack]]:
+    """Yield the legs of an order of ours, each by its first client order id."""
+    if not root.external:
+        yield from ((leg.client_order_id, leg) for member in root.family() for leg in member.legs)
 
 
 class OrderIndex:
@@ -448,7 +448,7 @@ class IncomingOrders(WorkingOrders):
                 self._join(track, early, leg.id)
         observe_record(track, order, now)
         self.by_id.update((member.order_id, member) for member in track.family() if member.order_id is not None)
-        self.legs.update(own_legs(track))
+        self.legs.update(own_legs(root_of(track)))
         ours = self.ours.get(root_of(track).client_order_id)
         if ours is not None:
             self.enter(ours)

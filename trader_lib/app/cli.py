@@ -30,7 +30,7 @@ from .agents import agent
 from .check import check
 from .course import course
 from .data import data
-from .evidence import explain, parity
+from .evidence import explain, lots, parity
 from .journal import journal, replay
 from .new import new
 from .notify import announce_death, notify, summary
@@ -98,6 +98,7 @@ app.command(new)
 app.command(replay)
 app.command(explain)
 app.command(parity)
+app.command(lots)
 app.command(notify)
 app.command(summary)
 app.command(watch)

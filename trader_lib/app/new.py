@@ -94,7 +94,7 @@ No weight may use a later bar, and none may depend on more bars than the strateg
         """\
 from trader_lib import backtest, check_causal, check_start, sample_bars
 
-bars = sample_bars(["AAPL", "IBM", "MSFT"])
+bars = sample_bars(["AAPL", "IBM", "MSFT"], start="2008-01-02", end="2012-12-31")
 strategy = {cls}()
 check_causal(strategy, bars)
 check_start(strategy, bars)""",
@@ -109,7 +109,7 @@ Half a cent a share, five basis points of slippage.""",
         "code",
         """\
 costs = {{"commission_per_share": 0.005, "slippage_bps": 5}}
-result = backtest(strategy, bars, start="2005-01-03", end="2012-12-31", costs=costs)
+result = backtest(strategy, bars, start="2009-01-02", costs=costs)
 result""",
     ),
     ("code", "result.plot()"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Group, Parameter
 
 from .options import HowOptions, TrustOption, setting_overrides
+from ..errors.extras import require_extra
 from ..errors.taxonomy import BadData, Misused
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from trader_lib.runs.parameters import RunParameters
     from trader_lib.runs.store import RunFolder
 
-JUDGED = ("backtest", "sweep", "walkforward")
+JUDGED = ("backtest", "sweep", "search", "walkforward")
 PAGE = "verdict.html"
 JUDGE = Group("How it is judged", sort_key=0)
 
@@ -30,12 +31,14 @@ def asked_of(run: "RunFolder") -> "RunParameters":
 
     from trader_lib.runs.parameters import RunParameters
     from trader_lib.runs.runner import checked
+    from trader_lib.runs.searches import SearchParameters
     from trader_lib.runs.sweeps import SweepParameters, WalkForwardParameters
 
     kinds: dict[str, type[RunParameters]] = {
         "backtest": RunParameters,
         "sweep": SweepParameters,
         "walkforward": WalkForwardParameters,
+        "search": SearchParameters,
     }
     if run.kind not in kinds:
         raise Misused(
@@ -54,9 +57,13 @@ def asked_of(run: "RunFolder") -> "RunParameters":
 def made_again(run: "RunFolder", asked: "RunParameters", settings: "Settings") -> "Part":
     """The result of a run, made again from its bars and parameters; raises BadData where it does not come out the same."""
     from trader_lib.research.backtest import backtest
+    from trader_lib.runs.searches import SearchParameters, run_search
     from trader_lib.runs.sweeps import SweepParameters, WalkForwardParameters, run_sweep, run_walk_forward
 
     bars = asked.load_bars(settings)
+    if isinstance(asked, SearchParameters):
+        require_extra("search", "A search")
+        return run_search(asked, bars, str(run.path), resume=True, ledger=False, shown=False)
     if isinstance(asked, SweepParameters):
         asked = asked.model_copy(update={"cluster": None})  # the rows are there, and the folds the same here
     if isinstance(asked, WalkForwardParameters):
@@ -91,7 +98,7 @@ def verdict(
 ) -> int:
     """Ask whether a run is more than luck: lights, each with its number, its reason and what would change it.
 
-    One backtest or sweep, and a walk-forward beside it. Leaves verdict.html in the folder of the first run, and the same in its
+    One backtest, sweep or search, and a walk-forward beside it. Leaves verdict.html in the folder of the first run, and the same in its
     result.json.
 
     Example: trader verdict latest-sweep latest-walkforward

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Cause', 'CAUSES', 'Parts', 'ZERO', 'NOISE', 'CENT', 'ENDED', 'OWN', 'Units', 'units_of', 'Filled', 'filled_by',
-           'Pair', 'paired', 'Entry', 'entry_of', 'price_parts', 'fee_parts', 'unfilled_cause', 'waiting_cause',
-           'Market', 'is_trading', 'absence', 'ask_why', 'blame', 'blame_decision', 'weight_text', 'follow', 'spread',
-           'shares_of', 'committed', 'put_entry', 'worth_by_cause', 'take_closes', 'closed_at', 'account_for', 'Day',
-           'play', 'take_fills', 'all_parts', 'in_cents', 'Difference', 'ParityReport', 'first_unlike_bar', 'paid_out',
-           'parity', 'worth_of', 'unlike_lines', 'worth_at']
+           'paid_for', 'Pair', 'paired', 'Entry', 'entry_of', 'price_parts', 'fee_parts', 'unfilled_cause',
+           'waiting_cause', 'Market', 'is_trading', 'absence', 'ask_why', 'blame', 'blame_decision', 'weight_text',
+           'follow', 'spread', 'shares_of', 'committed', 'put_entry', 'worth_by_cause', 'take_closes', 'closed_at',
+           'account_for', 'Day', 'play', 'take_fills', 'all_parts', 'in_cents', 'Difference', 'ParityReport',
+           'first_unlike_bar', 'paid_out', 'parity', 'worth_of', 'unlike_lines', 'worth_at']
 
 # %% ../../nbs/evidence/05_parity.ipynb #5e660de7
 from collections import defaultdict
@@ -21,7 +21,8 @@ from typing import Literal, get_args
 from ..clock.sessions import NEW_YORK, TradingCalendar
 from .sides import Execution, Key, Line, Side, SideReading
 from .sized import allowed_qty, inputs_of
-from ..rules.numbers import CASH_DECIMALS
+from ..rules.folding import cash_flow
+from ..rules.numbers import CASH_DECIMALS, to_decimal, to_float
 from ..trading.events import BarRow, CorporateAction
 
 # %% ../../nbs/evidence/05_parity.ipynb #8fb804d1
@@ -102,10 +103,16 @@ def filled_by(line: Line | None, at: datetime, units: Units) -> Filled:
     assert line is not None or not fills
     symbol = "" if line is None else line.key[1]
     qty = sum((fill.qty * units.of_fill(symbol, fill.bar) for fill in fills), ZERO)
-    values = [fill.qty * fill.price for fill in fills]
-    paid = sum((round(value, CASH_DECIMALS) for value in values), ZERO)
+    paid = sum((paid_for(fill) for fill in fills), ZERO)
+    value = sum((fill.qty * fill.price for fill in fills), ZERO)
     fees = sum((fill.fee for fill in fills), ZERO)
-    return Filled(qty, sum(values, ZERO), paid, fees, tuple(dict.fromkeys(fill.bar for fill in fills)))
+    return Filled(qty, value, paid, fees, tuple(dict.fromkeys(fill.bar for fill in fills)))
+
+# %% ../../nbs/evidence/05_parity.ipynb #52da8a66
+def paid_for(fill: Execution) -> Decimal:
+    """Return what a fill cost without its fee, USD, as the books round it to cents."""
+    flow = cash_flow(to_float(fill.qty), to_float(fill.price), to_float(fill.fee))
+    return -to_decimal(flow, CASH_DECIMALS) - fill.fee
 
 # %% ../../nbs/evidence/05_parity.ipynb #f771d101
 @dataclass(slots=True)

@@ -173,6 +173,11 @@ class Exchange:
         floor.match(close, close, close, self.taken.volume[row], self._factor(row), orders=joining, used=used)
         floor.end_where(lambda order: order.request.time_in_force is TimeInForce.CLS, OrderStatus.EXPIRED)
 
+    def _ends_with_session(self, order: BookOrder) -> bool:
+        """Whether an order for the day ends with the last bar; one that came after the close waits for the next session."""
+        waits = not (order.request.extended_hours or self.continuous)
+        return order.request.time_in_force is TimeInForce.DAY and not waits
+
     def _begin_day(self) -> None:
         """Where a session begins, remember what the account was worth at the end of the one before."""
         if self.index < 0 or self._session_ends[self.index]:
@@ -183,9 +188,11 @@ class Exchange:
         floor = self._floor
         floor.now = from_ns(int(self._closes[row]))
         if self._expires[row]:
+            oldest = floor.now - timedelta(days=GTC_DAYS)
+            floor.end_where(lambda order: order.submitted_at <= oldest, OrderStatus.EXPIRED)
             floor.expire_day_orders()
         if self._session_ends[row] and floor.working:
-            floor.end_where(lambda order: order.request.time_in_force is TimeInForce.DAY, OrderStatus.EXPIRED)
+            floor.end_where(self._ends_with_session, OrderStatus.EXPIRED)
         if self.taken.changes[row]:
             self._change_shares(row)
         self._ledger.mark_to(self.taken.close[row])
@@ -265,8 +272,6 @@ class Exchange:
         floor.now = now
         if self._expires[row]:
             self._close_auction(row, self._used)
-            oldest = now - timedelta(days=GTC_DAYS)
-            floor.end_where(lambda order: order.submitted_at <= oldest, OrderStatus.EXPIRED)
         return self._end_bar(row)
 
     def _match_now(self, order: BookOrder) -> None:

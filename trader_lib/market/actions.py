@@ -248,7 +248,7 @@ class RunActions(NamedTuple):
     ]  # USD for a share that is held after the bar's close; no rows where it is 0 throughout
     nights: NDArray[np.float64]  # [time] days that are charged for at the bar's close; no rows where none is
 
-
+# %% ../../nbs/market/02_actions.ipynb #6f279ea3
 def last_rows(
     close: NDArray[np.float64], times: NDArray[np.int64], timeframe: str, calendar: TradingCalendar
 ) -> NDArray[np.int64]:
@@ -271,7 +271,7 @@ def ratio_after(actions: CorporateActions, adjustment: str) -> NDArray[np.float6
     ratio[:-1] = actions.split[1:]
     return ratio
 
-
+# %% ../../nbs/market/02_actions.ipynb #cbe62c07
 def dividend_after(actions: CorporateActions, adjustment: str) -> NDArray[np.float64]:
     """USD for a share held after a row's close [time × symbol]; no rows where the prices have earned the dividends already."""
     if adjustment in DIVIDEND_ADJUSTED or (actions.dividend[1:] == 0.0).all():
@@ -291,7 +291,7 @@ def closes_after(
             close[row, column] = close_after(close[row, column], 1.0, dividend[row, column])
     return close
 
-
+# %% ../../nbs/market/02_actions.ipynb #40d9c9e4
 def run_actions(
     volume: NDArray[np.float64],
     close: NDArray[np.float64],

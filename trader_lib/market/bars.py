@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
 from functools import lru_cache
+from html import escape
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -88,6 +89,14 @@ class _Buffer:
 
     def __init__(self, block: NDArray[np.float64], times: NDArray[np.int64], used: int) -> None:
         self.block, self.times, self.used = block, times, used
+
+
+def _summary(bars: "Bars", column: int) -> tuple[int, date | None, date | None, float]:
+    """How many bars a symbol has, the days of the first and the last, and its last close; no days where it has none."""
+    rows = np.flatnonzero(~np.isnan(bars.close[:, column]))
+    if not len(rows):
+        return 0, None, None, float("nan")
+    return len(rows), bars.day(int(rows[0])), bars.day(int(rows[-1])), float(bars.close[rows[-1], column])
 
 
 class Bars:
@@ -187,6 +196,12 @@ class Bars:
         span = f"{self.day(0)} to {self.day(-1)}" if len(self) else "empty"
         kind = f"{self._origin.source}, {self._origin.adjustment}" + (", synthetic" if self._origin.synthetic else "")
         return f"Bars({', '.join(self.symbols)}: {len(self)} × {self.timeframe}, {span}, {kind})"
+
+    def _repr_html_(self) -> str:
+        """Where the bars come from, and a row a symbol: how many, from when to when, the last close."""
+        rows = [_summary(self, column) for column in range(len(self.symbols))]
+        table = pd.DataFrame(rows, index=list(self.symbols), columns=["bars", "first", "last", "last close"])
+        return f"<p>{escape(repr(self))}</p>{table.to_html()}"
 
     @property
     def n(self) -> int:

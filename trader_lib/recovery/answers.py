@@ -68,14 +68,17 @@ def looked_up(answer: Payload, order_id: str) -> Order | None:
 def repaired_at_once(payloads: Iterable[Payload]) -> tuple[Order, ...]:
     """Return the orders whose first acknowledgement is followed by a fill: they were listed, and repaired.
 
-    With nothing filled, so that nobody looks them up because of that. payloads: the execution agent's, in order.
+    With nothing filled, so that nobody looks them up because of that. A leg that the record of its order has shown was
+    looked up with that, as if it were not listed. payloads: the execution agent's, in order.
     """
     first: dict[str, tuple[Order, Payload | None]] = {}
+    shown: set[str] = set()
     every = list(payloads)
     for payload, after in zip(every, [*every[1:], None], strict=False):
         if isinstance(payload, OrderAcknowledged):
             first.setdefault(payload.order.id, (payload.order, after))
-    found = (order for order, after in first.values() if isinstance(after, FillRecorded))
+            shown |= {leg.id for leg in payload.order.legs}
+    found = (order for order, after in first.values() if isinstance(after, FillRecorded) and order.id not in shown)
     return tuple(order.model_copy(update={"filled_qty": Decimal(0)}) for order in found)
 
 # %% ../../nbs/recovery/02_answers.ipynb #7d47303b

@@ -27,6 +27,7 @@ from trader_lib.research.ledger import (
     INTEREST,
     OCO_LIMIT,
     ORDER_ROW,
+    OTO,
     ORDERS,
     REFUSAL_ROW,
     REFUSALS,
@@ -40,8 +41,11 @@ from trader_lib.research.ledger import (
     Plan,
     Rules,
     Table,
+    end_entry,
     end_order,
     exit_order,
+    held_order,
+    protect,
     submit,
     sweep_ended,
     target_order,
@@ -61,7 +65,7 @@ from trader_lib.rules.entries import (
     terms_of,
 )
 from ..rules.exits import exit_due, update_extreme
-from ..rules.placing import GTC_DAYS
+from ..rules.placing import GTC_DAYS, bar_after_entry
 from ..strategy.planner import book_fill
 from ..rules.sizing import Decision, Situation, desired_order, plan_orders
 from ..rules.folding import cash_flow, exposure, fold_fill
@@ -94,46 +98,68 @@ def _match(t: int, cash: float, market: Market, rules: Rules, book: Book, orders
         open_, high, low = market.open[t, s], market.high[t, s], market.low[t, s]
         if math.isnan(open_):
             continue
-        side, limit, by_stop = orders[row]["side"], orders[row]["limit"], False
-        triggered = orders[row]["triggered"] != 0
-        if orders[row]["leg"] == OCO_LIMIT:
-            price, by_stop, triggered = match_oco(side, limit, orders[row + 1]["stop"], triggered, open_, high, low)
-        else:
-            kind, stop = orders[row]["type"], orders[row]["stop"]
-            price, triggered = match_price(kind, side, limit, stop, triggered, open_, high, low)
-        orders[row]["triggered"] = 1 if triggered else 0
-        if math.isnan(price):
-            continue
-        left = orders[row]["remaining"]
-        share = rules.costs.volume_share
-        qty = fill_qty(left, market.volume[t, s], share, book.used[s], rules.sizing.fractional)
-        leg = row + 1 if by_stop else row
-        price = fill_price(orders[leg]["type"], side, price, rules.costs.slippage_bps)
-        if side > 0 and rules.multiplier <= 1.0:
-            free = spendable(cash, book.money[UNSETTLED], rules.multiplier, rules.carry)
-            qty = affordable_qty(qty, price, free, rules.costs, rules.sizing.fractional)
-        if qty <= 0.0:
-            continue
-        factor, costs = _factor_at(market, t, s), rules.costs
-        fee = commission_as_traded(qty, price, factor, costs.per_share, costs.bps, costs.minimum)
-        flow = cash_flow(side * qty, price, fee)
-        cash = round_to(cash + flow, CASH_DECIMALS)
-        book.money[UNSETTLED] += unsettled_flow(flow, rules.multiplier)
-        before = book.qty[s]
-        book_fill(s, side * qty, price, orders[row]["exit"] != 0, book.qty, book.average, book.extreme, book.blocked)
-        if len(rules.terms) > 0:
-            take_protection(before, book.qty[s], book.entry[s], book.guard[s])
-        book.used[s] = round_qty(book.used[s] + qty)
-        held, average, _ = fold_fill(orders[leg]["filled"], orders[leg]["average"], qty, price)
-        orders[leg]["filled"], orders[leg]["average"] = held, average
-        orders[row]["remaining"] = qty_left(left, qty)
-        if orders[row]["remaining"] <= 0.0:
-            end_order(orders, row, CANCELED)
-            orders[leg]["status"] = FILLED
-            orders[row]["status"] = FILLED if leg == row else CANCELED
-        _write_fill(t, leg, s, side, qty, price, fee, book, fills)
+        cash, price = _meet(t, row, open_, high, low, cash, market, rules, book, orders, fills)
+        if orders[row]["form"] >= OTO and orders[row]["exit"] == 0 and orders[row]["status"] == FILLED:
+            protect(book, orders, row)
+            open_, high, low = bar_after_entry(orders[row]["side"], price, open_, high, low)
+            cash, _ = _meet(t, row + 1, open_, high, low, cash, market, rules, book, orders, fills)
     sweep_ended(book, orders)
     return cash
+
+
+@compiled_part
+def _meet(
+    t: int,
+    row: int,
+    open_: float,
+    high: float,
+    low: float,
+    cash: float,
+    market: Market,
+    rules: Rules,
+    book: Book,
+    orders: Table,
+    fills: Table,
+) -> tuple[float, float]:
+    """Let one order meet a bar, or what is left of it; the cash afterwards, and the price that it met before slippage, USD."""
+    s, side, limit, by_stop = orders[row]["symbol"], orders[row]["side"], orders[row]["limit"], False
+    triggered = orders[row]["triggered"] != 0
+    if orders[row]["leg"] == OCO_LIMIT:
+        met, by_stop, triggered = match_oco(side, limit, orders[row + 1]["stop"], triggered, open_, high, low)
+    else:
+        met, triggered = match_price(orders[row]["type"], side, limit, orders[row]["stop"], triggered, open_, high, low)
+    orders[row]["triggered"] = 1 if triggered else 0
+    if math.isnan(met):
+        return cash, met
+    left = orders[row]["remaining"]
+    share = rules.costs.volume_share
+    qty = fill_qty(left, market.volume[t, s], share, book.used[s], rules.sizing.fractional)
+    leg = row + 1 if by_stop else row
+    price = fill_price(orders[leg]["type"], side, met, rules.costs.slippage_bps)
+    if side > 0 and rules.multiplier <= 1.0:
+        free = spendable(cash, book.money[UNSETTLED], rules.multiplier, rules.carry)
+        qty = affordable_qty(qty, price, free, rules.costs, rules.sizing.fractional)
+    if qty <= 0.0:
+        return cash, met
+    factor, costs = _factor_at(market, t, s), rules.costs
+    fee = commission_as_traded(qty, price, factor, costs.per_share, costs.bps, costs.minimum)
+    flow = cash_flow(side * qty, price, fee)
+    cash = round_to(cash + flow, CASH_DECIMALS)
+    book.money[UNSETTLED] += unsettled_flow(flow, rules.multiplier)
+    before = book.qty[s]
+    book_fill(s, side * qty, price, orders[row]["exit"] != 0, book.qty, book.average, book.extreme, book.blocked)
+    if len(rules.terms) > 0:
+        take_protection(before, book.qty[s], book.entry[s], book.guard[s])
+    book.used[s] = round_qty(book.used[s] + qty)
+    held, average, _ = fold_fill(orders[leg]["filled"], orders[leg]["average"], qty, price)
+    orders[leg]["filled"], orders[leg]["average"] = held, average
+    orders[row]["remaining"] = qty_left(left, qty)
+    if orders[row]["remaining"] <= 0.0:
+        end_order(orders, row, CANCELED)
+        orders[leg]["status"] = FILLED
+        orders[row]["status"] = FILLED if leg == row else CANCELED
+    _write_fill(t, leg, s, side, qty, price, fee, book, fills)
+    return cash, met
 
 
 @compiled_part
@@ -153,7 +179,7 @@ def _liquidate(
     if not liquidation(book.qty, held, price, cash, wanted):
         return cash
     for k in range(book.counts[WORKING]):
-        end_order(orders, book.working[k], CANCELED)
+        end_entry(book, orders, book.working[k], CANCELED)
     sweep_ended(book, orders)
     for s in range(n):
         qty = fill_qty(abs(wanted[s]), market.volume[t, s], costs.volume_share, 0.0, parts)
@@ -191,7 +217,7 @@ def _expire(t: int, market: Market, book: Book, orders: Table) -> None:
     for k in range(book.counts[WORKING]):
         row = book.working[k]
         if orders[row]["lasts"] == DAY or market.closed_s[orders[row]["decided"]] <= oldest:
-            end_order(orders, row, EXPIRED)
+            end_entry(book, orders, row, EXPIRED)
     sweep_ended(book, orders)
 
 
@@ -215,7 +241,7 @@ def _change_shares(t: int, cash: float, market: Market, book: Book, orders: Tabl
         if gone or ratio != 1.0:
             for k in range(book.counts[WORKING]):
                 if orders[book.working[k]]["symbol"] == s:
-                    end_order(orders, book.working[k], EXPIRED)
+                    end_entry(book, orders, book.working[k], EXPIRED)
         if gone:
             cash = _pay_out(t, s, cash, market, book, fills)
         else:
@@ -223,7 +249,7 @@ def _change_shares(t: int, cash: float, market: Market, book: Book, orders: Tabl
     sweep_ended(book, orders)
     return cash
 
-
+# %% ../../nbs/research/01_engine.ipynb #d8042c2e
 @compiled_part
 def _pay_out(t: int, s: int, cash: float, market: Market, book: Book, fills: Table) -> float:
     """Close the position in a delisted symbol; returns the cash afterwards."""
@@ -262,7 +288,7 @@ def _split(
         book.money[DIVIDENDS] = round_to(book.money[DIVIDENDS] + paid, CASH_DECIMALS)
     return cash
 
-
+# %% ../../nbs/research/01_engine.ipynb #eef040e2
 @compiled_part
 def _charges(t: int, market: Market) -> bool:
     """Whether what is held over the night after bar t is charged for."""
@@ -279,7 +305,7 @@ def _end_session(t: int, cash: float, market: Market, rules: Rules, book: Book) 
     book.money[UNSETTLED] = 0.0
     return round_to(cash - interest - fee, CASH_DECIMALS)
 
-
+# %% ../../nbs/research/01_engine.ipynb #0c8bef75
 @compiled_part
 def _refresh(book: Book, plan: Plan, orders: Table) -> None:
     """Write what is working and resting into the plan's arrays."""
@@ -321,21 +347,21 @@ def _act(
             canceled = True
     if canceled:
         sweep_ended(book, orders)
-    refused = 0
+    refused, none = 0, exit_order(0.0, math.nan, math.nan)
     for sign in (-1.0, 1.0):
         for s in range(n):
             if plan.order_qty[s] * sign <= 0.0:
                 continue
             terms = terms_of(book.entry[s])
-            order = target_order(plan.order_qty[s], terms)
-            if not submit(t, s, order, terms.time_in_force, money, market, rules, book, plan, orders, refusals):
+            order, held = target_order(plan.order_qty[s], terms), held_order(plan.order_qty[s], terms)
+            if not submit(t, s, order, terms.time_in_force, held, money, market, rules, book, plan, orders, refusals):
                 plan.refused[refused] = s
                 refused += 1
     for s in range(n):
         stop, limit = plan.stop[s], plan.limit[s]
         if not (math.isnan(stop) and math.isnan(limit)):
             order = exit_order(book.qty[s], limit, stop)
-            submit(t, s, order, GTC, money, market, rules, book, plan, orders, refusals)
+            submit(t, s, order, GTC, none, money, market, rules, book, plan, orders, refusals)
     for k in range(refused):
         s = plan.refused[k]
         if not plan.cancel_exit[s] or book.qty[s] == 0.0:
@@ -343,7 +369,7 @@ def _act(
         stop, limit = protection_of(book.qty[s], book.average[s], book.extreme[s], book.guard[s], rules.exits)
         if not (math.isnan(stop) and math.isnan(limit)) and not exit_due(book.qty[s], market.close[t, s], stop, limit):
             order = exit_order(book.qty[s], limit, stop)
-            submit(t, s, order, GTC, money, market, rules, book, plan, orders, refusals)
+            submit(t, s, order, GTC, none, money, market, rules, book, plan, orders, refusals)
 
 # %% ../../nbs/research/01_engine.ipynb #b045fbfd
 class Simulation(NamedTuple):

@@ -7,7 +7,7 @@ __all__ = ['INTERPRETER_BYTES', 'ROW_BYTES', 'EVENT_ARRAYS', 'DEVICES', 'CARD_WO
            'WORK', 'SLOW_WORK', 'CARD_CHUNK', 'ABOUT', 'TABLE', 'PARTS', 'PARTS_MAX', 'Estimate', 'check_budget',
            'estimate', 'estimate_elsewhere', 'targets_bytes', 'series_bytes', 'check_compiled', 'check_place',
            'runs_on_card', 'why_no_card', 'chunks_of', 'chunk_size', 'answers', 'packed', 'fingerprint', 'Kept',
-           'SweepResult', 'SweepProgress', 'missing_rows', 'Rate', 'shown_progress', 'sweep']
+           'SweepResult', 'SweepProgress', 'missing_rows', 'shown_progress', 'sweep']
 
 # %% ../../nbs/research/18_sweep.ipynb #f6fafdc2
 import hashlib
@@ -31,9 +31,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from ..clock.sessions import TradingCalendar
 from ..errors.extras import missing_extra, missing_packages
@@ -53,6 +50,7 @@ from ..strategy.contract import Strategy, history_bars, target_weights
 from ..strategy.events import EventStrategy
 from ..strategy.signals import PointSignal, signal_weights
 from ..strategy.source import source_hash
+from ..telemetry.progress import PATIENCE_S, steps
 
 if TYPE_CHECKING:
     from trader_lib.research.plots import Figure
@@ -605,24 +603,18 @@ def missing_rows(count: int, found: Sequence[Answer]) -> list[range]:
     return [*gaps, range(at, count)] if at < count else gaps
 
 
-class Rate(ProgressColumn):
-    """Combinations a second, lately."""
-
-    def render(self, task: Task) -> Text:
-        """The rate as a text."""
-        return Text(f"{task.speed:,.0f}/s" if task.speed else "")
-
-
 @contextmanager
 def shown_progress(total: int, done: int, shown: bool | None) -> Iterator[Callable[[SweepProgress], None]]:
-    """Draw progress with rate and time left on standard error. shown: None: only where it is a terminal."""
-    if not (sys.stderr.isatty() if shown is None else shown):
-        yield lambda step: None
-        return
-    columns = (TextColumn("sweep"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(file=sys.stderr, force_jupyter=False)) as bar:
-        task = bar.add_task("sweep", total=total, completed=done)
-        yield lambda step: bar.update(task, completed=step.done)
+    """Draw progress with rate and time left. shown: None: only where somebody looks, as `telemetry.progress` has it."""
+    with steps("Sweep", total, done=done, shown=shown, after_s=0.0 if shown else PATIENCE_S) as count:
+        drawn = done
+
+        def draw(step: SweepProgress) -> None:
+            nonlocal drawn
+            count(step.done - drawn)
+            drawn = step.done
+
+        yield draw
 
 
 def sweep(
@@ -648,7 +640,7 @@ def sweep(
     compiled: bool = True,  # use the strategy's compiled weights where it offers them
     folder: Path | str | None = None,  # where rows are kept as they come
     resume: bool = False,  # go on with what lies in the folder
-    progress: bool | None = None,  # draw a bar; where standard error is a terminal unless given
+    progress: bool | None = None,  # draw a bar; where somebody looks at a terminal or notebook unless given
     trials: TrialLedger | bool = True,  # where the trials are counted: beside the runs; False: nowhere
     report: Callable[[SweepProgress], None] = lambda step: None,
 ) -> SweepResult:

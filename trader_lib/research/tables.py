@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 
 from ..market.bars import Bars
 from .engine import Simulation
-from .ledger import CANCELED, EXPIRED, FILLED, LASTS, OCO_LIMIT, Table
+from .ledger import CANCELED, EXPIRED, FILLED, FORMS, LASTS, OCO_LIMIT, Table
 from ..risk.checks import About, RiskDecision, outcomes
 from ..risk.limits import Limits
 from ..rules.checks import CHECK_COUNT, OrderFacts, RiskFacts, check_order
 from ..rules.numbers import AVERAGE_PRICE_DECIMALS, PRICE_DECIMALS, qty_decimals, to_decimal, to_shares
 from ..trading.order_list import OrderFill, OrderRecord
-from ..trading.orders import ORDER_TYPE_CODE, OrderClass, OrderSide, OrderStatus, Purpose
+from ..trading.orders import ORDER_TYPE_CODE, OrderSide, OrderStatus, Purpose
 
 # %% ../../nbs/research/10_tables.ipynb #ca26d5eb
 SIDES = {1: OrderSide.BUY, -1: OrderSide.SELL}
@@ -233,7 +233,7 @@ def _refusal(row: Any, bars: Bars, limits: Limits) -> Refusal:
     kind = {
         "type": TYPES[order.order_type].value,
         "time_in_force": LASTS[int(row["lasts"])].value,
-        "order_class": (OrderClass.OCO if pair else OrderClass.SIMPLE).value,
+        "order_class": FORMS[int(row["form"])].value,
     }
     checks = outcomes(passed, observed, bound, About(symbol, facts.reference_price, kind))
     return Refusal(

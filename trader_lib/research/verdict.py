@@ -36,16 +36,18 @@ from trader_lib.research.overfitting import (
 from .purged import purged_paths
 from .ratios import VARIES_MIN, Sessions, buy_and_hold, sessions_of
 from .report import Piece, facts, words, write_report
+from .search import SearchResult
 from .sensitivity import break_even_bps, cost_curve, rerun, subperiods
 from .snooping import superior
 from .surfaces import plateaus
 from .sweep import SweepResult
 from .trials import TrialLedger, counted
 from .walkforward import WalkForward
+from ..telemetry.progress import steps
 from ..strategy.checks import checked_targets
 
 Colour = Literal["green", "yellow", "red", "grey"]
-Part: TypeAlias = BacktestResult | SweepResult | WalkForward
+Part: TypeAlias = BacktestResult | SweepResult | SearchResult | WalkForward
 SURE = 0.95  # probability from which a light is green; one in twenty of pure noise passes
 LIKELY = 0.80  # from which it is yellow
 COLUMNS_MAX = 1_000  # combinations whose daily returns are held at once
@@ -73,7 +75,7 @@ def light(value: float, green: float, yellow: float) -> Colour:
 # %% ../../nbs/research/28_verdict.ipynb #bbbf8e5d
 @dataclass(frozen=True)
 class Case:
-    """A backtest, with the sweep that it was chosen from and a walk-forward, where there are any."""
+    """A backtest, with the sweep or the number of trials that it was chosen from."""
 
     result: BacktestResult
     sweep: SweepResult | None = None
@@ -82,6 +84,7 @@ class Case:
     markets: int = 100
     draws: int = 1_000
     seed: int = 0
+    tried: int = 1  # combinations of the search that it was chosen from
 
     @cached_property
     def sessions(self) -> Sessions:
@@ -100,7 +103,7 @@ class Case:
         if isinstance(self.trials, int) and not isinstance(self.trials, bool):
             return self.trials
         days = self.result.bars.day(self.result.start), self.result.bars.day(-1)
-        tried = 1 if self.sweep is None else int(self.sweep.frame["sharpe_ratio"].notna().sum())
+        tried = self.tried if self.sweep is None else int(self.sweep.frame["sharpe_ratio"].notna().sum())
         return counted(type(self.result.strategy), self.result.bars, days, tried, self.trials)
 
     @cached_property
@@ -553,7 +556,7 @@ def _remarks(verdict: Verdict) -> Piece:
 
 # %% ../../nbs/research/28_verdict.ipynb #9c092927
 def verdict(
-    *parts: Part,  # a backtest or a sweep, and a walk-forward beside it
+    *parts: Part,  # a backtest, a sweep or a search, and a walk-forward beside it
     by: str = "sharpe_ratio",  # what says which combination of a sweep is best
     trials: TrialLedger | bool | int = True,  # of the ledger beside the runs, of another, or as many as you know of
     markets: int = 100,  # with the same sessions in another order; fewer where bars are very many
@@ -562,14 +565,18 @@ def verdict(
 ) -> Verdict:
     """Ask whether anything is there: one page of lights, each with its number, its reason and what would change it.
 
-    Of a sweep the best combination is judged, with what choosing it was worth. Raises Misused for parts that do not belong
+    Of a sweep the best combination is judged, with what choosing it was worth; of a search as well, by its own first
+    objective and with all its trials counted. Raises Misused for parts that do not belong
     together, BadData for a sweep without a figure.
     """
     found = {
-        kind: [part for part in parts if isinstance(part, kind)] for kind in (BacktestResult, SweepResult, WalkForward)
+        kind: [part for part in parts if isinstance(part, kind)]
+        for kind in (BacktestResult, SweepResult, SearchResult, WalkForward)
     }
     if not parts or sum(map(len, found.values())) < len(parts) or max(map(len, found.values())) > 1:
-        raise Misused("A verdict takes a backtest or a sweep, and a walk-forward, one of each: verdict(grid, folds).")
+        raise Misused(
+            "A verdict takes a backtest, a sweep or a search, and a walk-forward, one of each: verdict(grid, folds)."
+        )
     names = {_strategy(part) for part in parts}
     if len(names) > 1:
         raise Misused(f"These are about different strategies, {' and '.join(sorted(names))}: judge them one by one.")
@@ -580,13 +587,18 @@ def verdict(
     grid: SweepResult | None = next(iter(found[SweepResult]), None)  # type: ignore[assignment]
     folds: WalkForward | None = next(iter(found[WalkForward]), None)  # type: ignore[assignment]
     result: BacktestResult | None = next(iter(found[BacktestResult]), None)  # type: ignore[assignment]
+    sought: SearchResult | None = next(iter(found[SearchResult]), None)  # type: ignore[assignment]
+    if grid is not None and sought is not None:
+        raise Misused("A sweep and a search have each chosen something: judge them one by one.")
+    if result is None and sought is not None:
+        result = sought.backtest(**sought.best())
     if result is None and grid is not None:
         result = grid.backtest(**grid.best(by))
     lights: list[Light] = []
     remarks: list[str] = []
     figures: dict[str, object] = {}
     if result is not None:
-        case = Case(result, grid, by, trials, markets, draws, seed)
+        case = Case(result, grid, by, trials, markets, draws, seed, 1 if sought is None else sought.tried)
         lights += _of_case(case)
         remarks += [
             *(one.text for one in (critique_sweep(grid, by) if grid is not None else ())),
@@ -603,12 +615,17 @@ def verdict(
 def _strategy(part: Part) -> str:
     if isinstance(part, BacktestResult):
         return part.strategy.name
+    if isinstance(part, SearchResult):
+        return str(part.strategy.name)
     return part.grid.strategy.name if isinstance(part, SweepResult) else part.strategy.name
 
 
 def _of_case(case: Case) -> Iterator[Light]:
-    for name, question in (OF_A_RUN if case.sweep is None else OF_A_RUN | OF_A_SWEEP).items():
-        yield answered(name, question, case)
+    questions = OF_A_RUN if case.sweep is None else OF_A_RUN | OF_A_SWEEP
+    with steps("Verdict", len(questions)) as step:
+        for name, question in questions.items():
+            yield answered(name, question, case)
+            step()
 
 
 def _weak(case: Case) -> Iterator[str]:

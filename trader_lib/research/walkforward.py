@@ -28,6 +28,7 @@ from .sweep import check_place, sweep
 from .trials import TrialLedger, days_of, enter
 from ..strategy.contract import Strategy
 from ..strategy.registry import build_strategy
+from ..telemetry.progress import steps
 
 if TYPE_CHECKING:
     from trader_lib.research.plots import Figure
@@ -210,7 +211,7 @@ def walk_forward(
     results: list[BacktestResult | None] = []
     cash, look_ahead = agreement.starting_cash, ""
     try:
-        with joined(cluster) as there:
+        with joined(cluster) as there, steps("Walk-forward", len(folds)) as step:
             for number, fold in enumerate(folds):
                 inside = sweep(
                     strategy,
@@ -238,6 +239,7 @@ def walk_forward(
                     cash = float(result.equity_end)
                 results.append(result)
                 rows.append(_row(fold, by, grid.names, chosen, inside.ranked(by).iloc[0] if chosen else None, result))
+                step()
                 report(number + 1, len(folds))
                 if not cash > 0.0:
                     break

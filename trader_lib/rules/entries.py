@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['DAY', 'GTC', 'PLAIN', 'TERM_COUNT', 'GUARD_COUNT', 'NO_TERMS', 'EntryTerms', 'plain_terms', 'terms_of', 'terms_at',
            'write_terms', 'split_prices', 'on_tick', 'order_terms', 'has_prices', 'take_protection', 'is_guarded',
-           'has_protection', 'protection_of', 'waits', 'may_enter', 'is_taken_back', 'is_turned']
+           'has_protection', 'protection_of', 'waits', 'may_enter', 'may_hold', 'without_bracket', 'is_taken_back',
+           'is_turned']
 
 # %% ../../nbs/rules/12_entries.ipynb #29e32ccd
 import math
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from .exits import ExitRates, exit_prices, protected_prices
 from .matching import LIMIT, MARKET, STOP, STOP_LIMIT
 from .numbers import compiled, round_to, tick_decimals
+from .placing import LEG_GAP
 
 # %% ../../nbs/rules/12_entries.ipynb #15451a5b
 DAY, GTC = 0, 1  # how long an order is good: codes of `time_in_force`
@@ -34,6 +36,7 @@ class EntryTerms(NamedTuple):
     stop_loss: float = math.nan  # of the position that it opens, USD; NaN for none
     take_profit: float = math.nan  # of the position that it opens, USD; NaN for none
     trailing: float = math.nan  # of the position that it opens, as a fraction of the best close; NaN for none
+    bracket: bool = False  # the broker holds stop loss and take profit with it, so that they protect within its bar
 
 
 PLAIN = EntryTerms()
@@ -50,7 +53,9 @@ def plain_terms(rows: int, symbols: int) -> NDArray[np.float64]:
 @compiled
 def terms_of(row: NDArray[np.float64]) -> EntryTerms:
     """The terms that a row of a table holds [term]."""
-    return EntryTerms(int(row[0]), row[1], row[2], int(row[3]), row[4], row[5] != 0.0, row[6], row[7], row[8])
+    return EntryTerms(
+        int(row[0]), row[1], row[2], int(row[3]), row[4], row[5] != 0.0, row[6], row[7], row[8], row[9] != 0.0
+    )
 
 
 @compiled
@@ -58,7 +63,7 @@ def terms_at(terms: NDArray[np.float64], t: int, s: int) -> EntryTerms:
     """The terms of a row and symbol of a table [time × symbol × term], plain ones where it has no rows."""
     if len(terms) == 0:
         nan = math.nan
-        return EntryTerms(MARKET, nan, nan, DAY, math.inf, False, nan, nan, nan)
+        return EntryTerms(MARKET, nan, nan, DAY, math.inf, False, nan, nan, nan, False)
     return terms_of(terms[t, s])
 
 
@@ -68,6 +73,7 @@ def write_terms(terms: EntryTerms, row: NDArray[np.float64]) -> None:
     row[0], row[1], row[2] = terms.kind, terms.limit_price, terms.stop_price
     row[3], row[4], row[5] = terms.time_in_force, terms.good_for, 1.0 if terms.follow else 0.0
     row[6], row[7], row[8] = terms.stop_loss, terms.take_profit, terms.trailing
+    row[9] = 1.0 if terms.bracket else 0.0
 
 
 def split_prices(row: NDArray[np.float64], ratio: float) -> None:
@@ -84,9 +90,10 @@ def on_tick(price: float) -> float:
 
 @compiled
 def order_terms(wanted: EntryTerms) -> EntryTerms:
-    """The terms as an order carries them: prices on ticks, and none that its kind does not take."""
+    """The terms as an order carries them: prices on ticks, and none that its kind does not take, or that it cannot hold."""
     limited = wanted.kind == LIMIT or wanted.kind == STOP_LIMIT
     stopped = wanted.kind == STOP or wanted.kind == STOP_LIMIT
+    held = wanted.bracket and not (math.isnan(wanted.stop_loss) and math.isnan(wanted.take_profit))
     return EntryTerms(
         wanted.kind,
         on_tick(wanted.limit_price) if limited else math.nan,
@@ -94,9 +101,10 @@ def order_terms(wanted: EntryTerms) -> EntryTerms:
         wanted.time_in_force,
         wanted.good_for,
         wanted.follow,
-        wanted.stop_loss,
-        wanted.take_profit,
+        on_tick(wanted.stop_loss) if held else wanted.stop_loss,
+        on_tick(wanted.take_profit) if held else wanted.take_profit,
         wanted.trailing,
+        held,
     )
 
 
@@ -160,6 +168,38 @@ def waits(terms: EntryTerms) -> bool:
 def may_enter(terms: EntryTerms, position: float, protected: bool) -> bool:
     """Whether an order of these terms opens or enlarges a position at all. position: shares, signed."""
     return has_prices(terms) and not (waits(terms) and position != 0.0 and protected)
+
+
+@compiled
+def _is_between(price: float, side: float, terms: EntryTerms) -> bool:
+    """Whether a price lies between the exits of an entry, a cent from each at least; NaN counts as one that does."""
+    gap = LEG_GAP - 1e-9
+    return not (side * (price - terms.stop_loss) < gap or side * (terms.take_profit - price) < gap)
+
+
+@compiled
+def may_hold(terms: EntryTerms, side: float, close: float) -> bool:
+    """Whether the exits of a bracket lie on their sides of its entry. side: of the entry, 1 or -1; close: USD."""
+    market = close if terms.kind == MARKET else math.nan
+    prices = _is_between(terms.limit_price, side, terms) and _is_between(terms.stop_price, side, terms)
+    return prices and _is_between(market, side, terms)
+
+
+@compiled
+def without_bracket(terms: EntryTerms) -> EntryTerms:
+    """The same terms with exits that the broker does not hold: they rest from the close of the entry's bar on."""
+    return EntryTerms(
+        terms.kind,
+        terms.limit_price,
+        terms.stop_price,
+        terms.time_in_force,
+        terms.good_for,
+        terms.follow,
+        terms.stop_loss,
+        terms.take_profit,
+        terms.trailing,
+        False,
+    )
 
 # %% ../../nbs/rules/12_entries.ipynb #0e7aaf04
 @compiled

@@ -17,11 +17,13 @@ from trader_lib.rules.entries import (
     is_taken_back,
     is_turned,
     may_enter,
+    may_hold,
     order_terms,
     protection_of,
     terms_at,
     terms_of,
     waits,
+    without_bracket,
     write_terms,
 )
 from .exits import ExitRates, exit_due
@@ -198,7 +200,7 @@ def _plan_order(
         out.cancel_working[s] = False
         out.qty[s] = qty
         if qty != 0.0:
-            out.qty[s] = _on_terms(t, s, qty, terms, held, exits)
+            out.qty[s] = _on_terms(t, s, qty, close, terms, held, exits)
         return
     out.qty[s] = 0.0
     held.age[s] += 1.0
@@ -215,13 +217,19 @@ def _plan_order(
 
 
 @compiled
-def _on_terms(t: int, s: int, qty: float, terms: NDArray[np.float64], held: Situation, exits: ExitRates) -> float:
+def _on_terms(
+    t: int, s: int, qty: float, close: float, terms: NDArray[np.float64], held: Situation, exits: ExitRates
+) -> float:
     """Write down on what terms an order goes out; returns its quantity, 0 where it does not."""
     position = held.positions[s]
     wanted = order_terms(terms_at(terms, t, s))
     if qty * position < 0.0:  # what makes a position smaller
         wanted = terms_at(terms[:0], t, s)
     elif not may_enter(wanted, position, position != 0.0 and has_protection(held.guard[s], exits)):
+        return 0.0
+    if wanted.bracket and position != 0.0:
+        wanted = without_bracket(wanted)
+    if wanted.bracket and not may_hold(wanted, 1.0 if qty > 0.0 else -1.0, close):
         return 0.0
     write_terms(wanted, held.entry[s])
     held.age[s] = 0.0

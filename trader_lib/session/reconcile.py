@@ -104,15 +104,15 @@ def _unlisted(book: OrderBook, listed: set[str], *, at_rest: bool) -> list[Findi
     found = []
     for track in (*book.working(), *book.externals()):
         known = {member.order_id for member in track.family()}
-        is_open = any(member.is_open for member in track.family())  # an entry that has filled leaves its exits
-        if is_open and not listed & known and (at_rest or not is_unresolved(track)):
+        live = next((member for member in track.family() if member.is_open), None)  # a filled entry leaves its exits
+        if live is not None and not listed & known and (at_rest or not is_unresolved(track)):
             sentence = (
                 f"missing order: we believe {track.client_order_id} in {track.symbol} to be open, the broker does not"
             )
             discrepancy = Discrepancy(
                 kind="missing_order", symbol=track.symbol, client_order_id=track.client_order_id, sentence=sentence
             )
-            found.append(Finding(discrepancy, None, track))
+            found.append(Finding(discrepancy, None, live))
     return found
 
 

@@ -235,6 +235,24 @@ class SessionResult(SessionOutcome):
         with open_journal(self.journal_path) as journal:
             return refusals(journal.read(types=[RiskDecided]))
 
+    def _repr_html_(self) -> str:
+        """How the session ended, what it did, and whether the books agree, for a notebook."""
+        from trader_lib.research.report import Piece, lead, note, tiles
+
+        names = ", ".join(share.name for share in self.spec.strategies) or self.spec.strategy
+        figures = {
+            "orders": len(self.orders),
+            "refused": len(self.refusals),
+            "bars": self.bars,
+            "equity_end": float(self.equity_end),
+        }
+        agrees = (
+            "The books agree with the broker's." if self.reconciliation.ok else "The books and the broker's differ."
+        )
+        pieces = [lead(f"Session of {names}: {self.status}.", f" {agrees}"), tiles(figures)]
+        pieces += [note(self.degraded, "bad")] if self.degraded else []
+        return Piece("".join(piece.html for piece in pieces))._repr_html_()
+
     @cached_property
     def curve(self) -> pd.DataFrame:
         """Return equity and cash, USD, at every closed bar."""

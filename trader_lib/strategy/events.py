@@ -110,6 +110,7 @@ def entry_terms(
     stop_loss: float | None = None,
     take_profit: float | None = None,
     trailing: float | None = None,
+    bracket: bool = False,
 ) -> EntryTerms:
     """The terms of one order, as `View.target` takes them; raises Misused for what cannot be ordered."""
     prices = {
@@ -130,6 +131,8 @@ def entry_terms(
         raise Misused(f"good_for={good_for!r} is no number of bars: give a whole one, 1 or more.")
     if trailing is not None and not (isinstance(trailing, _NUMBERS) and 0.0 < trailing < 1.0):
         raise Misused(f"trailing={trailing!r} is no fraction of a price: give one between 0 and 1, such as 0.02.")
+    if bracket and stop_loss is None and take_profit is None:
+        raise Misused("A bracket needs a stop_loss or a take_profit, in USD: they are what the broker holds.")
     return EntryTerms(
         KINDS[KIND_OF[limit_price is not None, stop_price is not None]],
         prices["limit_price"],
@@ -140,6 +143,7 @@ def entry_terms(
         prices["stop_loss"],
         prices["take_profit"],
         math.nan if trailing is None else float(trailing),
+        bool(bracket),
     )
 
 
@@ -454,7 +458,8 @@ class View(AccountView):
         """The intent to have a share of equity in a symbol, signed.
 
         terms: on which the position is opened or enlarged, any of limit_price, stop_price, stop_loss, take_profit (USD),
-        trailing (a fraction of the best close), time_in_force ("day" or "gtc"), good_for (bars), follow. Raises Misused.
+        trailing (a fraction of the best close), time_in_force ("day" or "gtc"), good_for (bars), follow, bracket. Raises
+        Misused.
         """
         if symbol not in self.columns:
             raise self.unknown(symbol)
@@ -494,7 +499,17 @@ class View(AccountView):
         return entry_terms(**terms)
 
 
-TERMS = ("limit_price", "stop_price", "time_in_force", "good_for", "follow", "stop_loss", "take_profit", "trailing")
+TERMS = (
+    "limit_price",
+    "stop_price",
+    "time_in_force",
+    "good_for",
+    "follow",
+    "stop_loss",
+    "take_profit",
+    "trailing",
+    "bracket",
+)
 
 # %% ../../nbs/strategy/19_events.ipynb #1c126ef3
 class EventStrategy(Strategy):
@@ -551,7 +566,7 @@ def next_step(strategy: EventStrategy, view: View, state: EventState) -> tuple[E
 
 def _no_decision(strategy: EventStrategy, view: View, what: str) -> Misused:
     return Misused(
-        f"Strategy {strategy.name!r} {what} at {view.now}: let decide return two things, a {strategy.State.__qualname__} "
+        f"Strategy {strategy.name!r} {what} at {view.now}: let decide return two things, the next state "
         "(state.replace(…), or state as it was) and a list of intents, which is empty for nothing.",
         strategy=strategy.name,
     )

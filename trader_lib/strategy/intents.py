@@ -49,6 +49,7 @@ class Intents:
     stop_loss: "Values | None" = None  # USD, for the position that the entry opens
     take_profit: "Values | None" = None  # USD, for the position that the entry opens
     trailing: "Values | None" = None  # a fraction of the best close, for the position that the entry opens
+    bracket: bool = False  # the broker holds stop loss and take profit with the entry: they protect within its bar
 
     def __post_init__(self) -> None:
         for name in ("limit", "stop"):
@@ -56,6 +57,8 @@ class Intents:
                 raise Misused(
                     f"Intents takes {name}_price or {name}_bps, not both: one of them says where the order lies."
                 )
+        if self.bracket and self.stop_loss is None and self.take_profit is None:
+            raise Misused("A bracket needs a stop_loss or a take_profit, in USD: they are what the broker holds.")
         if isinstance(self.enter, str):
             self._check_prices(_code(self.enter, "enter", KINDS))
         if isinstance(self.time_in_force, str):
@@ -199,6 +202,7 @@ def terms_table(intents: Intents, weights: NDArray[np.float64], strategy: str, b
         "time_in_force": _codes(lasting, "time_in_force", LASTS, strategy, symbols, shape),
         "good_for": np.where(np.isnan(found["good_for"]), np.inf, found["good_for"]),
         "follow": np.full(shape, float(intents.follow)),
+        "bracket": np.full(shape, float(intents.bracket)),
     }
     table = plain_terms(*shape)
     table[asks] = np.stack([found[name] for name in EntryTerms._fields], axis=-1)[asks]
@@ -243,6 +247,7 @@ TERM_NAMES = (
     "stop loss",
     "take profit",
     "trailing stop",
+    "wish for a bracket",
 )
 
 
@@ -265,6 +270,7 @@ def in_words(terms: "EntryTerms") -> dict[str, str | bool | float]:
         "stop_loss": float(terms.stop_loss),
         "take_profit": float(terms.take_profit),
         "trailing": float(terms.trailing),
+        "bracket": bool(terms.bracket),
     }
-    plain = {"enter": "market", "time_in_force": "day", "good_for": float("inf"), "follow": False}
+    plain = {"enter": "market", "time_in_force": "day", "good_for": float("inf"), "follow": False, "bracket": False}
     return {name: value for name, value in said.items() if value == value and value != plain.get(name)}

@@ -47,7 +47,7 @@ class PlannedAction:
     kind: cancel_exit and cancel_working name what rests or works for the symbol; order brings it to its target; exit rests
     until canceled. side_sign: 1 buys, -1 sells, 0 for a cancel. qty: shares, 0 for a cancel. order_type: of an order, any
     but oco; of an exit stop, limit or oco (limit with a stop leg). Prices: USD, NaN if unused. is_gtc: an order that is good
-    till canceled, not for the day.
+    till canceled, not for the day. take_profit, stop_loss: what the broker holds with an order, USD, NaN for none.
     """
 
     kind: ActionKind
@@ -58,6 +58,8 @@ class PlannedAction:
     limit_price: float = math.nan
     stop_price: float = math.nan
     is_gtc: bool = False
+    take_profit: float = math.nan
+    stop_loss: float = math.nan
 
 # %% ../../nbs/strategy/02_planner.ipynb #01b190f0
 @compiled
@@ -102,7 +104,7 @@ def ensure_terms_placeable(rules: SizingRules, terms: NDArray[np.float64]) -> No
             "Entries that are good till canceled cannot be fractional: Alpaca takes fractional quantities for the day only. "
             "Trade whole shares, or enter for the day (time_in_force='day')."
         )
-    if not np.isnan(terms[..., 6:]).all():
+    if not np.isnan(terms[..., 6:9]).all():
         raise Misused(
             "What protects a position cannot rest on fractional quantities: Alpaca takes those for the day only. Trade "
             "whole shares, or give no stop_loss, take_profit and trailing."
@@ -309,7 +311,8 @@ class Planner:
                 terms = terms_of(self.holdings.entry[s])
                 kind, is_gtc = ORDER_TYPES[terms.kind], terms.time_in_force == GTC
                 prices = terms.limit_price, terms.stop_price
-                actions.append(PlannedAction("order", symbol, side, abs(qty), kind, *prices, is_gtc))
+                legs = (terms.take_profit, terms.stop_loss) if terms.bracket else (math.nan, math.nan)
+                actions.append(PlannedAction("order", symbol, side, abs(qty), kind, *prices, is_gtc, *legs))
         return actions
 
     def _protection(self) -> list[PlannedAction]:

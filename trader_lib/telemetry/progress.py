@@ -9,12 +9,14 @@ __all__ = ['PROGRESS_VARIABLE', 'PATIENCE_S', 'is_watched', 'steps']
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from os import environ
 
 from ..clock.clock import wall_timer
 
 PROGRESS_VARIABLE = "TRADERLIB_PROGRESS"  # off: draw nothing
 PATIENCE_S = 2.0  # how long a call may be silent
+_drawing = ContextVar("drawing", default=False)  # a bar is there already: what its steps call draws none
 
 
 def is_watched() -> bool:
@@ -30,25 +32,41 @@ def steps(
     title: str,
     total: int | None = None,  # None: not known
     *,
+    done: int = 0,  # steps that were done earlier
     shown: bool | None = None,  # None: where somebody looks
     after_s: float = PATIENCE_S,
-) -> Iterator[Callable[[], None]]:
-    """Give a function that counts a step, and draw a bar once the work has taken a while."""
-    if not (is_watched() if shown is None else shown):
-        yield lambda: None
+) -> Iterator[Callable[..., None]]:
+    """Give a function that counts a step, or as many as it is given, and draw a bar once the work has taken a while."""
+    if _drawing.get() or not (is_watched() if shown is None else shown):
+        yield lambda count=1: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    count = (MofNCompleteColumn(),) if total is not None else ()
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), *count, TimeElapsedColumn())
+    rate = TextColumn("{task.fields[rate]}")
+    known = (MofNCompleteColumn(), rate, TimeRemainingColumn()) if total is not None else (TimeElapsedColumn(),)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), *known)
     console = Console(file=sys.stderr, force_terminal=True, force_jupyter=False, width=100)
     bar = Progress(*columns, console=console, transient=True)
-    task = bar.add_task(title, total=total)
-    timer = wall_timer(after_s, bar.start)
+    task = bar.add_task(title, total=total, completed=done, rate="")
+
+    def step(count: int = 1) -> None:
+        bar.advance(task, count)
+        speed = bar.tasks[0].speed
+        bar.update(task, rate="" if speed is None else f"{speed:,.0f}/s" if speed >= 1.0 else f"{60 * speed:,.0f}/min")
+
+    timer, drawing = wall_timer(after_s, bar.start), _drawing.set(True)
     try:
-        yield lambda: bar.advance(task)
+        yield step
     finally:
+        _drawing.reset(drawing)
         timer.cancel()
         timer.join()
         bar.stop()
