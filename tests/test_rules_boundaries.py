@@ -12,7 +12,7 @@ from trader_lib.rules.account import (
     order_cost,
     reserved_cost,
 )
-from trader_lib.rules.actions import split_position
+from trader_lib.rules.actions import close_after, dividend_cash, split_position
 from trader_lib.rules.checks import (
     ACTIVE,
     CHECK_COUNT,
@@ -531,3 +531,15 @@ def test_a_share_or_half_of_one_is_protected_as_a_long_position() -> None:
     extreme = np.array([50.0])
     update_extreme(np.array([0.5]), np.array([40.0]), extreme)
     assert extreme[0] == 50.0
+
+
+def test_a_dividend_is_paid_in_cents_and_a_short_position_pays_it() -> None:
+    assert (dividend_cash(10.0, 0.25), dividend_cash(-10.0, 0.25)) == (2.5, -2.5)
+    assert is_plain_zero(dividend_cash(-1.0, 0.001))
+
+
+def test_a_close_after_a_split_and_a_dividend_is_never_less_than_nothing() -> None:
+    assert close_after(10.0, 2.0, 1.0) == 4.0
+    assert close_after(10.0, 1.0, 9.5) == 0.5
+    assert close_after(1.0, 1.0, 2.0) == 0.0
+    assert math.isnan(close_after(NONE, 2.0, 1.0))

@@ -20,8 +20,9 @@ import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-os.environ["NUMBA_DISABLE_JIT"] = "1"
-os.environ["CI"] = "1"  # the same examples for every mutant
+if __name__ == "__main__":  # before the rules are imported; a test that imports this keeps its compiler
+    os.environ["NUMBA_DISABLE_JIT"] = "1"
+    os.environ["CI"] = "1"  # the same examples for every mutant
 
 import pytest
 from _pytest.runner import runtestprotocol
