@@ -155,7 +155,8 @@ def test_a_session_orders_what_the_backtest_orders(tmp_path: Path) -> None:
     spec = SessionSpec(strategy=WHERE, symbols=BARS.symbols, start="2012-01-03", end="2012-06-29")
     broker = {{"kind": "simulated", "transport": "in_process"}}
     settings = load_settings(environ={{}}, env_file=None, overrides={{"broker": broker}})
-    session = asyncio.run(run_session(spec, settings, journal_path=tmp_path / "journal.sqlite"))
+    with asyncio.Runner() as runner:
+        session = runner.run(run_session(spec, settings, journal_path=tmp_path / "journal.sqlite"))
     result = backtest(STRATEGY, BARS, start=spec.start, end=spec.end)
     assert session.orders and session.order_list_hash == result.order_list_hash
 """
