@@ -31,6 +31,7 @@ from tests.bench.scaling import scaling
 from tests.bench.streaming import streaming
 from tests.bench.sweeping import sweeping
 from tests.bench.watching import watching
+from tests.bench.workers import workers
 from trader_lib.agents.execution import ExecutionAgent
 from trader_lib.agents.monitor import MonitorAgent
 from trader_lib.agents.portfolio import PortfolioAgent
@@ -364,6 +365,7 @@ PARTS = {
     "recovery": lambda: recovering(Row, EVENTS),
     "watching": lambda: watching(Row),
     "sweeping": lambda: sweeping(Row),
+    "workers": lambda: workers(Row),
     "scaling": lambda: scaling(Row),
 }
 

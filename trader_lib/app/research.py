@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SWEEP', 'VALUES_MAX', 'Research', 'read_grid', 'SweepOptions', 'sweep_parameters', 'model_of', 'check_research',
-           'run_research', 'resume_research', 'SearchOptions', 'search_parameters', 'ensure_no_trust',
-           'ensure_nothing_else', 'sweep', 'walkforward', 'search']
+           'run_research', 'parameters_again', 'resume_research', 'SearchOptions', 'search_parameters',
+           'ensure_no_trust', 'ensure_nothing_else', 'sweep', 'walkforward', 'search']
 
 # %% ../../nbs/app/18_research.ipynb #8986da3a
 import json
@@ -188,6 +188,15 @@ def run_research(
     return 0
 
 # %% ../../nbs/app/18_research.ipynb #41fa16d4
+def parameters_again(given: Mapping[str, object], anew: Mapping[str, object]) -> dict[str, object]:
+    """The parameters of a run that goes on: those of its folder, and what was typed.
+
+    A cluster that only the folder names is not joined, since a scheduler can run code here: the run goes on here.
+    """
+    here = {"cluster": None} if isinstance(given.get("cluster"), str) else {}
+    return {**given, **here, **anew}
+
+
 def resume_research(
     kind: Research,
     which: str,
@@ -213,7 +222,8 @@ def resume_research(
         raise Misused(f"{run.name} has every {'row' if kind == 'sweep' else 'trial'} already: {run.report} shows them.")
     profile = chosen.profile or cast("Literal['research', 'paper', 'live'] | None", given.get("profile"))
     named = read_trust(trust, (*strange_folders(run.params), store.path))
-    return run_research(kind, {**given, **(anew or {})}, replace(chosen, profile=profile), resume=run, trust=named)
+    going_on = parameters_again(given, anew or {})
+    return run_research(kind, going_on, replace(chosen, profile=profile), resume=run, trust=named)
 
 # %% ../../nbs/app/18_research.ipynb #0b48bd2a
 @Parameter(name="*")
