@@ -27,6 +27,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     "backtest": ("backtest", *WHAT),
     "check": ("check", *WHAT),
     "config": ("config",),
+    "costs": ("costs", "latest-paper"),
     "dashboard": ("dashboard", "no-such-run"),
     "data check": ("data", "check", "prices.csv", "--symbol", "IBM"),
     "data fetch": ("data", "fetch", "IBM", "--start", "2024-01-02"),

@@ -29,7 +29,7 @@ from .. import __version__
 from .agents import agent
 from .check import check
 from .data import data
-from .evidence import explain, lots, parity
+from .evidence import costs, explain, lots, parity
 from .journal import journal, replay
 from .notify import announce_death, notify, summary
 from trader_lib.app.options import (
@@ -95,6 +95,7 @@ app.command(replay)
 app.command(explain)
 app.command(parity)
 app.command(lots)
+app.command(costs)
 app.command(notify)
 app.command(summary)
 app.command(watch)
