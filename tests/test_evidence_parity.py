@@ -1,5 +1,6 @@
 """Each cause of a difference between a session and its backtest is planted, and the parity report has to name it."""
 
+import asyncio
 from collections.abc import Callable, Sequence
 from datetime import date, datetime
 from decimal import Decimal
@@ -11,6 +12,8 @@ import pandas as pd
 import pytest
 
 from tests.given import Given
+from tests.venue import as_alpaca, beside, goes_on, recent_minutes
+from trader_lib.config.settings import load_settings
 from trader_lib.errors.taxonomy import BadData, Misused
 from trader_lib.evidence.parity import Cause, ParityReport, parity
 from trader_lib.evidence.reference import own_backtest
@@ -18,6 +21,7 @@ from trader_lib.evidence.sides import Side, SideReading, backtest_side, session_
 from trader_lib.exchange.costs import Costs
 from trader_lib.exchange.engine import Exchange
 from trader_lib.exchange.refusals import insufficient_buying_power
+from trader_lib.exchange.server import ExchangeServer
 from trader_lib.journal.opening import open_journal
 from trader_lib.market.bars import Bars
 from trader_lib.market.sample import sample_bars
@@ -28,7 +32,7 @@ from trader_lib.session.spec import SessionSpec
 from trader_lib.steering.control import ControlFile
 from trader_lib.strategy.contract import Strategy
 from trader_lib.trading.events import BarsClosed, Event, FillRecorded, PortfolioChanged
-from trader_lib.trading.orders import Order, OrderRequest
+from trader_lib.trading.orders import Order, OrderRequest, OrderSide
 from trader_lib.trading.portfolio import Fill
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -357,3 +361,25 @@ async def test_a_session_without_bars_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Misused, match="It has one strategy: leave --of out"):
         with open_journal(path) as journal:
             session_side(journal.read(), "trend")
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["from nothing", "with shares already held"])
+async def test_a_session_over_alpacas_protocol_in_real_time(held: bool, tmp_path: Path) -> None:
+    """A market that goes on by itself, fills within bars, symbols that do not trade: every dollar has a cause."""
+    bars, path = recent_minutes(), tmp_path / "journal.sqlite"
+    fast = {"strategy": "sma_cross", "params": {"fast": 2, "slow": 4}}
+    spec = SessionSpec.model_validate(fast | {"symbols": ("AAPL", "IBM"), "timeframe": "1Min", "bars_max": 15})
+    with ExchangeServer(Exchange(bars, bars.n - 60), key_id="key", secret_key="secret") as server:
+        server.call(server.exchange.advance)
+        if held:
+            before = OrderRequest(symbol="IBM", side=OrderSide.BUY, qty=Decimal(10), client_order_id="before")
+            server.call(lambda: server.exchange.submit(before))
+        server.call(server.exchange.advance)
+        settings = load_settings(environ={}, env_file=None, overrides={"broker": as_alpaca(server)})
+        async with asyncio.timeout(60), beside(goes_on(server, pace_s=0.1)):
+            await run_session(spec, settings, journal_path=path)
+    reading = read(path)
+    report = parity(reading, clean(reading, spec.build_strategy()))
+    assert sum(report.parts.values()) == report.difference and report.unexplained == 0, report.parts
+    assert ("operator" in report.parts) <= held
+    assert [row.pair.key[2] for row in report.rows].count("opening") == held

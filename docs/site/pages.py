@@ -120,6 +120,7 @@ KINDS = {
             "docs/checks",
             "docs/explain",
             "docs/parity",
+            "docs/shortfall",
             "docs/lots",
             "docs/operations",
             "docs/schedule",

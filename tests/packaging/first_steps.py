@@ -28,6 +28,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     "check": ("check", *WHAT),
     "config": ("config",),
     "course": ("course", "first_strategy"),
+    "costs": ("costs", "latest-paper"),
     "dashboard": ("dashboard", "no-such-run"),
     "data check": ("data", "check", "prices.csv", "--symbol", "IBM"),
     "data fetch": ("data", "fetch", "IBM", "--start", "2024-01-02"),

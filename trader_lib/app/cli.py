@@ -30,7 +30,7 @@ from .agents import agent
 from .check import check
 from .course import course
 from .data import data
-from .evidence import explain, lots, parity
+from .evidence import costs, explain, lots, parity
 from .journal import journal, replay
 from .new import new
 from .notify import announce_death, notify, summary
@@ -99,6 +99,7 @@ app.command(replay)
 app.command(explain)
 app.command(parity)
 app.command(lots)
+app.command(costs)
 app.command(notify)
 app.command(summary)
 app.command(watch)

@@ -173,7 +173,7 @@ def happen(book: LotBook, what: Trade | Split | CorporateAction, day: date) -> N
             apply_trade(book, what)
         case Split():
             apply_split(book, what)
-        case CorporateAction(symbol=symbol, paid=paid) if held := book.held(symbol):
+        case CorporateAction(kind="delisted", symbol=symbol, paid=paid) if held := book.held(symbol):
             name = f"delisted:{symbol}:{day}"
             apply_trade(book, Trade(name, name, symbol, day, -held, Decimal(str(paid))))
 

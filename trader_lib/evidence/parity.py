@@ -576,9 +576,14 @@ class ParityReport:
 
 # %% ../../nbs/evidence/05_parity.ipynb #b33ffed4
 def first_unlike_bar(ours: Side, theirs: Side) -> datetime | None:
-    """Return the stamp of the first bar that is not the same on both sides; None where all are."""
+    """Return the stamp of the first bar that is not the same on both sides; None where all are.
+
+    A bar without volume that the session does not have is a close that is repeated, and no difference.
+    """
     for at in sorted({*ours.bars, *theirs.bars}):
-        if ours.bars.get(at) != theirs.bars.get(at) or at in ours.late:
+        left, right = ours.bars.get(at, {}), theirs.bars.get(at, {})
+        traded = {symbol: row for symbol, row in right.items() if symbol in left or row.volume}
+        if left != traded or at in ours.late:
             return at
     return None
 

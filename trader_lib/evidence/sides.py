@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['Ending', 'Key', 'ENDINGS', 'Execution', 'Line', 'Side', 'SideReading', 'add_line', 'take_bars', 'book', 'take_fill',
            'foreign_line', 'take_line', 'take_command', 'take_worth', 'end_lines', 'read_event', 'check_strategy',
-           'session_side', 'drop_unfinished_bars', 'starting_cash', 'backtest_side', 'bar_rows', 'named_weights',
-           'actions_of', 'engine_lines', 'refused_lines', 'recorded_bars', 'recorded_actions']
+           'session_side', 'drop_unfinished_bars', 'place_openings', 'starting_cash', 'backtest_side', 'bar_rows',
+           'named_weights', 'actions_of', 'engine_lines', 'refused_lines', 'recorded_bars', 'recorded_stamps',
+           'recorded_actions']
 
 # %% ../../nbs/evidence/04_sides.ipynb #64b771b8
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from decimal import Decimal
 from typing import Literal
@@ -318,6 +319,7 @@ def session_side(events: Iterable[Event], strategy: str = "") -> SideReading:
     reading = SideReading(strategy)
     for event in events:
         read_event(reading, event)
+    place_openings(reading.side)
     drop_unfinished_bars(reading.side)
     if not reading.side.bars:
         raise BadData("The session ended before its first bar closed: there is nothing to compare.")
@@ -334,6 +336,15 @@ def drop_unfinished_bars(side: Side) -> None:
     side.lines = [line for line in side.lines if last is not None and line.key[0] <= last]
     for line in side.lines:
         line.fills = [fill for fill in line.fills if last is not None and fill.bar <= last]
+
+
+def place_openings(side: Side) -> None:
+    """Put what was held before the session into its first bar."""
+    first = min(side.bars, default=None)
+    for line in side.lines:
+        if line.key[2] == "opening" and first is not None:
+            line.key = first, *line.key[1:]
+            line.fills = [replace(fill, bar=first) for fill in line.fills]
 
 
 def starting_cash(reading: SideReading) -> Decimal:
@@ -432,16 +443,23 @@ def recorded_bars(reading: SideReading, calendar: TradingCalendar | None = None)
         raise BadData(
             "The journal does not hold the bars that the session began with: name a backtest to compare with."
         )
-    history = recorded_history(loaded)
-    stamps = list(reading.side.bars)
+    history, started = recorded_history(loaded), reading.gathered.started
+    is_real = started is not None and started.stage != "simulated"
+    stamps = recorded_stamps(reading.side) if is_real else list(reading.side.bars)
     block = np.full((5, len(stamps), len(history.symbols)), np.nan)
-    for row, rows in enumerate(reading.side.bars.values()):
-        for symbol, bar in rows.items():
+    for row, at in enumerate(stamps):
+        for symbol, bar in reading.side.bars.get(at, {}).items():
             block[:, row, history.symbols.index(symbol)] = bar.open, bar.high, bar.low, bar.close, bar.volume
-    bars = history.extend(np.array([to_ns(at) for at in stamps], dtype=np.int64), block)
+    bars = history.extend(np.array([to_ns(at) for at in stamps], dtype=np.int64), block, carry=is_real)
     actions = actions_from(recorded_actions(reading, bars, calendar or TradingCalendar()), bars.adjustment)
     figures = {name: getattr(bars, name) for name in BarRow.model_fields}
     return Bars(**figures, index=bars.index, symbols=bars.symbols, provenance=bars.provenance, actions=actions)
+
+
+def recorded_stamps(side: Side) -> list[datetime]:
+    """Return the stamps of a real market's bars, with those at which nobody traded, which repeat the last close."""
+    quiet = (stamp for at in side.bars for stamp in side.known[at].closed.quiet or ())
+    return sorted({*side.bars, *quiet})
 
 
 def recorded_actions(reading: SideReading, bars: Bars, calendar: TradingCalendar) -> dict[str, NDArray[np.float64]]:
