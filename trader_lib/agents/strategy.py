@@ -526,8 +526,11 @@ def on_acknowledgement(rules: StrategyRules, state: StrategyState, acknowledged:
 def observe_order(rules: StrategyRules, state: StrategyState, order_id: str, order: Order) -> None:
     """Take in the broker's record of an order."""
     entry = state.parents.get(order_id, order_id)
-    if order.status in ENDED_SHORT and entry != order_id and state.working.get((order.symbol, "exit")) == entry:
-        close_order(rules, state, entry)  # a leg of a bracket
+    if order.status in ENDED_SHORT and entry != order_id:  # a leg of a bracket
+        if state.working.get((order.symbol, "exit")) == entry:
+            close_order(rules, state, entry)
+        else:
+            drop_bracket(state, entry)  # before the fill of its entry was recorded
     elif order.status in ENDED_SHORT:
         close_order(rules, state, order_id)
 
