@@ -15,6 +15,7 @@ from tests.given import Given
 from trader_lib.config.settings import load_settings
 from trader_lib.errors.taxonomy import BadData, Misused
 from trader_lib.exchange.costs import Costs
+from trader_lib.journal.journal import SqliteJournal
 from trader_lib.journal.opening import open_journal
 from trader_lib.market.actions import Announced
 from trader_lib.market.bars import Bars
@@ -414,3 +415,31 @@ async def test_session_sends_brackets_as_the_backtest_does(transport: str, tmp_p
     assert_same(result, run)
     forms = result.simulation.orders["form"]
     assert (forms == 3).sum() > 3 and any(order.purpose == "exit" and order.filled_qty for order in run.orders)
+
+
+async def test_orders_till_canceled_end_after_ninety_days_in_a_session_too() -> None:
+    bars = market(*[TEN] * 90)
+    bid = {"enter": "limit", "limit_price": ((50.0,), (NAN,)), "time_in_force": "gtc"}
+    rest = {"stop_loss": 50.0, "take_profit": 200.0}
+    for terms in (bid, rest):
+        strategy = Given(weights=((0.5,), (NAN,)), terms=terms)
+        result = backtest(strategy, bars, cash=10_000, costs=FREE, limits=WIDE, check=False, trials=False)
+        spec = document(symbols=("AAA",), start=None, end=None, cash=Decimal(10_000), costs=FREE)
+        run = await run_session(spec, settings("in_process"), bars=bars, strategy=strategy, check=False)
+        assert_same(result, run)
+        assert any(order.status.value == "expired" for order in run.orders)
+
+
+async def test_torn_at_any_event_a_session_with_brackets_gives_the_same_orders(tmp_path: Path) -> None:
+    spec = document(symbols=("AAPL",), end=date(2005, 3, 15))
+    whole = await run_session(spec, settings("in_process"), strategy=HeldDip(), journal_path=tmp_path / "whole.sqlite")
+    assert any(order.purpose == "exit" and order.filled_qty for order in whole.orders)
+    with open_journal(tmp_path / "whole.sqlite") as journal:
+        events = list(journal.read())
+    for number in range(40, len(events), max(len(events) // 12, 1)):
+        path = tmp_path / f"torn-{number}.sqlite"
+        with SqliteJournal(path) as torn:
+            for event in events[:number]:
+                torn.append(event)
+        again = await run_session(spec, settings("in_process"), strategy=HeldDip(), journal_path=path, resume=True)
+        assert again.order_list_hash == whole.order_list_hash, number

@@ -213,7 +213,6 @@ def propose_cancel(
     named = held_by_broker(state, order_id) if key[1] == "exit" else order_id
     forget_order(state, key)
     rules.planner.on_order_closed(*key)
-    drop_bracket(state, order_id)  # an entry that we cancel is canceled with its exits
     return CancelProposed(client_order_id=named, reason=reason, decided_at=at)
 
 # %% ../../nbs/agents/02_strategy.ipynb #3dee510c
@@ -526,13 +525,14 @@ def on_acknowledgement(rules: StrategyRules, state: StrategyState, acknowledged:
 def observe_order(rules: StrategyRules, state: StrategyState, order_id: str, order: Order) -> None:
     """Take in the broker's record of an order."""
     entry = state.parents.get(order_id, order_id)
-    if order.status in ENDED_SHORT and entry != order_id:  # a leg of a bracket
-        if state.working.get((order.symbol, "exit")) == entry:
-            close_order(rules, state, entry)
-        else:
-            drop_bracket(state, entry)  # before the fill of its entry was recorded
-    elif order.status in ENDED_SHORT:
-        close_order(rules, state, order_id)
+    exits_work = entry in state.brackets and state.working.get((order.symbol, "exit")) == entry
+    if order.status not in ENDED_SHORT or (exits_work and entry == order_id):
+        return
+    close_order(rules, state, entry if exits_work else order_id)
+    if not exits_work and entry != order_id:  # a leg that ended before the fill of its entry was recorded
+        drop_bracket(state, entry)
+    if not exits_work and entry == order_id and order_id not in state.working.values():
+        begin_exits(rules, state, order.symbol, order_id)  # an entry that we have canceled had filled in part
 
 
 def on_trade_update(rules: StrategyRules, state: StrategyState, order: Order) -> None:

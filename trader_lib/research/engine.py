@@ -215,7 +215,7 @@ def _expire(t: int, market: Market, book: Book, orders: Table) -> None:
 def _withdraw(book: Book, orders: Table) -> None:
     for k in range(book.counts[WORKING]):
         if orders[book.working[k]]["exit"] == 0:
-            end_order(orders, book.working[k], CANCELED)
+            end_entry(book, orders, book.working[k], CANCELED)
     sweep_ended(book, orders)
 
 # %% ../../nbs/research/01_engine.ipynb #7d12d3cb
@@ -291,7 +291,7 @@ def _act(
             end_order(orders, book.resting[s], CANCELED)
             canceled = True
         if plan.cancel_working[s]:
-            end_order(orders, book.target[s], CANCELED)
+            end_entry(book, orders, book.target[s], CANCELED)
             canceled = True
     if canceled:
         sweep_ended(book, orders)
