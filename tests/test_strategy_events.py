@@ -172,6 +172,7 @@ class Bracketed(EventStrategy):
     """Enters by every kind of order in turn, with protection of its own, and never twice in the same way."""
 
     bracket: bool = False
+    lasting: bool = False
 
     class State(EventState):
         entries: int = 0
@@ -192,6 +193,7 @@ class Bracketed(EventStrategy):
 
     def _entry(self, view: View, symbol: str, close: float, kind: int) -> Intent:
         safe = {"stop_loss": 0.97 * close, "take_profit": 1.03 * close, "bracket": self.bracket}
+        safe |= {"time_in_force": "gtc"} if self.lasting else {}
         if kind == 0:
             return view.buy(symbol, 0.3, limit_price=0.99 * close, good_for=3, **safe)
         if kind == 1:
@@ -204,27 +206,28 @@ class Bracketed(EventStrategy):
 
 
 @pytest.mark.parametrize(
-    ("transport", "costs", "bracket"),
+    ("transport", "costs", "params"),
     [
-        ("in_process", Costs(), False),
-        ("in_process", DEAR, False),
-        ("in_process", Costs(), True),
-        ("in_process", DEAR, True),
-        ("http", Costs(slippage_bps=5), True),
+        ("in_process", Costs(), {}),
+        ("in_process", DEAR, {}),
+        ("in_process", Costs(), {"bracket": True}),
+        ("in_process", Costs(slippage_bps=5), {"bracket": True, "lasting": True}),
+        ("in_process", DEAR, {"bracket": True, "lasting": True}),
+        ("http", Costs(slippage_bps=5), {"bracket": True}),
     ],
-    ids=["in process", "dear and thin", "brackets", "brackets, dear and thin", "brackets over HTTP"],
+    ids=["plain", "dear and thin", "brackets", "lasting brackets", "lasting, dear and thin", "brackets over HTTP"],
 )
 async def test_entries_of_every_kind_are_the_same_in_both_engines(
-    transport: str, costs: Costs, bracket: bool, tmp_path: Path
+    transport: str, costs: Costs, params: dict[str, Any], tmp_path: Path
 ) -> None:
-    params = {"bracket": bracket}
     spec = SessionSpec(strategy="bracketed", params=params, symbols=("AAPL", "IBM"), **YEAR, costs=costs)
     SEEN.clear()
     tested, run = await both(spec, transport, tmp_path)
     assert_same(tested, run)
     assert [*map(repr, SEEN["backtest"])] == [*dict.fromkeys(map(repr, SEEN[""]))]
-    kinds = {(order.type.value, order.time_in_force.value) for order in run.orders if order.purpose == "entry"}
-    assert kinds >= {("limit", "gtc"), ("stop", "day"), ("stop_limit", "day"), ("market", "day")}
+    entries = [order for order in run.orders if order.purpose == "entry"]
+    assert {order.type.value for order in entries} == {"limit", "stop", "stop_limit", "market"}
+    assert {order.time_in_force.value for order in entries} == {"day", "gtc"}
     assert any(order.purpose == "exit" and order.filled_qty for order in run.orders)
     journal = tmp_path / "journal.sqlite"
     with SqliteJournal(journal, read_only=True) as read:
