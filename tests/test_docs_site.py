@@ -88,7 +88,7 @@ def test_links_lead_to_pages_or_to_the_repository() -> None:
     site = pages.survey()
     host = site.settings["git_url"]
     for written, led in {
-        "[a](../nbs/session/06_companions.ipynb)": "[a](../chapters/session/companions.ipynb)",
+        "[a](../nbs/session/07_companions.ipynb)": "[a](../chapters/session/companions.ipynb)",
         "[a](../deploy/compose.yaml)": f"[a]({host}/blob/main/deploy/compose.yaml)",
         "[a](../deploy)": f"[a]({host}/tree/main/deploy)",
         "[a](../README.md#the-stages)": "[a](../README.md#the-stages)",
