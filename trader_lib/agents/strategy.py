@@ -470,6 +470,8 @@ def observe_order(rules: StrategyRules, state: StrategyState, order_id: str, ord
     exits_work = entry in state.brackets and state.working.get((order.symbol, "exit")) == entry
     if order.status not in ENDED_SHORT or (exits_work and entry == order_id):
         return
+    if entry != order_id and not exits_work:
+        state.brackets.pop(entry, None)  # a leg has ended before the entry's fill was recorded: it protects nothing
     close_order(rules, state, entry if exits_work else order_id)
     if not exits_work and entry == order_id and order_id not in state.working.values():
         begin_exits(rules, state, order.symbol, order_id)  # an entry that we have canceled had filled in part
