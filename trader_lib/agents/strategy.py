@@ -567,6 +567,8 @@ def observe_order(rules: StrategyRules, state: StrategyState, order_id: str, ord
     exits_work = entry in state.brackets and state.working.get((order.symbol, "exit")) == entry
     if order.status not in ENDED_SHORT or (exits_work and entry == order_id):
         return
+    if entry != order_id and not exits_work:
+        state.brackets.pop(entry, None)  # a leg has ended before the entry's fill was recorded: it protects nothing
     close_order(rules, state, entry if exits_work else order_id)
     if not exits_work and entry != order_id:  # a leg that ended before the fill of its entry was recorded
         drop_bracket(state, entry)
