@@ -151,11 +151,6 @@ class Exchange:
             self._play(row)
         return self._end_bar(row)
 
-    def _ends_with_session(self, order: BookOrder) -> bool:
-        """Whether an order ends with a session's last bar, after hours; a session's own waits for the morning."""
-        day = order.request.time_in_force is TimeInForce.DAY
-        return day and (self.continuous or order.request.extended_hours)
-
     def _play(self, row: int) -> None:
         """Let the orders that may trade in it meet a bar; outside regular hours, those that are meant for it."""
         bars, floor, volume, factor = self.bars, self._floor, self.taken.volume[row], self._factor(row)
