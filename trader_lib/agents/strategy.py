@@ -570,8 +570,6 @@ def observe_order(rules: StrategyRules, state: StrategyState, order_id: str, ord
     if entry != order_id and not exits_work:
         state.brackets.pop(entry, None)  # a leg has ended before the entry's fill was recorded: it protects nothing
     close_order(rules, state, entry if exits_work else order_id)
-    if not exits_work and entry != order_id:  # a leg that ended before the fill of its entry was recorded
-        drop_bracket(state, entry)
     if not exits_work and entry == order_id and order_id not in state.working.values():
         begin_exits(rules, state, order.symbol, order_id)  # an entry that we have canceled had filled in part
 
