@@ -52,6 +52,7 @@ setup(
             "rsi_reversion = trader_lib.strategy.rsi_reversion:RsiReversion",
             "momentum = trader_lib.strategy.momentum:Momentum",
             "vol_target = trader_lib.strategy.vol_target:VolTarget",
+            "opening_range = trader_lib.strategy.opening_range:OpeningRange",
             "pairs = trader_lib.strategy.pairs:Pairs",
         ],
     },

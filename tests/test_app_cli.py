@@ -294,7 +294,7 @@ def test_doctor_looks_at_the_broker_it_would_use(trader: Trader, monkeypatch: py
 
 def test_strategies_are_listed_with_their_parameters(trader: Trader) -> None:
     listed = {row["name"]: row for row in json.loads(trader("strategies", "--json")[1])}
-    assert {"sma_cross", "rsi_reversion", "momentum", "vol_target", "pairs"} <= listed.keys()
+    assert {"sma_cross", "rsi_reversion", "momentum", "vol_target", "pairs", "opening_range"} <= listed.keys()
     assert (listed["pairs"]["decides"], listed["momentum"]["decides"]) == ("step by step", "by weights")
     assert listed["sma_cross"]["parameters"] == {"fast": 20, "slow": 50}
     assert "sma_cross" in trader("strategies")[1]
