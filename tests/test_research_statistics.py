@@ -292,7 +292,8 @@ def test_a_benchmark_of_ones_own_takes_the_place_of_buy_and_hold() -> None:
 def test_every_figure_is_there_or_has_its_reason() -> None:
     for bars in (flat_bars([100.0]), flat_bars([100.0, 100.0]), flat_bars([100.0, 101.0, 99.0, 98.0, 105.0])):
         seen = run(Weights(), bars).statistics
-        assert list(seen) == list(FIGURES)
+        carried = {"interest", "borrow_fees", "dividends"}  # left out where nothing was charged or paid
+        assert list(seen) == [name for name in FIGURES if name not in carried]
         assert {name for name, value in seen.items() if value is None} == seen.reasons.keys()
         assert all(reason.endswith(".") for reason in seen.reasons.values())
         again = pickle.loads(pickle.dumps(seen))  # as between the processes of a sweep

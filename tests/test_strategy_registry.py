@@ -21,7 +21,7 @@ def offered(monkeypatch):
 
 def test_an_installed_strategy_is_found_by_its_entry_point(offered):
     offered("theirs", "trader_lib.strategy.sma_cross:SmaCross")
-    assert registry.strategy_names() == ["theirs"]
+    assert "theirs" in registry.strategy_names() and "sma_cross" not in registry.strategy_names()
     assert build_strategy("theirs", {"fast": "3", "slow": "9"}) == SmaCross(fast=3, slow=9)
 
 

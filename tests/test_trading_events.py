@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import AwareDatetime, BaseModel, JsonValue
 
 from trader_lib.trading.events import PAYLOADS, Event, Payload
-from trader_lib.trading.orders import OrderRequest
+from trader_lib.trading.orders import OrderRequest, ReplaceRequest
 
 text = st.text(st.characters(codec="utf-8"), max_size=12)
 moments = st.datetimes(min_value=datetime(1970, 1, 1), max_value=datetime(2100, 1, 1), timezones=st.just(UTC))
@@ -37,6 +37,11 @@ LEAVES: dict[Any, st.SearchStrategy[Any]] = {
     AwareDatetime: moments,
     type(None): st.none(),
     OrderRequest: requests,
+    ReplaceRequest: st.builds(
+        ReplaceRequest,
+        client_order_id=st.text(min_size=1, max_size=20),
+        stop_price=st.decimals(min_value=Decimal("0.01"), max_value=Decimal(99999), places=2),
+    ),
     JsonValue: st.one_of(
         st.none(), st.booleans(), st.integers(-1000, 1000), text, st.lists(st.integers(-(2**53), 2**53), max_size=2)
     ),

@@ -268,9 +268,9 @@ def drop_bracket(state: StrategyState, order_id: str) -> None:
 
 def begin_exits(rules: StrategyRules, state: StrategyState, symbol: str, order_id: str) -> None:
     """Let the exits that were held with an entry be the exit of what it has opened; forget them where it has opened nothing."""
-    position = float(state.holdings.positions[rules.column(symbol)])
     if order_id not in state.brackets:
         return
+    position = float(state.holdings.positions[rules.column(symbol)])
     if position == 0.0 or (symbol, "exit") in state.working:
         drop_bracket(state, order_id)
         return

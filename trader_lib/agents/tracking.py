@@ -6,7 +6,7 @@
 __all__ = ['OrderState', 'REPAIR', 'RANK', 'FAMILIES', 'LocalState', 'next_state', 'OrderTrack', 'is_unresolved', 'known_as',
            'leg_purpose', 'root_of', 'entry_of', 'carried_qty', 'unrecorded_qty', 'mark_behind', 'is_settled',
            'observe_record', 'leg_of', 'enter_successor', 'admit_fill', 'missing_fill', 'own_legs', 'OrderIndex',
-           'link_family', 'has_life', 'WorkingOrders', 'IncomingOrders', 'OrderBook']
+           'link_family', 'has_life', 'WorkingOrders', 'join_leg', 'IncomingOrders', 'OrderBook']
 
 # %% ../../nbs/agents/04_tracking.ipynb #3f3af5ac
 from collections import defaultdict
@@ -398,6 +398,13 @@ class WorkingOrders(OrderIndex):
         """Whether the broker reports more filled than is recorded, of any order."""
         return any(member.behind_since is not None for track in self.working() for member in track.family())
 
+# %% ../../nbs/agents/04_tracking.ipynb #c82e9fae
+def join_leg(track: OrderTrack, early: OrderTrack) -> None:
+    """Make a leg of what was adopted before its order was known."""
+    early.purpose, early.strategy, early.external = leg_purpose(track), track.strategy, track.external
+    track.legs.append(early)
+    early.parent = track
+
 # %% ../../nbs/agents/04_tracking.ipynb #c82e9fad
 class IncomingOrders(WorkingOrders):
     """Orders, and how they come in."""
@@ -447,20 +454,14 @@ class IncomingOrders(WorkingOrders):
         for leg in order.legs:
             early = self.by_id.get(leg.id)
             if early is not None and early not in root_of(track).family():
-                self._join(track, early, leg.id)
+                join_leg(track, early)
+                self.adopted.pop(leg.id, None)
         observe_record(track, order, now)
         self.by_id.update((member.order_id, member) for member in track.family() if member.order_id is not None)
         self.legs.update(own_legs(root_of(track)))
         ours = self.ours.get(root_of(track).client_order_id)
         if ours is not None:
             self.enter(ours)
-
-    def _join(self, track: OrderTrack, early: OrderTrack, order_id: str) -> None:
-        """Make a leg of what was adopted before its order was known."""
-        early.purpose, early.strategy, early.external = leg_purpose(track), track.strategy, track.external
-        self.adopted.pop(order_id, None)
-        track.legs.append(early)
-        early.parent = track
 
 # %% ../../nbs/agents/04_tracking.ipynb #d4058429
 class OrderBook(IncomingOrders):

@@ -22,6 +22,7 @@ from trader_lib.rules.entries import (
     GUARD_COUNT,
     NO_TERMS,
     TERM_COUNT,
+    EntryTerms,
     is_guarded,
     plain_terms,
     take_protection,
@@ -146,6 +147,8 @@ class Holdings:
             if each.name in lists or each.name not in LATER:
                 array = getattr(holdings, each.name)
                 array[:] = np.reshape(np.asarray(lists[each.name], dtype=array.dtype), array.shape)
+        waits = holdings.entry[:, EntryTerms._fields.index("good_for")]
+        waits[np.isnan(waits)] = math.inf  # JSON has no infinity, and writes nothing
         return holdings
 
 
