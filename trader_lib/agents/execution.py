@@ -9,9 +9,9 @@ __all__ = ['REPLACEMENTS_MAX', 'DUPLICATE_CODE', 'NOT_CANCELED', 'Overtaken', 'E
            'ask_for_cancel', 'cancel_group', 'resolve', 'send', 'submit', 'on_refusal', 'refusal_to_send',
            'has_pending_cancel', 'has_unknown_position', 'on_decision', 'on_cancel_proposed', 'reported_qty',
            'refusal_to_replace', 'on_replace_proposed', 'replace_order', 'take_replacement', 'find_replacement',
-           'recognize', 'on_trade_update', 'is_unexpected', 'catch_up', 'on_report', 'on_tick', 'check_order',
-           'listed_as', 'has_more_filled', 'repair', 'closing_order', 'closing_orders', 'on_trading_state',
-           'on_command', 'flatten', 'on_fill', 'ask_broker', 'BrokerAgent', 'ExecutionAgent']
+           'have_answered', 'recognize', 'on_trade_update', 'is_unexpected', 'catch_up', 'on_report', 'on_tick',
+           'check_order', 'listed_as', 'has_more_filled', 'repair', 'closing_order', 'closing_orders',
+           'on_trading_state', 'on_command', 'flatten', 'on_fill', 'ask_broker', 'BrokerAgent', 'ExecutionAgent']
 
 # %% ../../nbs/agents/05_execution.ipynb #7743ab27
 from collections.abc import Callable, Mapping
@@ -516,6 +516,11 @@ def find_replacement(
         yield not_sent(name, f"the broker has no such order ({reason})")
 
 # %% ../../nbs/agents/05_execution.ipynb #73790881
+def have_answered(asked: Mapping[OrderTrack, int]) -> bool:
+    """Whether the broker has told of each group its legs, or that it has no such order. asked: how often it had, before."""
+    return all(group.legs or group.absent > before for group, before in asked.items())
+
+
 def recognize(state: ExecutionState, patience: Patience, order: Order, event: Event) -> Steps[OrderTrack | None]:
     """Find which order a record is about, None for one that is not ours; look groups up whose leg it may be."""
     track = state.book.follow(order)
@@ -526,9 +531,10 @@ def recognize(state: ExecutionState, patience: Patience, order: Order, event: Ev
         for group in asked:
             yield from refresh(state, patience, group, event)
         track = state.book.follow(order)
-        if track is not None or all(group.legs or group.absent > before for group, before in asked.items()):
-            return track
-        yield patience.pause(attempt)
+        if track is None and not have_answered(asked):
+            yield patience.pause(attempt)
+            continue
+        return track
     return None
 
 # %% ../../nbs/agents/05_execution.ipynb #968e56d8
