@@ -69,7 +69,6 @@ def test_nobody_else_reads_the_environment():
         "strategy/fresh.py",  # pass it on to the process that asks a strategy anew
         "strategy/trust.py",  # what a kernel may run, from the process that started it; no setting either
         "telemetry/progress.py",  # whether to draw a bar, asked before settings are loaded
-        "app/console.py",  # whether a notebook has started it, to draw no bar there
         "app/cli.py",  # asks for TRADER_DEBUG when settings could not be loaded
     }
     readers = set()

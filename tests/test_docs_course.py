@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.lessons import Played, play
-from trader_lib.app.console import draws
 from trader_lib.app.course import course_folder, lessons
+from trader_lib.telemetry.progress import can_redraw
 
 LESSONS = sorted(course_folder().glob("*.ipynb"))
 Trader = Callable[..., tuple[int, str, str]]
@@ -140,9 +140,9 @@ def test_no_bar_is_drawn_where_a_notebook_reads(monkeypatch: pytest.MonkeyPatch)
     terminal.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.delenv("JPY_PARENT_PID", raising=False)
-    assert draws()
+    assert can_redraw()
     monkeypatch.setenv("JPY_PARENT_PID", "1")
-    assert not draws()
+    assert not can_redraw()
 
 
 def test_trader_course_lists_copies_and_writes_over_nothing(trader: Trader) -> None:

@@ -517,7 +517,9 @@ def find_replacement(
 
 # %% ../../nbs/agents/05_execution.ipynb #73790881
 def have_answered(asked: Mapping[OrderTrack, int]) -> bool:
-    """Whether the broker has told of each group its legs, or that it has no such order. asked: how often it had, before."""
+    """Whether the broker has returned the legs of each group, or said that it has no such order.
+
+    asked: the groups, and how often each had been absent before."""
     return all(group.legs or group.absent > before for group, before in asked.items())
 
 
