@@ -1,9 +1,6 @@
 """Several strategies in one session: each as if it were alone, the account their sum, and no failure that spreads."""
 
 import asyncio
-import signal
-import subprocess
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import date, datetime
@@ -15,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.dying import die_after
 from tests.venue import as_alpaca, beside, goes_on, recent_minutes
 from trader_lib.config.settings import Settings, load_settings
 from trader_lib.errors.taxonomy import Halted, Misused
@@ -433,35 +431,13 @@ async def test_account_that_cannot_be_shared_out_is_not_taken_over(tmp_path: Pat
 
 # ---- a real death
 
-DIE = """
-import asyncio, os, signal, sys
-from pathlib import Path
-from trader_lib.journal.journal import SqliteJournal
-sys.path.insert(0, {tests!r})
-from test_session_several import APART, settings
-from trader_lib.session.session import run_session
-
-append, last = SqliteJournal.append, [0]
-
-def deadly(self, event):
-    append(self, event)
-    last[0] += 1
-    if last[0] == {rows}:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-SqliteJournal.append = deadly
-asyncio.run(run_session(APART, settings("http"), journal_path=Path({path!r}), resume=True))
-"""
-
 
 @pytest.mark.slow
 async def test_killed_in_the_middle_of_two_strategies_it_sends_no_order_twice(tmp_path: Path) -> None:
     one = await run(tmp_path / "whole", transport="http")
     path = fresh(tmp_path / "killed") / "journal.sqlite"
     for rows in (150, 90):  # killed, and its successor too
-        script = DIE.format(tests=str(Path(__file__).parent), rows=rows, path=str(path))
-        process = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stderr=subprocess.DEVNULL)
-        assert await process.wait() == -signal.SIGKILL
+        await die_after(rows, path, "tests.test_session_several", "APART", "http")
     other = await run(path.parent, transport="http", resume=True)
     assert other.order_list_hash == one.order_list_hash and other.equity_end == one.equity_end
     assert other.reconciliation.ok and all(curve.equals(other.curves[label]) for label, curve in one.curves.items())

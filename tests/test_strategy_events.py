@@ -1,9 +1,5 @@
 """Strategies that decide step by step: the same orders in a backtest, a session, after a kill and in a replay."""
 
-import asyncio
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -12,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.dying import die_after
 from tests.simulation.plan import plan_of
 from tests.simulation.world import play
 from tests.test_session_resume import check, cut, fresh, torn_rows
@@ -261,34 +258,11 @@ async def test_torn_anywhere_a_session_of_events_gives_the_same_orders(tmp_path:
         check(one, await run_session(SHORT, settings(), journal_path=path, resume=True), rows)
 
 
-DIE = """
-import asyncio, os, signal, sys
-from pathlib import Path
-sys.path.insert(0, {root!r})
-from tests.test_strategy_events import SHORT, settings
-from trader_lib.journal.journal import SqliteJournal
-from trader_lib.session.session import run_session
-
-append, last = SqliteJournal.append, [0]
-
-def deadly(self, event):
-    append(self, event)
-    last[0] += 1
-    if last[0] == {rows}:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-SqliteJournal.append = deadly
-asyncio.run(run_session(SHORT, settings(), journal_path=Path({path!r}), resume=True))
-"""
-
-
 async def test_a_killed_session_of_events_goes_on_and_is_replayed(tmp_path: Path) -> None:
     one = await run_session(SHORT, settings(), journal_path=fresh(tmp_path / "whole") / "journal.sqlite")
     path = fresh(tmp_path / "killed") / "journal.sqlite"
     for rows in (150, 90):
-        script = DIE.format(root=str(Path(__file__).parents[1]), rows=rows, path=str(path))
-        process = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stderr=subprocess.DEVNULL)
-        assert await process.wait() == -signal.SIGKILL
+        await die_after(rows, path, "tests.test_strategy_events", "SHORT")
     check(one, await run_session(SHORT, settings(), journal_path=path, resume=True), 1)
     with SqliteJournal(path, read_only=True) as journal:
         again = await replay(journal)

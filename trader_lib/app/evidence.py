@@ -55,7 +55,10 @@ def show_orders(gathered: "Gathered", *, as_json: bool = False) -> None:
     headings = [heading_of(history) for history in gathered.orders.values()]
     if as_json:
         print_json(
-            [{"client_order_id": name, "heading": said} for name, said in zip(gathered.orders, headings, strict=True)]
+            [
+                {"client_order_id": name, "heading": heading}
+                for name, heading in zip(gathered.orders, headings, strict=True)
+            ]
         )
         return
     for sentence in headings[:ORDERS_MAX]:

@@ -69,22 +69,22 @@ def asked_for(request: OrderRequest) -> str:
 def what_it_saw(known: Known, purse: Purse | None, request: OrderRequest, agent: str) -> list[str]:
     """Return sentences about what was known when an order was decided. agent: who decided."""
     symbol, row = request.symbol, known.closed.bars.get(request.symbol)
-    told = [f"The bar of {bar_name(known.closed.at)} closed at {moment(known.closed.closed_at)}."]
-    told.append(f"It had no bar of {symbol}." if row is None else bar_sentence(symbol, row))
-    told += [action.sentence(known.closed.at.astimezone(NEW_YORK).date()) for action in known.closed.actions]
+    sentences = [f"The bar of {bar_name(known.closed.at)} closed at {moment(known.closed.closed_at)}."]
+    sentences.append(f"It had no bar of {symbol}." if row is None else bar_sentence(symbol, row))
+    sentences += [action.sentence(known.closed.at.astimezone(NEW_YORK).date()) for action in known.closed.actions]
     if purse is not None:
         held = purse.positions.get(symbol)
         average = f", bought at {decimal_text(held.avg_entry_price)} USD on average" if held and held.qty else ""
-        told.append(
+        sentences.append(
             f"Equity was {money(purse.equity)}, cash {money(purse.cash)}, the position {shares(purse.shares(symbol))} {symbol}{average}."
         )
-    told.append(target_sentence(known, symbol, agent))
+    sentences.append(target_sentence(known, symbol, agent))
     on_way = [one for one in known.working.get(agent, ()) if one.symbol == symbol and one.strategy == request.strategy]
-    told.append(
+    sentences.append(
         " ".join(f"On its way: {shares(one.remaining)} by {one.client_order_id}." for one in on_way)
         or "Nothing was on its way."
     )
-    return told
+    return sentences
 
 
 def bar_name(at: datetime) -> str:
@@ -120,12 +120,12 @@ def why_it_decided(request: OrderRequest, sized: Sized | None, purse: Purse | No
     qty = float(request.signed_qty)
     if sized.allowed != qty:
         return [unlike_sentence(sized, qty)]
-    told = [target_in_shares(sized)]
+    sentences = [target_in_shares(sized)]
     if sized.wanted != sized.allowed:
-        told.append(
+        sentences.append(
             f"The buys of this close cost more than there was to spend, so {shares(abs(sized.wanted))} became {shares(abs(sized.allowed))}."
         )
-    return told
+    return sentences
 
 
 def target_in_shares(sized: Sized) -> str:
@@ -186,7 +186,7 @@ def what_was_checked(history: OrderHistory) -> list[str]:
 
 # %% ../../nbs/evidence/03_explain.ipynb #483ec1ce
 def event_sentence(event: Event) -> str | None:
-    """Return what happened to an order on its way to the broker and back; None for what is told elsewhere."""
+    """Return what happened to an order on its way to the broker and back; None for what another part says."""
     match event.payload:
         case OrderIntended(request=request):
             return f"We wrote the order down and sent it: {asked_for(request)}."
@@ -220,8 +220,8 @@ def broker_sentence(order: Order) -> str:
 # %% ../../nbs/evidence/03_explain.ipynb #1078772a
 def what_was_sent(history: OrderHistory) -> list[str]:
     """Return what was sent and answered, each with the moment at which it was recorded."""
-    told = [(event, event_sentence(event)) for event in history.events]
-    rows = [f"{moment(event.recorded_at)}  {sentence}" for event, sentence in told if sentence is not None]
+    sentences = [(event, event_sentence(event)) for event in history.events]
+    rows = [f"{moment(event.recorded_at)}  {sentence}" for event, sentence in sentences if sentence is not None]
     if not any(isinstance(event.payload, OrderIntended) for event in history.events) and history.request is not None:
         rows.append("It was never sent.")
     elif history.is_working:
@@ -271,10 +271,10 @@ def what_it_cost(history: OrderHistory, cost: Shortfall | None) -> list[str]:
     more = (
         f"{money(abs(cost.slippage))} {'more' if cost.slippage > 0 else 'less'}" if cost.slippage else "exactly as much"
     )
-    told = [
+    sentences = [
         f"{shares(cost.qty)} filled at {decimal_text(round(cost.average, 6))} USD on average; the deciding close was {decimal_text(cost.arrival)} USD."
     ]
-    told.append(
+    sentences.append(
         f"That cost {more}{' than' if cost.slippage else ' as'} at the deciding close ({cost.bps:+.2f} basis points), and {money(cost.fee)} of commission."
     )
     request = history.request
@@ -284,8 +284,8 @@ def what_it_cost(history: OrderHistory, cost: Shortfall | None) -> list[str]:
         and request.qty > history.filled
         and request.order_class is not OrderClass.OCO
     ):
-        told.append(f"{shares(request.qty - history.filled)} of {shares(request.qty)} did not fill.")
-    return told
+        sentences.append(f"{shares(request.qty - history.filled)} of {shares(request.qty)} did not fill.")
+    return sentences
 
 # %% ../../nbs/evidence/03_explain.ipynb #24620de3
 PARTS = ("saw", "decided", "checked", "sent", "cost")

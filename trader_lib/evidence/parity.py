@@ -347,8 +347,8 @@ def blame_decision(market: Market, pair: Pair, at: datetime, ours: Decimal, thei
         middle = Decimal(str(allowed_qty(inputs, right)[symbol])) * market.our_units.of_decision(symbol, at)
     because = market.first_unlike is not None and market.first_unlike <= at
     more = f", after a bar that differs on {market.first_unlike:%Y-%m-%d %H:%M}Z" if because else ", on the same bars"
-    told = f"The session wanted {weight_text(left.get(symbol))} of equity in {symbol}, the backtest {weight_text(right.get(symbol))}{more}."
-    blame(pair, "data" if because else "decision", ours - middle, told)
+    why = f"The session wanted {weight_text(left.get(symbol))} of equity in {symbol}, the backtest {weight_text(right.get(symbol))}{more}."
+    blame(pair, "data" if because else "decision", ours - middle, why)
     return ours - middle
 
 

@@ -30,10 +30,12 @@ def verdict(report: ParityReport) -> str:
     if not report.difference and not count:
         return f"The session and the backtest agree: the same {report.same:,} orders, and the same equity to the cent."
     causes = ", ".join(f"{cause} {usd(amount)}" for cause, amount in by_size(report.parts)) or "they cancel out"
-    told = f"The session ended {usd(report.difference)} apart from the backtest: {causes}. {report.same:,} orders are the same, {count:,} are not."
+    sentence = f"The session ended {usd(report.difference)} apart from the backtest: {causes}. {report.same:,} orders are the same, {count:,} are not."
     if report.holds:
-        return told
-    return f"{told} {usd(report.unexplained)} have no cause, which is more than the bound of {report.bound:,.2f} USD."
+        return sentence
+    return (
+        f"{sentence} {usd(report.unexplained)} have no cause, which is more than the bound of {report.bound:,.2f} USD."
+    )
 
 
 def by_size(parts: Parts) -> list[tuple[str, Decimal]]:
@@ -47,23 +49,23 @@ def line_text(line: Line | None) -> str:
     if line is None:
         return "nothing"
     side = "buy" if line.qty > 0 else "sell"
-    told = f"{side} {shares(abs(line.qty))}" if line.qty else "traded"
+    words = f"{side} {shares(abs(line.qty))}" if line.qty else "traded"
     if line.fills:
         average = line.paid / line.filled if line.filled else Decimal(0)
         bars = (
             f" in {len({fill.bar for fill in line.fills})} bars" if len({fill.bar for fill in line.fills}) > 1 else ""
         )
-        return f"{told}: {shares(abs(line.filled))} at {decimal_text(round(average, 4))}{bars}"
-    return f"{told}: {line.ended}" if line.ended not in {"working", "broker"} else f"{told}: nothing filled"
+        return f"{words}: {shares(abs(line.filled))} at {decimal_text(round(average, 4))}{bars}"
+    return f"{words}: {line.ended}" if line.ended not in {"working", "broker"} else f"{words}: nothing filled"
 
 
 def reasons(row: Difference) -> list[str]:
     """Return why an order is not the same on both sides, in sentences."""
-    told = list(dict.fromkeys(row.pair.why))
+    sentences = list(dict.fromkeys(row.pair.why))
     for who, line in (("session", row.pair.ours), ("backtest", row.pair.theirs)):
-        if line is not None and line.reason and line.reason not in told:
-            told.append(f"In the {who}: {line.reason}")
-    return told
+        if line is not None and line.reason and line.reason not in sentences:
+            sentences.append(f"In the {who}: {line.reason}")
+    return sentences
 
 
 def name_of(row: Difference) -> str:

@@ -30,22 +30,22 @@ def named_runs(
     """Runs by name, in their order; raises Misused for fewer than two, more than RUNS_MAX, or names that do not fit."""
     if not all(isinstance(one, BacktestResult) for one in results) or not 2 <= len(results) <= RUNS_MAX:
         raise Misused(f"Two to {RUNS_MAX} backtests stand side by side: give their results.")
-    told = list(names) or _told_apart(results)
-    if len(told) != len(results):
-        raise Misused(f"{len(told)} names do not fit {len(results)} runs: give one for each.")
-    if len(set(told)) < len(told):
+    labels = list(names) or _distinct_labels(results)
+    if len(labels) != len(results):
+        raise Misused(f"{len(labels)} names do not fit {len(results)} runs: give one for each.")
+    if len(set(labels)) < len(labels):
         raise Misused("Two runs have the same name: give names=[...] that tell them apart.")
-    return dict(zip(told, results, strict=True))
+    return dict(zip(labels, results, strict=True))
 
 
-def _told_apart(results: Sequence[BacktestResult]) -> list[str]:
-    told = []
+def _distinct_labels(results: Sequence[BacktestResult]) -> list[str]:
+    labels = []
     for one in results:
         alike = [other.strategy.model_dump() for other in results if other.strategy.name == one.strategy.name]
         mine = one.strategy.model_dump()
         differ = (f"{name}={value}" for name, value in mine.items() if any(o.get(name) != value for o in alike))
-        told.append(" ".join((one.strategy.name, *differ)))
-    return told
+        labels.append(" ".join((one.strategy.name, *differ)))
+    return labels
 
 # %% ../../nbs/research/35_side_by_side.ipynb #f96432ed
 COLORS = ("#1d4ed8", "#d97706", "#059669", "#9333ea", "#dc2626", "#0e7490", "#64748b", "#be185d")

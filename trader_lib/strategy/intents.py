@@ -260,7 +260,7 @@ def column_names(symbols: Sequence[str], count: int) -> list[tuple[str, str]]:
 def in_words(terms: "EntryTerms") -> dict[str, str | bool | float]:
     """The terms of one order as a person reads them: those that are not a plain order's, prices in USD."""
     kinds, lasts = tuple(KINDS), tuple(LASTS)
-    said: dict[str, str | bool | float] = {
+    given: dict[str, str | bool | float] = {
         "enter": kinds[int(terms.kind)],
         "limit_price": float(terms.limit_price),
         "stop_price": float(terms.stop_price),
@@ -273,4 +273,4 @@ def in_words(terms: "EntryTerms") -> dict[str, str | bool | float]:
         "bracket": bool(terms.bracket),
     }
     plain = {"enter": "market", "time_in_force": "day", "good_for": float("inf"), "follow": False, "bracket": False}
-    return {name: value for name, value in said.items() if value == value and value != plain.get(name)}
+    return {name: value for name, value in given.items() if value == value and value != plain.get(name)}
