@@ -31,6 +31,7 @@ from trader_lib.session.session import run_session
 from trader_lib.session.spec import SessionSpec
 from trader_lib.steering.control import ControlFile
 from trader_lib.strategy.contract import Strategy
+from trader_lib.strategy.intents import Intents
 from trader_lib.trading.events import BarsClosed, Event, FillRecorded, PortfolioChanged
 from trader_lib.trading.orders import Order, OrderRequest, OrderSide
 from trader_lib.trading.portfolio import Fill
@@ -98,6 +99,40 @@ async def test_other_slippage_is_the_fill_price(tmp_path: Path) -> None:
     report = parity(reading, clean(reading, costs=Costs()))
     named(report, "fill price")
     assert report.parts["fill price"] < 0
+
+
+class Bracketed(Strategy):
+    """Buys dips by limit orders whose exits the broker holds."""
+
+    lasts: str = "gtc"
+
+    @property
+    def warmup(self) -> int:
+        return 5
+
+    @property
+    def lookback_max(self) -> int:
+        return 5
+
+    def targets(self, bars: Bars) -> Intents:
+        close = bars.frame("close")
+        dipped = (close < close.rolling(5).mean()).to_numpy(float) / len(bars.symbols)
+        protects: dict[str, Any] = {"stop_loss": 0.98 * close, "take_profit": 1.02 * close, "bracket": True}
+        return Intents(dipped, enter="limit", limit_bps=20, time_in_force=self.lasts, **protects)
+
+
+@pytest.mark.parametrize("lasts", ["gtc", "day"])
+async def test_exits_that_the_broker_holds_are_orders_of_their_own(lasts: str, tmp_path: Path) -> None:
+    strategy, months = Bracketed(lasts=lasts), {"end": date(2012, 6, 29)}
+    reading = read(await session(tmp_path, strategy, costs=Costs(slippage_bps=20), **months))
+    exits = [line for line in reading.side.lines if line.key[2] == "exit" and line.fills]
+    entries = {line.key[:2]: line for line in reading.side.lines if line.key[2] == "entry"}
+    assert exits and all(line.filled * entries[line.key[:2]].filled < 0 for line in exits if line.key[:2] in entries)
+    report = parity(reading, clean(reading, strategy))
+    assert report.difference == 0 and not report.rows and report.same > 20
+    report = parity(reading, clean(reading, strategy, costs=Costs()))
+    assert report.parts["fill price"] < 0 and report.unexplained == 0
+    adds_up(report)
 
 
 async def test_commission_is_a_cost(tmp_path: Path) -> None:

@@ -134,6 +134,7 @@ class Gathered:
     ended: SessionEnded | None = None
     orders: dict[str, OrderHistory] = field(default_factory=dict)  # by client order id, as they come
     by_broker_id: dict[str, str] = field(default_factory=dict)  # client order ids
+    by_leg: dict[str, str] = field(default_factory=dict)  # client order id of an order, by that of its leg
     account: AccountReported | None = None
     closes: OrderedDict[str, Known] = field(default_factory=OrderedDict)  # the latest, by correlation id
     working: dict[str, OrderHistory] = field(default_factory=dict)  # that may still fill, by client order id
@@ -149,9 +150,9 @@ def named_order(state: Gathered, payload: Payload) -> str | None:
         case OrderProposed(request=request) | RiskDecided(request=request) | OrderIntended(request=request):
             return request.client_order_id
         case OrderAcknowledged(client_order_id=name) | OrderFailed(client_order_id=name):
-            return name
+            return state.by_leg.get(name, name)
         case CancelProposed(client_order_id=name) | CancelIntended(client_order_id=name):
-            return name
+            return state.by_leg.get(name, name)
         case TradeUpdated(order=order) | OrderAdopted(order=order):
             return state.by_broker_id.get(order.id, order.client_order_id)
         case FillRecorded(fill=fill):
@@ -172,9 +173,10 @@ def take_order(state: Gathered, name: str, event: Event) -> None:
                 if half.id not in state.by_broker_id:
                     state.by_broker_id[half.id] = name
                     history.broker_ids.append(half.id)
-            if order.id == history.broker_ids[0] and history.status not in TERMINAL:
+            state.by_leg.update({leg.client_order_id: name for leg in order.legs})
+            if history.broker_ids[:1] == [order.id] and history.status not in TERMINAL:
                 history.status = order.status
-        case FillRecorded(fill=fill):
+        case FillRecorded(fill=fill) if not fill.parent:  # what its exits fill is not the entry's
             history.filled += fill.qty
     if history.is_working:
         state.working[name] = history

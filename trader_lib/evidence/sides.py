@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Ending', 'Key', 'ENDINGS', 'Execution', 'Line', 'Side', 'SideReading', 'add_line', 'take_bars', 'book', 'take_fill',
-           'foreign_line', 'take_line', 'take_command', 'take_worth', 'end_lines', 'read_event', 'check_strategy',
-           'session_side', 'drop_unfinished_bars', 'place_openings', 'starting_cash', 'backtest_side', 'bar_rows',
-           'named_weights', 'actions_of', 'engine_lines', 'refused_lines', 'recorded_bars', 'recorded_stamps',
-           'recorded_actions']
+           'exits_of', 'foreign_line', 'take_line', 'take_command', 'take_worth', 'end_lines', 'read_event',
+           'check_strategy', 'session_side', 'drop_unfinished_bars', 'place_openings', 'starting_cash', 'backtest_side',
+           'bar_rows', 'named_weights', 'actions_of', 'engine_lines', 'refused_lines', 'recorded_bars',
+           'recorded_stamps', 'recorded_actions']
 
 # %% ../../nbs/evidence/04_sides.ipynb #64b771b8
 from collections import Counter
@@ -53,6 +53,7 @@ from trader_lib.trading.events import (
     TargetsDecided,
     TradingStateChanged,
 )
+from ..trading.capability import TRIGGERING
 from ..trading.orders import MARGIN_CALL, SIDE_SIGN, OrderSide, OrderStatus, decimal_text
 from ..trading.portfolio import Commission, Fill
 
@@ -191,10 +192,15 @@ def take_fill(reading: SideReading, fill: Fill) -> None:
         line.ended, line.reason = "filled", "It was held before the session began."
         reading.side.cash += qty * fill.price
         return
-    line = reading.lines.get(name) or foreign_line(reading, name, fill, stamp)
+    line = reading.lines.get(exits_of(fill.parent) if fill.parent else name) or foreign_line(reading, name, fill, stamp)
     if line.ended == "foreign":
         line.qty += SIDE_SIGN[fill.side] * fill.qty
     reading.waiting.append((line, fill))
+
+
+def exits_of(name: str) -> str:
+    """Return the name of the line of the exits that the broker holds with an entry. name: the entry's client order id."""
+    return f"{name} exits"
 
 
 def foreign_line(reading: SideReading, name: str, fill: Fill, stamp: datetime) -> Line:
@@ -215,6 +221,11 @@ def take_line(reading: SideReading, event: Event) -> None:
                 reading, request.client_order_id, reading.at or at, request.symbol, "operator", request.signed_qty
             )
             line.reason = reading.restricted_by
+        case OrderIntended(request=request, decided_at=at) if (
+            request.order_class in TRIGGERING and request.client_order_id in reading.lines
+        ):
+            exits = exits_of(request.client_order_id)
+            add_line(reading, exits, at, request.symbol, "exit", -request.signed_qty)
         case RiskDecided(request=request, approved=False, checks=checks) if request.client_order_id in reading.lines:
             line = reading.lines[request.client_order_id]
             by_state = any(check.name == "TRADING_STATE" and not check.passed for check in checks)
@@ -228,8 +239,10 @@ def take_line(reading: SideReading, event: Event) -> None:
             held = outcome == "not_sent" and reading.restricted_by
             reading.lines[name].ended = "operator" if held else "rejected"
             reading.lines[name].reason = f"{reading.restricted_by} {reason}".strip() if held else reason
-        case CancelProposed(client_order_id=name, reason=reason) if name in reading.lines:
-            reading.lines[name].ended, reading.lines[name].reason = "strategy", reason
+        case CancelProposed(client_order_id=name, reason=reason):
+            for ended in (name, exits_of(name)):
+                if ended in reading.lines:
+                    reading.lines[ended].ended, reading.lines[ended].reason = "strategy", reason
         case OperatorCommand(action=action, by=by, reason=reason) if by != "session":
             take_command(reading, action, f"{by} asked for {action.replace('_', ' ')}: {reason}.")
 
