@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from alpaca.trading.client import TradingClient
 
 from tests.test_session_resume import cut, fresh, settings, torn_rows
 from trader_lib.agents.contract import Reaction, drive
@@ -413,9 +414,12 @@ async def test_legs_that_an_answer_leaves_out_are_asked_for(
         update={"take_profit_price": Decimal(9999), "stop_loss_price": Decimal(1)}
     )
     sent = await broker.submit(request)
-    asked = broker._client.get_order_by_client_id
-    bare = lambda name: asked(name).model_copy(update={"legs": None})  # noqa: E731
-    monkeypatch.setattr(broker._client, "get_order_by_client_id", bare)
+    asked = TradingClient.get_order_by_client_id
+
+    def bare(client: TradingClient, name: str) -> Any:
+        return asked(client, name).model_copy(update={"legs": None})  # type: ignore[union-attr]
+
+    monkeypatch.setattr(TradingClient, "get_order_by_client_id", bare)
     found = await broker.order_by_client_id("entry")
     await broker.stop()
     assert found == sent and len(found.legs) == 2

@@ -334,7 +334,7 @@ def adopts_a_leg_twice(track: OrderTrack, order: Order) -> OrderTrack:
     known = {member.order_id: member for member in track.family()}
     if order.id in known or order.replaces in known:
         return RIGHT_TRACKING["leg_of"](track, order)
-    leg = tracking._related(track, order)
+    leg = tracking.related_track(track, order)
     leg.external, leg.parent, leg.purpose = track.external, track, tracking.leg_purpose(track)
     track.legs.append(leg)
     return leg

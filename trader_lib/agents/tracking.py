@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OrderState', 'REPAIR', 'RANK', 'FAMILIES', 'LocalState', 'next_state', 'OrderTrack', 'is_unresolved', 'known_as',
            'leg_purpose', 'root_of', 'entry_of', 'carried_qty', 'unrecorded_qty', 'mark_behind', 'is_settled',
-           'observe_record', 'leg_of', 'enter_successor', 'admit_fill', 'missing_fill', 'own_legs', 'OrderIndex',
-           'link_family', 'has_life', 'WorkingOrders', 'join_leg', 'IncomingOrders', 'OrderBook']
+           'observe_record', 'leg_of', 'enter_successor', 'related_track', 'admit_fill', 'missing_fill', 'own_legs',
+           'OrderIndex', 'link_family', 'has_life', 'WorkingOrders', 'join_leg', 'IncomingOrders', 'OrderBook']
 
 # %% ../../nbs/agents/04_tracking.ipynb #3f3af5ac
 from collections import defaultdict
@@ -201,7 +201,7 @@ def leg_of(track: OrderTrack, order: Order) -> OrderTrack:
         return known[order.id]
     if order.replaces in known:
         return enter_successor(known[order.replaces], order)
-    leg = _related(track, order)
+    leg = related_track(track, order)
     leg.external, leg.parent, leg.purpose = track.external, track, leg_purpose(track)
     track.legs.append(leg)
     return leg
@@ -209,12 +209,13 @@ def leg_of(track: OrderTrack, order: Order) -> OrderTrack:
 # %% ../../nbs/agents/04_tracking.ipynb #83a1ca44
 def enter_successor(track: OrderTrack, order: Order) -> OrderTrack:
     """Enter the order that has replaced one, and return it."""
-    track.successor = _related(track, order)
+    track.successor = related_track(track, order)
     track.successor.predecessor = track
     return track.successor
 
 # %% ../../nbs/agents/04_tracking.ipynb #9f8fa88f
-def _related(track: OrderTrack, order: Order) -> OrderTrack:
+def related_track(track: OrderTrack, order: Order) -> OrderTrack:
+    """Return a new track of an order that came of another one: its leg, or what replaced it."""
     return OrderTrack(
         order.client_order_id,
         order.symbol,
